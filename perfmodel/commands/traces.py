@@ -66,7 +66,8 @@ def traced_type(model: str | None) -> str:
 def otherwise(model: str, found: "Imported") -> list[str]:
     """How the traced program of a model differs from that of a training config's tool, all packages installed."""
     from ..architectures import load
-    from ..imports.fallbacks import as_kept, in_16_bit, in_part, unbalanced, unpacked
+    from ..architectures.tasks import CLASSIFIERS
+    from ..imports.fallbacks import as_kept, in_16_bit, in_part, of_another_task, unbalanced, unpacked
     from ..tracing.kernels import without_kernels
 
     config = load(model)
@@ -74,7 +75,9 @@ def otherwise(model: str, found: "Imported") -> list[str]:
     part, experts = in_part(config.note), in_16_bit(found, stacked=_stacks(config.values))
     dtypes = (unpacked(model, found), experts, as_kept(found))
     loads = unbalanced(found, str(config.values.get("model_type")), stacked=_stacks(config.values))
-    told = (without_kernels(traced_type(model)), _thawed(found, frozen), part, *dtypes, loads)
+    named = str(config.values.get("architectures"))
+    task = of_another_task(found, next((of for end, of in CLASSIFIERS.items() if end in named), None))
+    told = (without_kernels(traced_type(model), found.tool), _thawed(found, frozen), part, *dtypes, loads, task)
     image = _added_image(found) if "vision_config" in config.values else ""
     return [words for words in (*told, _clamped(model, found.method or ""), image) if words]
 

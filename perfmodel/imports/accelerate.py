@@ -12,7 +12,8 @@ from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, check_launch
-from .read import Imported, read_values
+from .read import Imported
+from .values import read_values
 
 ZERO = "zero_optimization"
 MARKS = ("distributed_type", "compute_environment", "num_processes")

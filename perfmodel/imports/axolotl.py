@@ -18,10 +18,12 @@ from .axolotl_kernels import (
     kernels_of_axolotl,
 )
 from .fields import (
+    EMBEDDING_STATES,
     NOT_QAT,
     ON_GPTQ,
     OPTIMIZERS,
     STACKED,
+    accumulated,
     checkpoint_kind,
     clips,
     compiled,
@@ -31,7 +33,9 @@ from .fields import (
     float8,
     fsdp,
     half,
+    in_8_bit,
     low_bits,
+    names_embedding,
     optimizer_name,
     own_code,
     power_iterations,
@@ -53,6 +57,9 @@ FROZEN_AGAIN = "all adapters train; Axolotl freezes again those that are not nam
 FROM_INPUT = "backward from the lowest trained weight on, not through every block"
 IN_4_BIT = re.compile(r"bnb|nf4|4-?bit", re.IGNORECASE)  # in the names of repositories
 ONLY_OF_QLORA = "a base in 4 bits; Axolotl makes one for adapter: qlora alone"
+OWN_CONFIG = "the model's own config, not another's"
+# Keys for trainers of TRL, which checkpoint by default: so where Axolotl hands on nothing, of an emptied key
+OF_TRL = ("rl", "reward_model", "process_reward_model")
 AUTO = "auto"  # of bf16 and tf32: on where the card has it, by default too (utils/schemas/config.py)
 OF_IMAGES = ("vision tower", "projector")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
@@ -67,7 +74,10 @@ MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # i
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
 # Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
-EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
+# Axolotl hands in an empty list where no layers are named, in the place of which PEFT puts no default
+NO_LAYER = "/(?!)/"  # a regex that matches nothing
+NO_TARGETS = "no lora_target_modules, without which Axolotl's adapter has no layers: lora_target_linear: true takes all"
+BOTH_FACTORS = "both factors of adapters trained; MiCA freezes B"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
 
 
@@ -78,6 +88,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     adapter = keys.text("adapter")
     objective = of_axolotl(keys)
     _check(keys, adapter)
+    if keys.get("base_model_config") not in (None, keys.get("base_model")):
+        keys.differ(OWN_CONFIG, "base_model_config")
     dtype = _dtype(keys)
     pure = keys.get("bf16") == "full"
     linear_experts = keys.flag("llama4_linearized_experts")
@@ -113,8 +125,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     in_16_bit = "weights" if adapter is None else "copies of modules" if keys.names("lora_modules_to_save") else ""
     if in_16_bit and setup["amp"] and _in_fp32_under_fsdp(keys):
         keys.differ(f"{in_16_bit} in {dtype}, not in fp32 as FSDP keeps them")
-    in_8_bit = str(setup["optimizer"]).removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
-    if in_8_bit and (adapter is None or in_16_bit) and any(keys.values.get(key) for key in GROUPS):
+    embeds = adapter is None or names_embedding(keys.names("lora_modules_to_save"))
+    if in_8_bit(str(setup["optimizer"])) and embeds and any(keys.values.get(key) for key in GROUPS):
         keys.differ(EMBEDDING_STATES)
     above = keys.get("peft_layers_to_transform") or ()
     if adapter and above and setup["checkpoint"] == "none" and not (isinstance(above, list) and 0 in above):
@@ -207,7 +219,7 @@ def _accumulated(keys: Keys) -> int:
     `batch_size`, samples of a step, counts where the other key is there and empty alone: the schema's default of 1
     stands before it (`HyperparametersConfig`, `normalize_config`).
     """
-    given = keys.count("gradient_accumulation_steps", 1)
+    given = accumulated(keys)
     empty = "gradient_accumulation_steps" in keys.values and keys.get("gradient_accumulation_steps") is None
     if keys.get("batch_size") is None or not empty:
         return given
@@ -224,7 +236,8 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
     if isinstance(asked, str):
         keys.differ("activations stay on the GPU", "gradient_checkpointing")  # the older form of activation_offloading
     if asked in (None, False):
-        return "block" if checkpoints else "none"
+        by_trl = asked is None and "gradient_checkpointing" in keys.values and any(map(keys.values.get, OF_TRL))
+        return "block" if checkpoints or by_trl else "none"
     offloading = keys.values.get("activation_offloading")
     if offloading == "hidden_states":
         return checkpoint_kind(keys, on=True)
@@ -267,23 +280,28 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
             keys.differ(f"every linear layer of a block quantised, {left} too, and not the head")
     if upcast := _upcast_for_good(keys):
         keys.differ(FP32_HEAD)
+    if str(keys.get("peft_init_lora_weights")).lower() == "mica":
+        keys.differ(BOTH_FACTORS, "peft_init_lora_weights")
     if keys.names("unfrozen_parameters"):
         keys.differ(FROZEN_AGAIN, "unfrozen_parameters")
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
+    parameters = keys.names("lora_target_parameters")
+    if not (targets or parameters or keys.values.get("lora_model_dir")):
+        raise UserError(f"{keys.origin}: {NO_TARGETS}")
     layers = keys.get("peft_layers_to_transform") or ()
     by_trl = objective in ("dpo", "kto")  # which makes adapters by its own default (`_load_adapters`)
     in_fp32 = (by_trl or keys.flag("peft_autocast_adapter_dtype", True)) and not _casts_adapters(keys)
     return spec(
-        name, r=keys.count("lora_r", 8), targets=targets,
+        name, r=keys.count("lora_r", 8), targets=(NO_LAYER,) if parameters and not targets else targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
         implementation="unsloth" if fuses_adapters(keys, name, targets) else None,
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,
-        target_parameters=keys.names("lora_target_parameters"), experts=keys.flag("quantize_moe_experts"),
+        target_parameters=parameters, experts=keys.flag("quantize_moe_experts"),
     )  # fmt: skip
 
 

@@ -23,8 +23,17 @@ UNCUT = "the logits in memory, without cut cross entropy"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
     "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
     "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
-    "LLMCompressorPlugin": None, "DiffusionPlugin": None, "KDPlugin": None, "GrokfastPlugin": None,
-    "NemoGymPlugin": None, "DenseMixerPlugin": None, "HatcheryPlugin": None, "MoraPlugin": None,
+    "LLMCompressorPlugin": None, "KDPlugin": None, "MoraPlugin": None, "NemoGymPlugin": None, "DenseMixerPlugin": None,
+    "DiffusionPlugin": "a causal step, not masked diffusion's: attention one way, a loss on every token",
+}  # fmt: skip
+# What is on where a plugin stands alone (integrations/*/args.py): keys that switch it off, or say it themselves
+BY_THEMSELVES = {
+    "CutCrossEntropyPlugin": "cut_cross_entropy", "DenseMixerPlugin": "dense_mixer", "DiffusionPlugin": "diffusion",
+    "NemoGymPlugin": "nemo_gym_enabled",
+}  # fmt: skip
+OF_ANOTHER_KIND = {
+    "HatcheryPlugin": "training at a service", "NemoGymPlugin": "a GRPO step", "DenseMixerPlugin": "DenseMixer",
+    "GrokfastPlugin": "Grokfast's filter of gradients",
 }  # fmt: skip
 FUSED = (
     ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
@@ -65,14 +74,26 @@ def attention_of_axolotl(keys: Keys) -> str:
     return found
 
 
+def _plugins(keys: Keys) -> set[str]:
+    """The classes of plugins."""
+    return {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
+
+
+def diffuses(keys: Keys) -> bool:
+    """Whether the step is masked diffusion's: by its keys, or by its plugin alone."""
+    return bool(keys.values.get("diffusion")) or "DiffusionPlugin" in _plugins(keys)
+
+
 def kernels_of_axolotl(keys: Keys) -> str:
     """Liger's kernels where its plugin is on; what else plugins change is said."""
-    names = {plugin.rsplit(".", 1)[-1] for plugin in keys.names("plugins")}
+    names = _plugins(keys)
     for name in sorted(names):
-        if name not in PLUGINS:
-            keys.differ(f"without the plugin {name}", "plugins")
-        elif (said := PLUGINS[name]) is not None and keys.get("cut_cross_entropy") is not False:
+        said, own = PLUGINS.get(name, f"without the plugin {name}"), keys.values.get(BY_THEMSELVES.get(name, ""))
+        if name in OF_ANOTHER_KIND and own is not False:
+            raise UserError(f"{keys.origin}: plugins: {name}: {OF_ANOTHER_KIND[name]} is not modelled; remove it")
+        if said is not None and own is not False and not (name == "DiffusionPlugin" and own):
             keys.differ(said, "plugins")
+            keys.used.add(BY_THEMSELVES.get(name, "plugins"))
     on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
     beside = [key for key in OTHERS_OF_LIGER if keys.flag(key)]
     keys.used.add("liger_use_token_scaling")

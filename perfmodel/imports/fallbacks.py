@@ -38,6 +38,10 @@ WITHOUT_BALANCE = (
     "afmoe", "deepseek_v2", "deepseek_v3", "gemma4", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "kimi_linear", "lfm2_moe", "llama4", "mistral3", "mistral4", "nemotron_h",
 )  # fmt: skip
+TASKS = {  # PEFT's words for what has another head than a language model, and the heads (`Classifier.of`)
+    "SEQ_CLS": "sequence", "TOKEN_CLS": "token", "QUESTION_ANS": "question", "FEATURE_EXTRACTION": "none",
+}  # fmt: skip
+OWN_HEAD = "the head and the loss that the model's config names, not those of {} (task_type)"
 # Its list of linear layers leaves out `embed_out`, as the head of GPT-NeoX was called before transformers 5
 HEADLESS = "no adapter on the head, on which Axolotl puts one for GPT-NeoX"  # loaders/adapter.py
 PARTS = ("the text decoder alone of a vision-language model", "without its audio tower")  # as data/models/ notes them
@@ -72,6 +76,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("model", found.model, part)
     if kept := as_kept(found):
         yield Fallback("model", found.model, kept)
+    if task := of_another_task(found, architecture.classifier.of if architecture.classifier else None):
+        yield Fallback("method", found.method, task)
     if unlike := unbalanced(found, architecture.model_type, stacked=bool(architecture.stacked_names())):
         yield Fallback("model", found.model, unlike)
     if found.method is not None:
@@ -152,6 +158,15 @@ def unbalanced(found: Imported, model_type: str, *, stacked: bool) -> str:
         stacked: whether the model has experts.
     """
     return UNBALANCED if found.balances and stacked and model_type not in WITHOUT_BALANCE else ""
+
+
+def of_another_task(found: Imported, head: str | None) -> str:
+    """What is said of an adapter for another task than the model's config names.
+
+    Args:
+        head: of what the model is a classifier, None if it is none.
+    """
+    return "" if TASKS.get(found.task) in (None, head) else OWN_HEAD.format(found.task)
 
 
 def in_16_bit(found: Imported, *, stacked: bool) -> str:

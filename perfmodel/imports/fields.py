@@ -1,13 +1,13 @@
 """What the tools share: Transformers' names of optimizers and attentions, and LoRA's flavours as methods."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import optimizers
 from ..errors import UserError
 from ..setup import PAIRS
-from .forms import fsdp_options, zero_of
+from .forms import accumulation, fsdp_options, zero_of
 from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -37,8 +37,13 @@ DECAYED = "AdamW with weight decay, one pass over the weights more"
 HIDING_DECAY = 20_000
 UNDECAYED = ("sgd", "rmsprop", "adafactor")  # whose update has no weight decay here
 NO_DECAY = "without weight decay"
-BEYOND = {"sgd": ("momentum", "nesterov"), "rmsprop": ("momentum", "centered")}  # what is off by default in PyTorch
+BEYOND = {  # by `optim_args`: what is off by default in PyTorch and torchao
+    "sgd": ("momentum", "nesterov", "weight_decay"), "rmsprop": ("momentum", "centered", "weight_decay"),
+    **dict.fromkeys(("ao-adamw-8bit", "ao-adamw-4bit", "ao-adamw-fp8"), ("bf16_stochastic_round", "block_size")),
+}  # fmt: skip
 OFF = ("0", "0.0", "false", "no", "none")
+BLOCK = "256"  # values of states to a scale, by transformers and by torchao's AdamWFp8
+EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them, not in 8 bit"
 FLASH = {
     "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
     "kernels-community/flash-attn": "flash2", "kernels-community/flash-attn3": "flash2",
@@ -67,8 +72,13 @@ ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels tha
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 # Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those
 # of them in whose code experts are linear layers
-OWN_CODE = re.compile(r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b", re.IGNORECASE)
-OWN_EXPERTS = re.compile(r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?v0\.1", re.IGNORECASE)
+OWN_CODE = re.compile(
+    r"falcon-?(7|40|180)b|phi-?3(\.5)?-|phi-?4-mini|mimo-?7b|mpt-?(7|30)b|glm-4-9b(-chat(-1m)?)?$|nemotron-(h|nano)-",
+    re.IGNORECASE,
+)
+OWN_EXPERTS = re.compile(
+    r"kimi-?linear|deepseek-?v2|deepseek-?v3(?!\.2)|jamba-?v0\.1|minimax-?m2|trinity-|nemotron-3-", re.IGNORECASE
+)
 PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"
@@ -82,7 +92,7 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
     if zero is None:
         return "torch"
     if zero.stage == 3 and not zero.offloads and zero3:
-        keys.differ(TOGETHER_IN_ZERO if zero.grouped else UNDER_ZERO_3, "deepspeed")
+        keys.differ(TOGETHER_IN_ZERO if zero.grouped and zero.config is None else UNDER_ZERO_3, "deepspeed")
         return "deepspeed-zero3"
     what = "DeepSpeed" if zero.stage is None else f"ZeRO-{zero.stage}{' with offloading' if zero.offloads else ''}"
     keys.differ(f"{ONE_GPU}, without {what}", "deepspeed")
@@ -119,20 +129,49 @@ def optimizer_name(keys: Keys, key: str, default: str) -> str:
         keys.differ(TORCHS_FUSED, key)
     if name in UNDECAYED and keys.number("weight_decay"):
         keys.differ(NO_DECAY, "weight_decay")
-    return _with_arguments(keys, name) if name in ("sgd", "rmsprop") else name
+    return _with_arguments(keys, name) if name in BEYOND else name
+
+
+def in_8_bit(optimizer: str) -> bool:
+    """Whether an optimizer has bitsandbytes' states in 8 bit, where transformers leaves those of embeddings in fp32."""
+    return optimizer.removeprefix("paged-") in ("adamw-8bit", "lion-8bit")
+
+
+def names_embedding(copied: Iterable[str]) -> bool:
+    """Whether an embedding is among modules, by the names that models have for it: embed_tokens, wte and the like."""
+    return any("embed" in name or "wte" in name for name in copied)
 
 
 def _with_arguments(keys: Keys, name: str) -> str:
-    """The optimizer that `optim_args` makes of SGD or RMSprop (transformers/trainer_optimizer.py)."""
+    """The optimizer that `optim_args` makes of SGD, RMSprop or torchao's AdamW (transformers/trainer_optimizer.py)."""
     given = keys.values.get("optim_args")
     pairs = given.replace(" ", "").split(",") if isinstance(given, str) else []
     options = given if isinstance(given, dict) else dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    on = [option for option in BEYOND[name] if str(options.get(option, 0)).lower() not in OFF]
+    on = [option for option in BEYOND[name] if str(options.get(option, 0)).lower() not in (*OFF, BLOCK)]
     if name == "sgd" and "momentum" in on:
         name, on = "sgd-momentum", [option for option in on if option != "momentum"]
     if on:
         keys.differ(f"{name} without {' and '.join(on)}", "optim_args")
     return name
+
+
+def accumulated(keys: Keys) -> int:
+    """Micro-batches of a step: where that is one, accelerate's part may name more.
+
+    Raises:
+        UserError: both do, where transformers' trainer ends (`create_accelerator_and_postprocess`), or a value of the
+            wrong type.
+    """
+    given, named = keys.count("gradient_accumulation_steps", 1), accumulation(keys).get("num_steps")
+    if named is None:
+        return given
+    if given > 1:
+        raise UserError(
+            f"{keys.origin}: gradient_accumulation_steps and num_steps of accelerator_config exclude each other: leave "
+            "one of them out"
+        )
+    keys.used.add("accelerator_config")
+    return Keys({"num_steps": named}, f"{keys.origin}: accelerator_config").count("num_steps", 1)
 
 
 def own_code(keys: Keys, key: str, *, in_few_bits: bool) -> None:
@@ -284,7 +323,7 @@ def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bo
     on = [name for name, flag in (("dora", dora), ("rslora", rslora), ("pissa", pissa), ("loraplus", plus)) if flag]
     if bits is not None:
         if set(on) - {"rslora", "pissa"}:
-            raise UserError(f"{keys.origin}: a {bits}-bit base with {on[0]} is not modelled; leave one of them out")
+            raise UserError(f"{keys.origin}: {on[0]} on {bits}-bit weights is not modelled; leave one of them out")
         return {4: "qlora", 8: "lora_8bit"}[bits]
     if len(on) > 1 and set(on) != {"rslora", "pissa"}:
         raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")

@@ -55,6 +55,7 @@ PART = re.compile(r"(Moe(Block|Layer)|MoE|MLP|Mlp|Experts?|Attention)$")  # in n
 DDP = {
     "ddp_bucket_cap_mb": (25, "buckets of 25 MiB"),
     "ddp_broadcast_buffers": (True, "buffers broadcast before forward passes"),
+    "ddp_backend": ("nccl", "collectives of NCCL"),
 }
 ONCE = "gradients exchanged once a step, not for every micro-batch"
 
@@ -298,10 +299,12 @@ def _differ_in_dtypes(keys: Keys) -> None:
         keys.differ(SUMMED, "data_types")
 
 
-def _every_micro_batch(config: Any) -> bool:
-    """Whether accelerate's part of a training config has gradients exchanged for every micro-batch."""
-    accumulation = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
-    return isinstance(accumulation, dict) and bool(accumulation.get("sync_each_batch"))
+def accumulation(keys: Keys) -> dict[str, Any]:
+    """`gradient_accumulation_kwargs` of accelerate's part of a training config, which may be a path."""
+    config = keys.values.get("accelerator_config")
+    config = keys.object_in(config) if isinstance(config, str) else config
+    options = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    return options if isinstance(options, dict) else {}
 
 
 def _disabled(section: Any) -> bool:
@@ -373,7 +376,7 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
         UserError: as of `mesh_of`.
     """
     replicates = form.parallel in (None, "ddp")
-    once = replicates and _every_micro_batch(keys.values.get("accelerator_config"))
+    once = accumulation(keys).get("sync_each_batch")  # but under DeepSpeed, which always does (`Imported.on_several`)
     mesh = mesh_of(keys, shards=not replicates)
     besides = (f"{ONCE} (accelerator_config)",) if once else ()
     return replace(

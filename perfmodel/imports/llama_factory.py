@@ -6,9 +6,11 @@ from typing import Any
 from ..errors import UserError
 from . import packing
 from .fields import (
+    EMBEDDING_STATES,
     FLASH_2_FOR_3,
     FUSES,
     TORCHS_MUON,
+    accumulated,
     attention,
     by_length,
     checkpoint_kind,
@@ -18,6 +20,8 @@ from .fields import (
     flavour,
     fsdp,
     half,
+    in_8_bit,
+    names_embedding,
     optimizer_name,
     own_code,
     power_iterations,
@@ -74,7 +78,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
         "seq": keys.count("cutoff_len", 2048),
-        "grad_accum": keys.count("gradient_accumulation_steps", 1),
+        "grad_accum": accumulated(keys),
         "dtype": "fp32" if upcast else "bf16" if pure else amp or CHECKPOINT_DTYPE,
         "amp": None if pure else amp,
         "optimizer": _optimizer(keys),
@@ -90,6 +94,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         keys.differ(FP8_OF_4, "fp8")
     if name == "full":
         undecayed(keys, setup)
+    if name == "loraplus" and in_8_bit(str(setup["optimizer"])) and names_embedding(options["modules_to_save"]):
+        keys.differ(EMBEDDING_STATES, "loraplus_lr_ratio")  # `_create_loraplus_optimizer` knows no class of its own
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
     if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
         keys.differ("fp32 products without TF32", "tf32")
@@ -106,23 +112,26 @@ def _model(keys: Keys) -> str:
 
 
 def _attention(keys: Keys) -> str:
-    """What `flash_attn` asks for; Gemma 2 and gpt-oss have their own (`configure_attn_implementation`)."""
+    """What `flash_attn` asks for; Gemma 2, gpt-oss and Youtu have their own (`configure_attn_implementation`)."""
     model = _model(keys)
     if re.search(r"gpt-?oss", model, re.IGNORECASE):
         keys.differ(FLASH_2_FOR_3, *(["flash_attn"] if "flash_attn" in keys else []))
         return "flash2"
     by_itself = re.search(r"gemma-?2-", model, re.IGNORECASE) is not None
-    auto = "flash2" if by_itself else "sdpa"
-    return attention(keys, "flash_attn", {**ATTENTION, "auto": auto}, auto)
+    eager = re.search(r"youtu-", model, re.IGNORECASE) is not None  # for sdpa, too
+    auto = "flash2" if by_itself else "eager" if eager else "sdpa"
+    return attention(keys, "flash_attn", {**ATTENTION, "auto": auto, "sdpa": "eager" if eager else "sdpa"}, auto)
 
 
 def _optimizer(keys: Keys) -> str:
-    """The optimizer that a switch asks for (`create_custom_optimizer`), or that of Transformers' name."""
+    """The optimizer of the first switch that is on (`create_custom_optimizer`), or that of Transformers' name."""
     name = optimizer_name(keys, "optim", "adamw-fused")
-    if keys.flag("use_muon"):
+    mini, muon = keys.flag("use_adam_mini"), keys.flag("use_muon")
+    if keys.get("loraplus_lr_ratio") is not None or any(keys.flag(f"use_{own}") for own in ("badam", *PROJECTING)):
+        return name
+    if muon and not mini:
         keys.differ(TORCHS_MUON, "use_muon")
-        return "muon"
-    return "adam-mini" if keys.flag("use_adam_mini") else name
+    return "adam-mini" if mini else "muon" if muon else name
 
 
 def _update(keys: Keys) -> dict[str, bool]:

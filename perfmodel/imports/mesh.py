@@ -4,7 +4,7 @@ Axolotl and LLaMA-Factory v1 have them among their own keys; accelerate in a sec
 Trainer in a training config's, which accelerate takes too. Source: accelerate/parallelism_config.py (1.15).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,6 +19,7 @@ OF_MESH = ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size"
 OF_SP = "sp_"  # how accelerate's keys of DeepSpeed's Ulysses begin
 TP = ("tensor_parallel_size", "tp_size")  # of training tools, which load the model cut as it says
 CUT_WHEN_LOADED = "layers cut by a tp_plan with which the program loads the model: accelerate itself cuts none"
+APART = "batches of their own for any number of GPUs, not one that they share (split_batches)"
 ONE_GROUP = "shards over all GPUs, not within groups of them"
 OWN_SAMPLES = "samples of its own for every GPU"
 WITHOUT_CP = f"{OWN_SAMPLES}, without context parallel"
@@ -139,3 +140,30 @@ def that_shares(cp: int, cp_rotate: str, setup: Mapping[str, Any]) -> tuple[dict
     said = [("packing", f"{MASK_DROPPED} (cp_size)")] if within else []
     said += [("kernels", f"{NOT_LIGER} (cp_size)")] if setup.get("kernels") == "liger" else []
     return {"cp": cp, "cp_rotate": cp_rotate, "packing": "none", "kernels": "torch"}, said
+
+
+def in_groups(group: int, gpus: Sequence[int], told: Sequence[str]) -> bool:
+    """Whether so many GPUs shard within groups of a size, which nothing says yet."""
+    return group > 1 and any(n != group for n in gpus) and not any(said.startswith(ONE_GROUP) for said in told)
+
+
+def splits(keys: Keys) -> bool:
+    """Whether accelerate's part of a training config has GPUs share each batch."""
+    config = keys.values.get("accelerator_config")
+    return isinstance(config, dict) and bool(config.get("split_batches"))
+
+
+def with_own_part(setup: Mapping[str, Any], gpus: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+    """A setup whose batch so many GPUs share, and what is said where each of several numbers of them would.
+
+    Those that have the same samples are one (accelerate/data_loader.py, `BatchSamplerShard`).
+
+    Raises:
+        UserError: a batch that they cannot share.
+    """
+    if len(set(gpus)) > 1:
+        return dict(setup), [APART]
+    batch, parts = setup["batch"], max(1, gpus[0] // (setup.get("tp", 1) * setup.get("cp", 1)))
+    if batch % parts:
+        raise UserError(f"split_batches: a batch of {batch} cannot be shared by {parts} GPUs: give a multiple")
+    return {**setup, "batch": batch // parts}, []

@@ -8,6 +8,7 @@ attention within them depends on it, the first line says what is assumed.
 import re
 from typing import Any
 
+from .axolotl_kernels import diffuses
 from .fields import ACROSS_SAMPLES
 from .keys import Keys
 
@@ -27,6 +28,7 @@ KNOWING = frozenset((  # attention that knows documents, by Axolotl (utils/schem
 WITHOUT_MASK = ("sdpa", "eager")  # attention that gets packed rows without one (`attn_decontaminates_packing`)
 # Models whose packed rows lose it whatever attention is named (`compute_loss` of core/trainers/base.py), by their names
 UNMASKED = re.compile(r"gemma-?(4|3-(4|12|27)b)", re.IGNORECASE)
+EIGHT = 8  # tokens to a multiple of which LLaMA-Factory's collators fill up rows
 MASK = "the mask of packed documents is made on the device; LLaMA-Factory's collator makes it on the host"
 NEVER_CUT = "rows of 1,024 tokens, where the file cuts none (--seq says how long they are)"
 TELL_LENGTHS = "give --lengths (or --seq the mean length)"
@@ -49,7 +51,7 @@ def multiple_of_axolotl(keys: Keys) -> int:
 
 def multiple_of_llama_factory(keys: Keys) -> int:
     """As `multiple_of_axolotl` (`pad_to_multiple_of` of train/{sft,dpo,kto,rm}/workflow.py)."""
-    return 1 if keys.text("stage") == "pt" else 8
+    return 1 if keys.text("stage") == "pt" else EIGHT
 
 
 def multiple_of_trl(keys: Keys) -> int:
@@ -99,7 +101,7 @@ def _takes_varlen(keys: Keys, asked_attention: str | None) -> bool:
 
     Source: `_apply_sdpa_varlen_patch` of loaders/patch_manager.py.
     """
-    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not keys.values.get("diffusion")
+    return asked_attention == "sdpa" and keys.flag("sdpa_varlen", True) and not diffuses(keys)
 
 
 def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -> bool:
@@ -118,16 +120,25 @@ def _apart_in_axolotl(keys: Keys, asked_attention: str | None, attention: str) -
 def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: bool) -> list[str]:
     """`packing` and `neat_packing` (data/collator.py, data/processor/): rows with position ids, neat ones within them.
 
-    Packed rows of either kind have position ids and, but for masks that neat packing makes, ones as their mask: with
-    flash-attn and one row transformers takes them for documents of their own. Pretraining's are cut from one text.
+    Rows of `cutoff_len` and a token of padding are filled up to a multiple of eight tokens. What fills them is masked,
+    so that transformers looks for no documents in the position ids; where it is nothing, flash-attn with one row finds
+    them. Neat rows have masks, or lose their padding to flash-attn. Pretraining's are cut from one text.
     """
-    neat = keys.flag("neat_packing")
-    known = keys.flag("packing") and not pretraining and setup["attention"] == "flash2" and setup["batch"] == 1
-    if neat or known:
+    neat, packs = keys.flag("neat_packing"), keys.flag("packing", pretraining)
+    if pretraining or not (neat or packs):
+        setup |= {"packing": "dense"} if packs else {}
+        return []
+    flash, longer = setup["attention"] == "flash2", setup["seq"] + 1
+    filled = longer % EIGHT != 0
+    if not (neat and flash):
+        setup["seq"] = -(-longer // EIGHT) * EIGHT
+    if neat or (flash and setup["batch"] == 1 and not filled):
         _within(keys, setup, "varlen", "neat_packing" if neat else "packing")
-    elif keys.flag("packing", pretraining):
-        setup["packing"] = "dense"
-    return [MASK] if neat and setup["attention"] != "flash2" else []
+        return [] if flash else [MASK]
+    setup["packing"] = "dense"
+    if filled:
+        keys.differ(TO_THE_END, "packing")
+    return []
 
 
 def packed_by_trl(keys: Keys, setup: dict[str, Any]) -> None:

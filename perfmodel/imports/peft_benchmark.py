@@ -33,6 +33,9 @@ OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # tuners whose keys and values stand
 # `boft_P`, a buffer that PEFT makes on the host, where it stays as nothing moves the model after that
 ON_GPU = "BOFT's permutations on the GPU, not copied from the host in every forward pass"
 ONE_SHAPE = "torch.compile for batches of one shape, not of any (dynamic)"  # `get_model` of utils.py
+# Of `optimizer_kwargs`, which go to PyTorch's AdamW: forms of its update other than that by default
+FORMS_OF_ADAMW = {"fused": True, "foreach": False, "amsgrad": True, "capturable": True, "differentiable": True}
+BY_DEFAULT = "AdamW in the form that PyTorch has by default"
 PIXELS, TEXT = 16, 512  # a token of an image stands for 16 x 16 pixels; what `tracing.programs.diffusion` takes as text
 
 
@@ -70,6 +73,9 @@ def setup_of(keys: Keys) -> dict[str, Any]:
     kind = keys.text("optimizer_type", "AdamW")
     if kind not in ("AdamW", *METHODS):
         raise UserError(f"{keys.origin}: optimizer_type {kind!r} is not modelled; use AdamW")
+    options = keys.get("optimizer_kwargs")
+    if isinstance(options, dict) and any(options.get(name) is asked for name, asked in FORMS_OF_ADAMW.items()):
+        keys.differ(BY_DEFAULT, "optimizer_kwargs")
     if "dino_model_id" in keys:
         keys.differ(ALONE, "dino_model_id")
     if compiles := keys.flag("compile"):

@@ -10,15 +10,16 @@ from typing import Any
 
 from ..errors import UserError
 from ..recording.parallel.form import ALONE, OBJECTIVES
-from ..resources import LARGEST, json_object, mapping, parsed, read_json, read_text
+from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
-from .forms import OFFLOADED, ONCE, AskedForm, form_of, offloadable
+from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .mesh import ONE_GROUP, that_shares
+from .mesh import ONE_GROUP, in_groups, splits, that_shares, with_own_part
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .values import read_values, values_alone
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
@@ -26,12 +27,11 @@ SAID_OF = {
     "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS, trainer.LIGERS_ACCURACY),
 }  # fmt: skip
 DIFFERS = "not the file's step as it is: "
+ZERO_3 = "deepspeed-zero3"
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
 AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
-LARGEST_YAML = 2**20  # bytes
-MOST_VALUES = 100_000  # those behind an alias count wherever it stands
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Imported:
         traced: whether a trace answers, which is one of one GPU.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         samples: of a step on all GPUs together, where the tool counts those.
+        splits: whether GPUs share each batch, as they do where accelerate is told so.
+        of_engine: of the differences those of DeepSpeed's config, where one GPU runs its ZeRO-3.
+        task: what an adapter's own config says that it is for, in PEFT's word.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         balances: whether a loss on the loads of experts is added on models that have one.
     """
@@ -81,6 +84,9 @@ class Imported:
     as_kept: bool = False
     balances: bool = False
     samples: int | None = None
+    splits: bool = False
+    of_engine: tuple[str, ...] = ()
+    task: str = ""
 
     def with_seq(self) -> "Imported":
         """What it says where the length of samples is given."""
@@ -111,6 +117,7 @@ class Imported:
             said: each such field, and what is said in the place of what was said of it; may be empty.
         """
         gone = tuple(chain.from_iterable(SAID_OF.get(name, ()) for name, words in said if words))
+        gone += self.of_engine if any(name == "engine" for name, _ in said) else ()
         kept = [d for d in self.differences if not d.startswith(gone)]
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
@@ -133,16 +140,22 @@ class Imported:
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
         setup["ddp"], unlike = ddp.that_runs(self.ddp, setup)
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
-        kept = [d for d in self.differences if not d.startswith(OF_ONE_GPU)]
+        kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
+        if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked
+            told = dict.fromkeys(words for words in told if not words.startswith(ONCE))
         return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
-        if self._in_groups(gpus):
+        sharded = self.setup.get("parallel", "ddp") != "ddp"
+        if sharded and in_groups(self.asks().group, gpus, self.differences):
             return replace(self, differences=[*self.differences, f"{ONE_GROUP} (dp_shard_size)"]).over(gpus)
+        if self.splits:
+            setup, said = with_own_part(self.setup, gpus)
+            return replace(self, setup=setup, differences=[*self.differences, *said])
         if self.samples is None:
             return self
         if len(set(gpus)) > 1:
@@ -150,13 +163,6 @@ class Imported:
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
         told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
         return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
-
-    def _in_groups(self, gpus: Sequence[int]) -> bool:
-        """Whether so many GPUs shard within groups that its size of one makes, which nothing says yet."""
-        if self.setup.get("parallel", "ddp") == "ddp" or any(d.startswith(ONE_GROUP) for d in self.differences):
-            return False
-        group = self.asks().group
-        return group > 1 and any(n != group for n in gpus)
 
     @property
     def first_line(self) -> str:
@@ -253,14 +259,18 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     ignored = meanings.judge(keys, table)
     upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
+    asks = partial(FORMS.get(found.name, form_of), keys)
+    on_one = asks() if setup.get("engine") == ZERO_3 else AskedForm()  # DeepSpeed's config is that of one GPU, too
+    setup |= on_one.setup
+    of_engine = tuple(words for words in on_one.unlike if not words.startswith(SWITCHED_OFF["overlap_comm"]))
     return Imported(
-        found.name, model, method, setup, ignored, notes, [*keys.told_differences(), *unscaled(setup)],
-        frozen=frozen, upcasts=upcasts, multiple=multiple,
-        job=table.of_job(values), asks=partial(FORMS.get(found.name, form_of), keys),
+        found.name, model, method, setup, ignored, notes,
+        [*keys.told_differences(), *of_engine, *unscaled(setup)],
+        frozen=frozen, upcasts=upcasts, multiple=multiple, job=table.of_job(values), asks=asks, of_engine=of_engine,
         ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
-        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None,
+        samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),
     )  # fmt: skip
 
 
@@ -278,14 +288,17 @@ def _balances(tool: str, keys: Keys, objective: str) -> bool:
 def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -> bool:
     """Whether a model is loaded in the dtype of its checkpoint, and weights stay so.
 
-    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains.
+    LLaMA-Factory does it (model/loader.py, v1/core/model_engine.py), but not by Unsloth, and puts in fp32 what trains;
+    Axolotl where weights start at random (loaders/model.py, `_load_model_from_config`).
     """
+    if tool == "Axolotl":
+        return bool(keys.values.get("reinit_weights"))
     if tool == TRL:
         named = (keys.values.get("dtype"), keys.values.get("torch_dtype"))
         return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
-    loads = tool == FACTORY or (tool in PRECISE and tool != "Axolotl" and method != "full")
+    loads = tool == FACTORY or (tool in PRECISE and method != "full")
     return loads and setup["dtype"] != "fp32"
 
 
@@ -301,11 +314,13 @@ def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
         why = f"{error} no built-in form: add --traced"
         adapter.differ_without_data(keys)
         base, differences = keys.text("base_model_name_or_path"), keys.told_differences()
-        return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why)
+        task = keys.text("task_type", "") or ""
+        return Imported(tool, base, None, {}, [], [], differences, adapter=path, why_traced=why, task=task)
     if model is None and not keys.alone and (generation := peft_benchmark.generation_of(path)) is not None:
         model, setup = generation[0], setup | generation[1]
         return Imported(tool, model, method, setup, rest, notes, [peft_benchmark.ONLY_GENERATES], adapter=path)
-    return Imported(tool, model, method, setup, rest, notes, adapter=path)
+    task = keys.text("task_type", "") or ""
+    return Imported(tool, model, method, setup, rest, notes, adapter=path, task=task)
 
 
 def _of_experiment(path: Path, keys: Keys) -> Imported:
@@ -353,47 +368,3 @@ def _refuse_others(path: Path, values: dict[str, Any]) -> None:
             raise UserError(f"{path}: {NO_TRAINING}: {what}")
     if values and all(re.fullmatch("<.+>", key) for key in values):
         raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML or JSON file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    return _parsed(path, read_text(path, LARGEST if path.suffix == ".json" else LARGEST_YAML))
-
-
-def values_alone(name: str, text: str) -> tuple[Path, dict[str, Any]]:
-    """A file's name without its folders, and the keys and values of its text.
-
-    Raises:
-        UserError: a text that is too large, or holds something else.
-    """
-    path = Path(Path(name).name)
-    if len(text.encode(errors="replace")) > LARGEST_YAML:
-        raise UserError(f"{path}: larger than {LARGEST_YAML // 2**20} MiB, so not what is read here")
-    return path, _parsed(path, text)
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
-    if path.suffix == ".json":
-        return json_object(text, str(path))
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of C is ten times as fast
-    values = mapping(parsed(text, partial(yaml.load, Loader=loader), "YAML", str(path), yaml.YAMLError), str(path))
-    _check_size(values, path)
-    return {str(key): value for key, value in values.items()}
-
-
-def _check_size(values: Any, path: Path) -> None:
-    """Raise `UserError` where few aliases stand for a great many values, which nothing may walk through or print."""
-    waiting, seen = [values], 0
-    while waiting:
-        value = waiting.pop()
-        seen += 1
-        if isinstance(value, (dict, list, tuple, set)):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-            if seen + len(waiting) > MOST_VALUES:
-                raise UserError(f"{path}: more than {MOST_VALUES:,} values, so not a training config")

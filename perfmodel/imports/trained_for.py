@@ -22,6 +22,8 @@ LIKELY = "with the likelihood of chosen sequences, which a cpo_alpha of 0 leaves
 OF_CPO = ("cpo_alpha", "simpo_gamma")
 OF_REWARD = ("center_rewards_coefficient",)
 OF_GRPO = ("num_generations", "max_completion_length", "use_vllm", "scale_rewards", "epsilon", "reward_funcs")
+OF_OLDER = "max_completion_length"  # DPO's, KTO's and CPO's key for encoder-decoder models, and ORPO's to this day
+OPEN_GRPO = "a GRPO step: the file does not say whether GRPO or a trainer of preferences reads it"
 OF_PPO = (  # ppo_config.py
     "response_length", "num_ppo_epochs", "num_mini_batches", "total_episodes", "vf_coef", "cliprange",
     "cliprange_value", "kl_coef", "kl_estimator", "whiten_rewards", "missing_eos_penalty", "lam", "gamma",
@@ -75,7 +77,14 @@ def of_trl(keys: Keys) -> dict[str, Any]:
         return preference(keys, "simpo" if simple else "cpo")
     if any(_has(keys, key) for key in OF_REWARD):
         return preference(keys, "reward")
-    if any(key in keys.values for key in OF_GRPO):
+    of_grpo = [key for key in OF_GRPO if key in keys.values]
+    if of_grpo == [OF_OLDER]:  # of preference trainers, too, as they once were
+        of_grpo = [] if folder or set(losses) & set(DPO_LOSSES) else of_grpo
+        if of_grpo:
+            keys.differ(
+                "a GRPO step: the file does not say whether GRPO or a trainer of preferences reads it", OF_OLDER
+            )
+    if of_grpo:
         return grpo(keys, keys, keys.count("max_prompt_length", 512), adapters=keys.flag("use_peft"))
     if any(key in keys.values for key in OF_PPO[:7]):
         return _ppo(keys)
@@ -94,7 +103,7 @@ def of_trl(keys: Keys) -> dict[str, Any]:
 
 def preference(keys: Keys, name: str) -> dict[str, Any]:
     """An objective with what its keys ask for."""
-    keys.used.update((*OF_KTO, *OF_CPO, *OF_REWARD, *OF_PREFERENCES))
+    keys.used.update((*OF_KTO, *OF_CPO, *OF_REWARD, *OF_PREFERENCES, OF_OLDER))
     found: dict[str, Any] = {"objective": name}
     if name in ("dpo", "kto") and keys.flag("precompute_ref_log_probs"):
         found["reference"] = "precomputed"

@@ -8,6 +8,7 @@ from . import packing
 from .fields import (
     ATTENTION,
     DTYPES,
+    accumulated,
     attention,
     by_length,
     checkpoint_kind,
@@ -40,6 +41,7 @@ LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 PREPARING = ("orpo", "cpo", "simpo")  # objectives whose trainers call peft's `prepare_model_for_kbit_training`
 # `clone_chat_template`: tokens that the tokenizer lacks are added, and trained (sft_trainer.py, reward_trainer.py)
 OF_ANOTHER = "adapters alone; TRL trains the head too where another model's chat template has tokens that are new"
+COPIES_IN_FP32 = "copies of modules in fp32; beside a base in few bits TRL casts all that trains to bf16"
 NORMS_PREPARED = "norms in the dtype of the rest, not in fp32"
 IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
 OLD_CHECKPOINTS = "gradient_checkpointing"  # on in TRL's own arguments, and off where a file empties it
@@ -61,7 +63,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     setup: dict[str, Any] = {
         "engine": engine(keys, zero3=not objective),
         "batch": keys.count("per_device_train_batch_size", 8),
-        "grad_accum": keys.count("gradient_accumulation_steps", 1),
+        "grad_accum": accumulated(keys),
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
@@ -101,6 +103,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
     if method == "full":
         undecayed(keys, setup)
+    cast = dtype_in_trl(low_bits(keys), str(objective.get("objective", "sft")))
+    if cast and dtype == "fp32" and keys.names("lora_modules_to_save"):
+        keys.differ(COPIES_IN_FP32, "lora_modules_to_save")
     return keys.text("model_name_or_path"), method, setup, notes
 
 

@@ -3,9 +3,14 @@
 import re
 from typing import Any
 
+from ..architectures import load
+from ..architectures.names import bundled_for
+from .axolotl_kernels import diffuses
 from .keys import NOTHING, Keys
 
 AS_IT_IS = "the vocabulary as it is, without rows for new tokens"
+UNCUT = "the embedding with all of its rows, not cut to the tokens of the tokenizer"
+NOT_ROUND = "the vocabulary as it is, without rows up to a multiple of 32"
 LACKING = (  # special tokens, and models that have no row left for them, by their names
     (r"<\|finetune_right_pad_id\|>", r"llama-?3-"),  # Llama 3.1 has it
     (r"<\|im_(start|end)\|>", r"^(mistralai|mistral-community|meta-llama|codellama)/|^nousresearch/(meta-)?llama"),
@@ -26,9 +31,20 @@ def enlarged_by_axolotl(keys: Keys) -> None:
     named = " ".join(map(str, special.values())) if isinstance(special, dict) else ""
     if any(re.search(token, named) and re.search(models, model, re.IGNORECASE) for token, models in LACKING):
         keys.differ(AS_IT_IS, "special_tokens")
-    diffusion = keys.values.get("diffusion")
-    if isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
+    if keys.flag("shrink_embeddings"):
+        keys.differ(UNCUT, "shrink_embeddings")
+    if keys.flag("resize_token_embeddings_to_32x") and (_rows(model) or 0) % 32:
+        keys.differ(NOT_ROUND, "resize_token_embeddings_to_32x")
+    diffusion = keys.values.get("diffusion") or {}
+    if diffuses(keys) and isinstance(diffusion, dict) and _adds_a_mask(diffusion, model):
         keys.differ(AS_IT_IS)
+
+
+def _rows(model: str) -> int | None:
+    """Tokens of a model's vocabulary, as its bundled config has them; None where there is none."""
+    meant = bundled_for(model)
+    size = None if meant is None else load(meant.name).values.get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _adds_a_mask(diffusion: dict[str, Any], model: str) -> bool:

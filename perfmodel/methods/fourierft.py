@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
+from ..tape.bus import moved_to_device
 from ..tape.gather import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
-from ..tape.tensor import Storage, Tensor
+from ..tape.split import select
+from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option
 from .parts.checks import positive
 from .parts.targeted import Targeted
@@ -49,10 +51,6 @@ class FourierFt(Targeted):
         """`get_delta_weight`; the transform is done in fp32 whatever the coefficients are."""
         spectrum = layer.adapter("fourierft_spectrum", (self.n,), dtype)
         dense = fill("zeros", (layer.n_out, layer.n_in), "fp32")
-        dense = index_put(dense, _row(self.n), _row(self.n), cast(spectrum, "fp32"))
+        places = moved_to_device((2, self.n), "i64")  # no parameter and no buffer, so that it stays where PEFT drew it
+        dense = index_put(dense, select(places, 0), select(places, 0), cast(spectrum, "fp32"))
         return cast(mul(real(inverse_fft2(to_complex(dense))), 150.0), spectrum.dtype)
-
-
-def _row(n: Any) -> Tensor:
-    """Rows or columns of the coefficients: a plain tensor that PEFT moves to the device once."""
-    return Tensor((n,), "i64", (1,), n, Storage(0, None))

@@ -76,11 +76,13 @@ class Lora(Targeted):
 
     @property
     def target_names(self) -> tuple[str, ...]:
-        """The targets; without a default of PEFT's no layers, where weights of experts are named."""
+        """The targets; without a default of PEFT's no layers, where weights of experts are named.
+
+        It has none where it turns names of transformers 4 into weights of experts: no names become an empty list.
+        """
         assert self.architecture is not None
-        if self.target_parameters and not self.targets and self.architecture.traits.targets.of(self.family) is None:
-            return ()
-        return super().target_names
+        has_default = self.architecture.traits.targets.of(self.family) is not None and not self._stacked_of_traits
+        return () if self.target_parameters and not self.targets and not has_default else super().target_names
 
     def _targets_all(self, leaves: tuple[str, ...]) -> bool:
         """Whether in some block every layer with one of these names is a target."""

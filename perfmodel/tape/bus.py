@@ -39,8 +39,13 @@ def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
 
 def scalar(dtype: str, shape: Shape = ()) -> Tensor:
     """`torch.tensor(value, device=…)`: one number (or a list of them); making it is no call of its own."""
-    made = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
-    return emit("_to_copy", (made,), shape, dtype, attrs=OVER_BUS) if tape().device == "cuda" else made
+    return moved_to_device(shape, dtype)
+
+
+def moved_to_device(shape: Shape, dtype: str) -> Tensor:
+    """`x.to(device)` of a tensor that lies on the host: copied to a GPU every time, and already there on a CPU."""
+    lying = Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+    return emit("_to_copy", (lying,), shape, dtype, attrs=OVER_BUS) if tape().device == "cuda" else lying
 
 
 def coin() -> None:

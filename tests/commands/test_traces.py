@@ -1,6 +1,7 @@
 """Models that only a trace can answer for: a command traces them by itself, and says so first."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from perfmodel.architectures import has_form, load, model_names
 from perfmodel.commands import traces
 from perfmodel.imports import Imported
 from perfmodel.imports.fallbacks import UNBALANCED
+from perfmodel.tracing import kernels
 
 APERTUS = {
     "model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
@@ -178,6 +180,29 @@ def test_types_whose_experts_were_layers_are_those_of_transformers() -> None:
 
     kinds = {name for name, like in _MODEL_TO_CONVERSION_PATTERN.items() if like in ("mixtral", "qwen2_moe")}
     assert {name for name in kinds if name.islower()} == traces.EXPERTS_BY_LAYER
+
+
+def test_packages_of_kernels_are_those_of_transformers() -> None:
+    """The table spares a command torch; a model that is not in it would pass for the program that its users run."""
+    transformers = pytest.importorskip("transformers")
+    asks = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"\w+\",\s*\"(\w+)\"")
+    kinds = re.compile(r"model_type: str = \"(\w+)\"|model_type = \"(\w+)\"")
+    names = {"fla": "flash-linear-attention", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+    towers = ("_vision", "_audio")  # which run no such kernel
+    for program in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        if packages := {names[package] for package in asks.findall(program.read_text())}:
+            config = program.with_name(program.name.replace("modeling", "configuration")).read_text()
+            for kind in ("".join(found) for found in kinds.findall(config)):
+                if not kind.endswith(towers):
+                    assert packages <= set(kernels.PACKAGES[kind].split(" and ")), kind
+
+
+def test_a_package_that_a_tool_refuses_is_not_missed() -> None:
+    """Axolotl ends where causal-conv1d is installed beside LFM2: PyTorch's code is what its file runs."""
+    found = Imported("Axolotl", None, "full", {"dtype": "bf16"}, [], [])
+    assert traces.otherwise("lfm2-350m", found) == []
+    assert traces.otherwise("lfm2-350m", replace(found, tool="Transformers/TRL")) == [kernels.without_kernels("lfm2")]
+    assert "causal-conv1d" in kernels.without_kernels("lfm2")
 
 
 def test_what_is_typed_is_not_changed(model: Path) -> None:

@@ -112,7 +112,7 @@ SHORT = {
         says="masked,bert",
     ),
     "perfmodel validate configs FOLDER": Short(
-        "mkdir FOLDER && printf 'base_model: gpt2\\nmicro_batch_size: 1\\nsequence_len: 16\\nadapter: lora\\n'"
+        "mkdir FOLDER && printf 'base_model: gpt2\\nmicro_batch_size: 1\\nsequence_len: 16\\n'"
         " > FOLDER/a.yml && perfmodel validate configs FOLDER",
         says="100 %",
     ),

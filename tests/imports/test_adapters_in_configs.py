@@ -14,7 +14,7 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.adapter import NOT_FACTORED
 from perfmodel.imports.fields import UNSCALED
-from perfmodel.imports.peft_benchmark import NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
+from perfmodel.imports.peft_benchmark import BY_DEFAULT, NEVER_EMPTIED, NOT_CACHED, ONE_SHAPE
 from perfmodel.methods.lora import Lora
 from perfmodel.methods.lora_alike import Pissa
 from perfmodel.prediction.predict import resolve
@@ -47,7 +47,11 @@ def test_targets_may_be_a_regex_of_whole_paths(tmp_path: Path, regex: str) -> No
     [
         ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', 4),
         ("a.json", '{"peft_type": "LORA", "init_lora_weights": "pissa"}', 0),
-        ("a.yml", "base_model: gpt2\nadapter: lora\npeft_init_lora_weights: pissa_niter_4", 4),
+        (
+            "a.yml",
+            "base_model: gpt2\nadapter: lora\nlora_target_linear: true\npeft_init_lora_weights: pissa_niter_4",
+            4,
+        ),
         ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true", 16),
         ("a.yaml", "model_name_or_path: gpt2\nfinetuning_type: lora\npissa_init: true\npissa_iter: -1", 0),
     ],
@@ -205,6 +209,22 @@ def test_what_the_loop_of_pefts_comparison_does_by_itself_is_told(
     assert read(folder / "adapter_config.json").differences == told
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"lr": 1e-4, "weight_decay": 0.1, "foreach": None}, False), ({"fused": True}, True), ({"foreach": False}, True)],
+)
+def test_a_form_of_adamw_that_an_experiment_asks_for_is_told(
+    tmp_path: Path, options: dict[str, Any], told: bool
+) -> None:
+    """A fused update is one kernel, and a loop many: all arguments of PyTorch's class are taken."""
+    folder = tmp_path / "experiments" / "lora" / "one"
+    folder.mkdir(parents=True)
+    (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": "gpt2"}))
+    (folder / "training_params.json").write_text(json.dumps({"optimizer_kwargs": options}))
+    differences = read(folder / "training_params.json").differences
+    assert (f"{BY_DEFAULT} (optimizer_kwargs)" in differences) == told
+
+
 def test_compiled_batches_of_pefts_comparison_are_of_any_shape(tmp_path: Path) -> None:
     """Its loop compiles for shapes that change, as its batches do; a graph of one shape is what is modelled."""
     folder = tmp_path / "experiments" / "any" / "mine"
@@ -244,3 +264,19 @@ def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp
     (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "distilgpt2"}))
     own = read(folder / "adapter_config.json")
     assert (own.model, own.first_line) == ("distilgpt2", "")
+
+
+@pytest.mark.parametrize("model", ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B"])
+def test_weights_of_experts_alone_bring_no_default_layers(tmp_path: Path, model: str) -> None:
+    """Axolotl hands in an empty list of layers, where PEFT would take its default for none."""
+    text = f"base_model: {model}\nadapter: lora\nmicro_batch_size: 1\nsequence_len: 64\n"
+    (tmp_path / "config.yml").write_text(f"{text}lora_target_parameters: [mlp.experts.gate_up_proj]")
+    found = read(tmp_path / "config.yml")
+    assert found.model is not None
+    assert found.method is not None
+    step = predict(found.model, found.method, seq=16).step
+    assert step is not None
+    assert all(".experts." in p.name for p in step.parameters if p.requires_grad)
+    (tmp_path / "config.yml").write_text(text)
+    with pytest.raises(UserError, match="no lora_target_modules"):
+        read(tmp_path / "config.yml")

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from perfmodel.errors import UserError
 from perfmodel.imports import read
-from perfmodel.imports.axolotl import EMBEDDING_STATES, NO_BATCH_SIZE
+from perfmodel.imports.axolotl import BOTH_FACTORS, NO_BATCH_SIZE
+from perfmodel.imports.fields import EMBEDDING_STATES
 
-BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
 LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
 
 
@@ -217,6 +219,7 @@ def test_gradients_are_clipped_by_one_key_alone(tmp_path: Path, text: str, clips
         ("embedding_lr: 1.0e-5\noptimizer: adamw_torch", False),
         ("embedding_lr: 1.0e-5\nadapter: lora", False),
         ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [embed_tokens]", True),
+        ("loraplus_lr_ratio: 16\nadapter: lora\nlora_modules_to_save: [lm_head]", False),
         ("", False),
     ],
 )
@@ -224,3 +227,37 @@ def test_an_embedding_of_8_bit_states_is_told(tmp_path: Path, text: str, told: b
     """transformers keeps those of an embedding in fp32; groups of Axolotl's own leave them to bitsandbytes."""
     (tmp_path / "config.yml").write_text(f"{BASE}optimizer: adamw_8bit\n{text}")
     assert (EMBEDDING_STATES in read(tmp_path / "config.yml").differences) == told
+
+
+@pytest.mark.parametrize("start", ["mica", "gaussian"])
+def test_a_frozen_factor_is_told(tmp_path: Path, start: str) -> None:
+    """MiCA trains one of the two: half of the states, and no product for the gradient of the other."""
+    (tmp_path / "config.yml").write_text(f"{LORA}peft_init_lora_weights: {start}")
+    told = any(words.startswith(BOTH_FACTORS) for words in read(tmp_path / "config.yml").differences)
+    assert told == (start == "mica")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("gradient_checkpointing:", "none"),
+        ("gradient_checkpointing:\nrl: dpo", "block"),
+        ("gradient_checkpointing:\nreward_model: true", "block"),
+        ("gradient_checkpointing: false\nrl: dpo", "none"),
+        ("rl: dpo", "none"),
+    ],
+)
+def test_checkpoints_are_trls_default_where_the_key_is_emptied(tmp_path: Path, text: str, kind: str) -> None:
+    """Axolotl's own default is handed on as false, an emptied key is not handed on."""
+    (tmp_path / "config.yml").write_text(BASE + text)
+    assert read(tmp_path / "config.yml").setup["checkpoint"] == kind
+
+
+@pytest.mark.parametrize(("name", "off"), [("DenseMixer", "dense_mixer"), ("NemoGym", "nemo_gym_enabled")])
+def test_a_plugin_that_is_on_by_itself_is_refused(tmp_path: Path, name: str, off: str) -> None:
+    """Named alone it makes a step of another kind, as its keys have defaults; one of them may switch it off."""
+    (tmp_path / "config.yml").write_text(f"{BASE}plugins: [a.{name}Plugin]\n")
+    with pytest.raises(UserError, match=f"plugins: {name}Plugin: .* is not modelled"):
+        read(tmp_path / "config.yml")
+    (tmp_path / "config.yml").write_text(f"{BASE}plugins: [a.{name}Plugin]\n{off}: false\n")
+    assert not any("plugin" in said.lower() for said in read(tmp_path / "config.yml").differences)

@@ -1,5 +1,6 @@
 """A config on its model: what the model has no program of is answered otherwise, and the first line says so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from perfmodel.architectures import from_config, load
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.fallbacks import UNBALANCED, fallbacks
+from perfmodel.imports.fallbacks import OWN_HEAD, UNBALANCED, fallbacks, of_another_task
 from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
@@ -109,6 +110,7 @@ def test_ligers_kernels_are_on_the_models_that_a_tool_puts_them_on(
         ("model_name_or_path: facebook/opt-1.3b\nmax_length: 64\nuse_peft: true\ndtype: auto\n", "bf16, not in fp16"),
         ("model_name_or_path: facebook/opt-1.3b\nmax_length: 64\nuse_peft: true\ndtype: bfloat16\n", ""),
         (f"base_model: meta-llama/Llama-2-7b-hf\n{LORA}{LINEAR}", ""),
+        (f"base_model: meta-llama/Llama-2-7b-hf\nreinit_weights: true\n{LORA}{LINEAR}", "bf16, not in fp16"),
     ],
 )
 def test_weights_in_the_dtype_of_their_checkpoint_are_told(tmp_path: Path, text: str, kept: str) -> None:
@@ -127,6 +129,27 @@ def test_weights_in_the_dtype_of_their_checkpoint_are_told(tmp_path: Path, text:
 def test_weights_that_a_repository_or_a_tool_unpacks_are_in_16_bit(tmp_path: Path, text: str) -> None:
     """Then a first line on their packing would tell of a difference that is none."""
     assert "fp8" not in asked(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "told"),
+    [
+        ("CAUSAL_LM", "GPT2LMHeadModel", False), ("SEQ_CLS", "GPT2ForSequenceClassification", False),
+        ("SEQ_CLS", "GPT2LMHeadModel", True), ("TOKEN_CLS", "GPT2ForSequenceClassification", True),
+        ("FEATURE_EXTRACTION", "GPT2LMHeadModel", True),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_another_task_than_its_models_is_told(tmp_path: Path, task: str, head: str, told: bool) -> None:
+    """Its program has a classifier where the model's config names the head of 50,000 words, a third of a small step."""
+    values = {**load("gpt2").values, "architectures": [head], "num_labels": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    file = tmp_path / "adapter_config.json"
+    own = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"], "base_model_name_or_path": str(tmp_path)}
+    file.write_text(json.dumps({**own, "task_type": task}))
+    result = CliRunner().invoke(main, ["predict", "--config", str(file), "--device", "h100-sxm"])
+    assert result.exit_code == 0, result.stderr
+    assert (OWN_HEAD.format(task) in result.stdout.partition("\n")[0]) == told
+    assert bool(of_another_task(read(file), None)) == (task != "CAUSAL_LM")  # as a trace's first line asks
 
 
 def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
@@ -228,8 +251,8 @@ def test_what_is_answered_is_said_once(tmp_path: Path, text: str, answered: str,
         ("model_name_or_path: qwen3-8b\nrouter_aux_loss_coef: 0.01\n{}", False),
         ("model_name_or_path: deepseek-v2-lite\n{}", False),
         ("model_name_or_path: qwen3-30b-a3b\ncpo_alpha: 1.0\n{}", False),
-        ("base_model: qwen3-30b-a3b\nadapter: lora\nrl: dpo\nmicro_batch_size: 1", True),
-        ("base_model: qwen3-30b-a3b\nadapter: lora\nmicro_batch_size: 1", False),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nlora_target_modules: [q_proj]\nrl: dpo", True),
+        ("base_model: qwen3-30b-a3b\nadapter: lora\nlora_target_modules: [q_proj]", False),
     ],
 )
 def test_trls_trainers_balance_experts_unless_told_not_to(tmp_path: Path, text: str, told: bool) -> None:

@@ -13,11 +13,11 @@ from perfmodel.imports import DIFFERS, meanings, read
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.packing import BY_A_MASK, TO_THE_END, UNKNOWN
 from perfmodel.imports.read import ASK
-from perfmodel.imports.trainer import IN_FP32, OF_ANOTHER
-from perfmodel.imports.vocabulary import AS_IT_IS
+from perfmodel.imports.trainer import COPIES_IN_FP32, IN_FP32, OF_ANOTHER
+from perfmodel.imports.vocabulary import AS_IT_IS, NOT_ROUND, UNCUT
 from perfmodel.resources import DATA
 
-BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
 PLAIN = f"{BASE}bf16: false\ntf32: false\n"  # both are on by default
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "dtype": "float32", "packing": False}
 UNFUSED = "without fused kernels for adapters, Axolotl's default"
@@ -29,6 +29,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "deepspeed: zero2.json": ("axolotl", "one GPU, without ZeRO-2 (deepspeed)"),
     "deepspeed: z3_offload.json": ("axolotl", "one GPU, without ZeRO-3 with offloading (deepspeed)"),
     "fsdp: [full_shard]\nfsdp_config: {a: b}": ("axolotl", "one GPU, without FSDP (fsdp, fsdp_config)"),
+    "base_model_config: gpt2-medium": ("axolotl", "the model's own config, not another's (base_model_config)"),
     "tensor_parallel_size: 2": ("axolotl", "one GPU (tensor_parallel_size)"),
     "ray_num_workers: 2": ("axolotl", "one GPU (ray_num_workers)"),
     "ray_num_workers: 4": ("factory", "one GPU (ray_num_workers)"),
@@ -42,6 +43,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
     "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
+    "plugins: [a.DiffusionPlugin]": (
+        "axolotl", "a causal step, not masked diffusion's: attention one way, a loss on every token (plugins)",
+    ),
     "plugins: [a.MinePlugin]": ("axolotl", "without the plugin MinePlugin (plugins)"),
     "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
@@ -77,6 +81,12 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "base_model: deepseek-ai/DeepSeek-V2-Lite\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
+    "base_model: MiniMaxAI/MiniMax-M2\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model, whose experts are stacked (trust_remote_code)",
+    ),
+    "base_model: THUDM/glm-4-9b-chat\ntrust_remote_code: true": (
+        "axolotl", "transformers' own code of the model (trust_remote_code)",
     ),
     "base_model: tiiuae/falcon-7b\ntrust_remote_code: true": (
         "axolotl", "transformers' own code of the model (trust_remote_code)",
@@ -130,6 +140,8 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
     "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
+    "shrink_embeddings: true": ("axolotl", f"{UNCUT} (shrink_embeddings)"),
+    "resize_token_embeddings_to_32x: true": ("axolotl", f"{NOT_ROUND} (resize_token_embeddings_to_32x)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),
     'base_model: NousResearch/Llama-2-7b-hf\nspecial_tokens: {pad_token: "[PAD]"}': (
         "axolotl", f"{AS_IT_IS} (special_tokens)",
@@ -149,6 +161,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "tf32: true": ("axolotl", "fp32 products without TF32 (tf32)"),
     "dtype: float16": ("trl", "products in fp16, not in bf16 under autocast"),
     "fp16: true": ("trl", UNSCALED),
+    "use_peft: true\nload_in_4bit: true\nlora_modules_to_save: [lm_head]": (
+        "trl", f"{COPIES_IN_FP32} (lora_modules_to_save)",
+    ),
     "fp16: true\nadapter: lora": ("axolotl", UNSCALED),
     "fp16: true\nfinetuning_type: full": ("factory", UNSCALED),
     "tf32: true\npure_bf16: true": ("factory", "fp32 products without TF32 (tf32)"),
@@ -208,6 +223,7 @@ def test_what_is_not_modelled_stands_in_the_first_line(tmp_path: Path, text: str
         "tf32: true\nbf16: true\nflash_attention: true",
         "activation_offloading: false",
         "seed: 1",
+        "base_model: THUDM/glm-4-9b-chat-hf\ntrust_remote_code: true",
         "full_finetune: true",
         "torch_compile_mode: max-autotune",  # Axolotl hands it on beside torch_compile alone
         "sample_packing: true\npad_to_sequence_len: false",
@@ -367,3 +383,9 @@ def test_tokens_of_another_models_template_train_the_head(tmp_path: Path, text: 
     path = tmp_path / "config.yml"
     path.write_text(f"model_name_or_path: gpt2\nmax_length: 64\n{text}\n")
     assert (OF_ANOTHER in read(path).first_line) == told
+
+
+def test_a_round_vocabulary_gets_no_rows(tmp_path: Path) -> None:
+    """Phi's examples ask for a multiple of 32, which their vocabulary is."""
+    (tmp_path / "config.yml").write_text(f"{BASE}base_model: microsoft/phi-2\nresize_token_embeddings_to_32x: true")
+    assert not any(NOT_ROUND in words for words in read(tmp_path / "config.yml").differences)

@@ -10,12 +10,14 @@ from click.testing import CliRunner
 
 from perfmodel import Setup
 from perfmodel.cli import main
+from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.forms import ONCE
+from perfmodel.imports.mesh import APART
 from perfmodel.imports.read import AS_MANY
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 V1 = {"model": "tinyllama-1.1b", "model_class": "llm", "micro_batch_size": 2, "cutoff_len": 64}
@@ -103,6 +105,19 @@ def test_gpus_share_the_samples_of_a_global_batch(
     assert answer["setup"]["grad_accum"] == micro_batches
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_gpus_share_a_batch_that_accelerate_splits(tmp_path: Path, split: bool) -> None:
+    """What is called a batch of one device is then that of all; accelerate takes none that leaves a rest."""
+    values = {**TRL, "per_device_train_batch_size": 8, "accelerator_config": {"split_batches": split}}
+    found = read(written(tmp_path, values))
+    several = found.on_several(found.asks())
+    assert [several.over((n,)).setup["batch"] for n in (1, 2, 8)] == ([8, 4, 1] if split else [8, 8, 8])
+    assert (APART in several.over((2, 4)).differences) == split
+    if split:
+        with pytest.raises(UserError, match="shared by 3 GPUs"):
+            several.over((3,))
+
+
 @pytest.mark.parametrize(
     ("dist", "gpus", "told"),
     [
@@ -125,3 +140,57 @@ def test_micro_batches_on_several_numbers_of_gpus_are_told(tmp_path: Path) -> No
     found = read(written(tmp_path, {**V1, "global_batch_size": 16}))
     assert found.over((2, 4)).differences == [*found.differences, AS_MANY]
     assert found.over((4, 4)).setup["grad_accum"] == 2
+
+
+EVERY = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({}, True), ({"fsdp": True}, True), ({"fsdp": True, "fsdp_config": {"version": 1}}, True),
+        ({"deepspeed": "zero2.json"}, False), ({"deepspeed": "zero3.json"}, False),
+    ],
+)  # fmt: skip
+def test_gradients_exchanged_for_every_micro_batch_are_told(tmp_path: Path, form: dict[str, Any], told: bool) -> None:
+    """accelerate's `no_sync` is left out then, under FSDP too; DeepSpeed does it anyway."""
+    own = tmp_path / "accelerator.json"
+    own.write_text(json.dumps(EVERY))
+    for config in (EVERY, str(own)):
+        found = read(written(tmp_path, {**TRL, **form, "gradient_accumulation_steps": 4, "accelerator_config": config}))
+        several = found.on_several(found.asks())
+        assert any(words.startswith(ONCE) for words in several.differences) == told
+        assert not any(words.startswith(ONCE) for words in found.differences)
+
+
+@pytest.mark.parametrize("file", [TRL, FACTORY, AXOLOTL])
+def test_micro_batches_that_accelerates_part_names_count(tmp_path: Path, file: dict[str, Any]) -> None:
+    """The trainer takes them for its own where the file has one, and ends where it has more."""
+    named = {**file, "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}
+    assert read(written(tmp_path, named)).setup["grad_accum"] == 4
+    assert read(written(tmp_path, {**named, "gradient_accumulation_steps": 1})).setup["grad_accum"] == 4
+    with pytest.raises(UserError, match="exclude each other"):
+        read(written(tmp_path, {**named, "gradient_accumulation_steps": 2}))
+    named["accelerator_config"]["gradient_accumulation_kwargs"]["num_steps"] = "many"
+    with pytest.raises(UserError, match="num_steps must be a positive integer"):
+        read(written(tmp_path, named))
+
+
+def test_one_gpu_under_zero_3_is_that_of_deepspeeds_config(tmp_path: Path) -> None:
+    """Its optimizer, its clipping and its buckets are the step's on one GPU, too; none of it is without DeepSpeed."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "sub_group_size": 0, "overlap_comm": False}
+    own = {"zero_optimization": zero, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
+    found = read(written(tmp_path, {**TRL, "bf16": False, "deepspeed": own}))
+    assert (found.setup["engine"], found.setup["clip_grad"], found.setup["amp"]) == ("deepspeed-zero3", False, "bf16")
+    told = [
+        "the optimizer that the training config names (optimizer)",
+        "weights updated together, not in sub-groups (zero_optimization.sub_group_size)",
+        "buckets of the hidden size squared, not DeepSpeed's 500,000,000 elements",
+    ]
+    assert set(told) <= set(found.differences)
+    assert "one GPU under ZeRO-3 (deepspeed)" in found.differences
+    assert not any("beside backward" in words for words in found.differences), "one GPU exchanges nothing"
+    without = found.replaced([("engine", "one GPU, without ZeRO-3")])
+    assert not set(told) & set(without.differences)
+    named = read(written(tmp_path, {**TRL, "deepspeed": "zero3.json"}))
+    assert any(words.startswith("ZeRO-3 as the file's name says") for words in named.differences)

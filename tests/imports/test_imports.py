@@ -64,7 +64,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "llama_factory/full-sft.yaml": ("full", {**FP32_AMP, "grad_accum": 2}),
     "llama_factory/full-pure-bf16.yaml": (
-        "full", {"dtype": "bf16", "amp": None, "optimizer": "adafactor", "kernels": "liger", "seq": 4096},
+        "full", {"dtype": "bf16", "amp": None, "optimizer": "adafactor", "kernels": "liger", "seq": 4104},
     ),
     "llama_factory/freeze.yaml": (
         "top_k:k=8,trained_dtype=fp32,checkpoint_frozen=false", {**AMP, "checkpoint": "block-reentrant"},
@@ -208,7 +208,7 @@ def test_what_a_file_leaves_out_is_the_tools_default(tmp_path: Path, name: str) 
     assert methods.parse(found).spec() == methods.parse(method).spec()
 
 
-BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\n"
+BASE = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 64\nlora_target_modules: [c_attn]\n"
 FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 
 

@@ -22,7 +22,7 @@ from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS, REDUCED
 from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 V1 = {"model": "gpt2", "model_class": "llm"}
@@ -38,6 +38,8 @@ MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"
 FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, tp, how its several GPUs differ
     (AXOLOTL, "ddp", 1, []),
     ({**AXOLOTL, "ddp_bucket_cap_mb": 25, "ddp_broadcast_buffers": True}, "ddp", 1, []),
+    ({**TRL, "ddp_backend": "nccl"}, "ddp", 1, []),
+    ({**TRL, "ddp_backend": "gloo"}, "ddp", 1, ["collectives of NCCL (ddp_backend)"]),
     (
         {**AXOLOTL, "ddp_bucket_cap_mb": 50, "ddp_broadcast_buffers": False}, "ddp", 1,
         ["buckets of 25 MiB (ddp_bucket_cap_mb)", "buffers broadcast before forward passes (ddp_broadcast_buffers)"],
@@ -183,9 +185,9 @@ def test_a_step_that_several_cannot_run_is_not_offered_to_them(tmp_path: Path) -
     ("typed", "expected"),
     [
         ((), {"gpus": 1, "parallel": "ddp", "engine": "deepspeed-zero3"}),
-        (("--gpus", "4"), {"gpus": 4, "parallel": "zero3", "tp": 1}),
+        (("--gpus", "4"), {"gpus": 4, "parallel": "zero3", "tp": 1, "engine": "deepspeed-zero3"}),
         (("--gpus", "4", "--parallel", "fsdp2"), {"gpus": 4, "parallel": "fsdp2", "engine": "torch"}),
-        (("--gpus", "4", "--tp", "2"), {"gpus": 4, "parallel": "zero3", "tp": 2}),
+        (("--gpus", "4", "--tp", "2"), {"gpus": 4, "parallel": "zero3", "tp": 2, "engine": "deepspeed-zero3"}),
     ],
 )
 def test_what_is_typed_wins_over_the_files_form(
@@ -198,7 +200,7 @@ def test_what_is_typed_wins_over_the_files_form(
     answer = json.loads(ask("--config", config, *typed, "--json").stdout)
     assert {name: answer["setup"][name] for name in expected} == expected
     said = any(words.startswith(BUCKETS) for words in answer["differs_from_config"])
-    assert said == (expected["parallel"] == "zero3")
+    assert said == (expected["engine"] == "deepspeed-zero3")
 
 
 LOCAL = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "mixed_precision": "bf16", "use_cpu": False}

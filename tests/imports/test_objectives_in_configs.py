@@ -20,6 +20,7 @@ from perfmodel.imports.trained_for import (
     NEWER_DPO,
     NOT_KEPT,
     NOT_TRITONS,
+    OPEN_GRPO,
     OUTSIDE,
     REFERENCE_IN_FP32,
     UNCORRECTED,
@@ -29,7 +30,7 @@ from perfmodel.imports.trained_for import (
 from perfmodel.imports.trainer import NORMS_PREPARED
 from perfmodel.setup import Setup
 
-AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64}
+AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64}
 TRL = {"model_name_or_path": "gpt2", "max_length": 64}
 OPEN = "a DPO step: the file does not say whether DPO, KTO, ORPO or CPO reads it (beta)"
@@ -128,7 +129,22 @@ SAID: tuple[tuple[dict[str, Any], str, str, list[str]], ...] = (
     ),
     (TRL | {"loss_type": "sigmoid", "packing": True}, "dpo", "auto", ["sequences apart, not packed (packing)"]),
     (TRL | {"center_rewards_coefficient": 0.01}, "reward", "auto", []),
+    (TRL | {"loss_type": "sigmoid", "max_completion_length": 64}, "dpo", "auto", []),
+    (
+        TRL | {"max_prompt_length": 32, "max_completion_length": 32, "beta": 0.1}, "grpo", "model",
+        [f"{OPEN_GRPO} (max_completion_length)", f"{OUTSIDE} (max_completion_length)"],
+    ),
 )  # fmt: skip
+
+
+def test_a_folder_tells_whose_completions_are_cut(tmp_path: Path) -> None:
+    """Trainers of preferences had the key that GRPO has, and ORPO still has it."""
+    folder = tmp_path / "orpo"
+    folder.mkdir()
+    (folder / "config.yml").write_text(yaml.safe_dump(TRL | {"beta": 0.1, "max_completion_length": 32}))
+    found = read(folder / "config.yml")
+    assert found.setup["objective"] == "orpo"
+    assert not any("GRPO" in said or "unknown" in said for said in found.differences)
 
 
 @pytest.mark.parametrize(("values", "objective", "reference", "differs"), SAID)
@@ -222,7 +238,10 @@ GRPO: tuple[tuple[dict[str, Any], str], ...] = (
     (AXOLOTL | {"rl": "grpo", "rl_beta": 0.01, "trl": {"max_completion_length": 32, "beta": 0.0}}, "auto"),
     (AXOLOTL | {"rl": "grpo", "adapter": "lora", "trl": {"max_completion_length": 32, "beta": 0.01}}, "adapter-off"),
     (TRL | {"num_generations": 8, "max_prompt_length": 64, "max_completion_length": 32}, "auto"),
-    (TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True}, "adapter-off"),
+    (
+        TRL | {"max_prompt_length": 64, "max_completion_length": 32, "beta": 0.04, "use_peft": True, "epsilon": 0.2},
+        "adapter-off",
+    ),
 )
 
 

@@ -49,6 +49,13 @@ def test_an_optimizers_name_gives_the_program_that_it_runs(tmp_path: Path, name:
          ["rmsprop without centered (optim_args)"]),
         ({"optim": "adamw_torch", "weight_decay": 0.01}, "adamw", []),
         ({"optim": "sgd", "optim_args": 3}, "sgd", []),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.01"}, "sgd", ["sgd without weight_decay (optim_args)"]),
+        ({"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}, "ao-adamw-8bit",
+         ["ao-adamw-8bit without bf16_stochastic_round (optim_args)"]),
+        ({"optim": "adamw_torch_4bit", "optim_args": {"block_size": 256, "bf16_stochastic_round": False}},
+         "ao-adamw-4bit", []),
+        ({"optim": "ao_adamw_fp8", "optim_args": {"block_size": 64}}, "ao-adamw-fp8",
+         ["ao-adamw-fp8 without block_size (optim_args)"]),
     ],
 )  # fmt: skip
 def test_arguments_of_an_optimizer_may_make_another_of_it(

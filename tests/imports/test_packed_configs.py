@@ -14,12 +14,13 @@ from perfmodel.imports.packing import (
     NEVER_CUT,
     TAKEN_OUT,
     TO_A_MULTIPLE,
+    TO_THE_END,
     TO_THE_LONGEST,
     UNKNOWN,
     shorter,
 )
 
-AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\n"
+AXOLOTL = "base_model: tinyllama-1.1b\nsequence_len: 256\nmicro_batch_size: 2\nlora_target_linear: true\n"
 FACTORY = "model_name_or_path: tinyllama-1.1b\ncutoff_len: 256\nper_device_train_batch_size: 2\n"
 ONE = FACTORY.replace("size: 2", "size: 1")
 TRL = "model_name_or_path: tinyllama-1.1b\nmax_length: 256\nper_device_train_batch_size: 2\nuse_peft: true\n"
@@ -72,12 +73,13 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "group_by_length: true\nrl: dpo": ({}, False),
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
     AXOLOTL + "reward_model: true": ({"padded": True}, False),
-    FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2}, False),
-    FACTORY + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
-    FACTORY + "packing: true": ({"packing": "dense"}, False),
-    FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense"}, False),
-    FACTORY + "stage: pt": ({"packing": "dense"}, False),
-    ONE + "packing: true\nflash_attn: fa2": ({"packing": "varlen"}, True),
+    FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2, "seq": 264}, False),
+    FACTORY + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen", "seq": 256}, True),
+    FACTORY + "packing: true": ({"packing": "dense", "seq": 264}, False),
+    FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense", "seq": 264}, False),
+    FACTORY + "stage: pt": ({"packing": "dense", "seq": 256}, False),
+    ONE + "packing: true\nflash_attn: fa2": ({"packing": "dense", "seq": 264}, False),
+    ONE.replace("256", "255") + "packing: true\nflash_attn: fa2": ({"packing": "varlen", "seq": 256}, True),
     ONE + "packing: true\nflash_attn: fa2\nstage: pt": ({"packing": "dense"}, False),
     FACTORY + "group_by_length: true": ({"group_by_length": True}, False),
     "model: tinyllama-1.1b\nbatching_strategy: padding_free\nflash_attn: flash_attention_2": (
@@ -112,6 +114,20 @@ def test_what_each_tool_packs(tmp_path: Path, text: str) -> None:
     assert any(said.startswith(UNKNOWN) for said in found.differences) == assumed
     assert (MASK in found.notes) == ("neat_packing" in text and "fa2" not in text)
     assert not any(said.startswith(UNKNOWN) for said in found.with_lengths().differences)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("packing: true", True), ("packing: true\nflash_attn: fa2", True), ("stage: pt", False),
+        ("neat_packing: true", False),
+    ],
+)  # fmt: skip
+def test_rows_that_llama_factorys_collator_fills_have_a_mask(tmp_path: Path, text: str, told: bool) -> None:
+    """Packed to 257 tokens and filled to 264: seven zeros in the mask cost sdpa its causal kernel in every layer."""
+    for rows, filled in ((FACTORY, True), (FACTORY.replace("256", "255"), False)):
+        found = read(config(tmp_path, rows + text))
+        assert (f"{TO_THE_END} (packing)" in found.differences) == (told and filled)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def questions_of(number: int) -> Iterator[Question]:
     linked = of_query(to_query(replace(c, samples=5000 + number)))
     yield Question("opened", [], [*shown(linked), ""], FIELDS, to_query(linked) + "&utm=%3Cimg%20src=x%3E%0d%0aX:%20y")
     name = f"{number} {HOSTILE}.yaml"
-    text = f"base_model: gpt2\nadapter: lora\nlora_r: {1 + number % 64}\nsequence_len: {64 + number}\n"
+    text = f"base_model: gpt2\nadapter: lora\nlora_target_linear: true\nlora_r: {1 + number % 64}\n"
+    text += f"sequence_len: {64 + number}\n"
     text += "micro_batch_size: 1\ngradient_checkpointing: false\n"
     dropped, said = of_file(name, text, c)
     told = framed(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul>")

@@ -10,14 +10,13 @@ from click.testing import CliRunner
 from perfmodel.cli import main
 from validate.oracle import configs
 
+LORA = "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\nlora_target_modules: [c_attn]\n"
 FILES = {  # file: what it holds, and what must become of it
-    "examples/lora.yml": ("base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\n", "answered", ""),
+    "examples/lora.yml": (LORA, "answered", ""),
     "examples/two.yml": ("base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nfsdp: [full]\n", "answered", ""),
     "examples/dpo.yml": ("base_model: gpt2\nmicro_batch_size: 1\nrl: spin\n", "refused", "objective"),
     "examples/mine.yml": ("base_model: no-such-model\nmicro_batch_size: 1\n", "refused", "model unknown"),
-    "examples/eight.yml": (
-        "base_model: gpt2\nmicro_batch_size: 1\nsequence_len: 16\nadapter: lora\nload_in_8bit: true\n", "answered", "",
-    ),
+    "examples/eight.yml": (LORA + "load_in_8bit: true\n", "answered", ""),
     "examples/lomo.yml": ("base_model: gpt2\nmicro_batch_size: 1\noptimizer: lomo\n", "refused", "optimizer"),
     "examples/accelerate.yaml": ("distributed_type: FSDP\n", "no training", ""),
     "examples/other.yaml": ("x: 1\n", "refused", "file not recognised"),
@@ -67,7 +66,7 @@ def test_every_file_has_its_outcome(checkout: Path) -> None:
     }
     assert {row.repository for row in rows.values()} == {"someone/axolotl"}
     assert all(len(row.commit) == 12 for row in rows.values())
-    assert (rows["examples/lora.yml"].tool, rows["examples/lora.yml"].method) == ("Axolotl", "lora:r=8")
+    assert (rows["examples/lora.yml"].tool, rows["examples/lora.yml"].method) == ("Axolotl", "lora:r=8,targets=c_attn")
     assert "one GPU, without FSDP (fsdp)" in rows["examples/two.yml"].said
 
 

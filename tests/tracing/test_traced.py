@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import by_phase, config_of, setup_of
+from helpers import by_phase, config_of, setup_of, step_of
 
 pytest.importorskip("peft")
 
@@ -167,6 +167,24 @@ def test_layers_that_are_not_alike_are_all_traced() -> None:
     built, _ = traced.of_peft(config, values, setup_of("llama", batch=1, seq=16))
     assert built.trainable == 2 * 4 * (64 + 64)
     assert sum(n for (name, *_), n in ops(built, "forward").items() if name == "mm") == 7 * 7 + 1 + 2 * 2
+
+
+def test_mica_trains_one_factor_alone() -> None:
+    """peft freezes B, which MiCA takes from the weight's singular vectors."""
+    values = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "init_lora_weights": "mica"}
+    built, _ = traced.of_peft(config_of("llama", layers=2), values, setup_of("llama", batch=1, seq=16))
+    assert built.trainable == 2 * 4 * 64
+
+
+@pytest.mark.parametrize("kind", ["FOURIERFT", "WAVEFT"])
+def test_places_that_peft_leaves_on_the_host_are_copied_in_every_forward_pass(kind: str) -> None:
+    """They are neither parameters nor buffers, so that nothing moves them; FourierFT's tape has the copies too."""
+    values = {"peft_type": kind, "n_frequency": 16, "target_modules": ["q_proj"]}
+    built, _ = traced.of_peft(config_of("llama", layers=2), values, setup_of("llama", batch=1, seq=16))
+    steps = [built, step_of("llama", "fourierft:n=16,targets=q_proj", layers=2, device="cuda")]
+    for step in steps:
+        copies = [(part.phase, op.outputs[0].shape) for part, op, n in step.ops() for _ in range(n) if op.attrs.bus]
+        assert copies == [("forward", (2, 16))] * 2
 
 
 def test_a_peft_config_is_enough(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from .diffusion import TEXT, of_diffusers
 from .stacks import stacks
 from .without_data import apply_without_data
 
-_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")  # need real weights and change no op of a step
+_STARTS = ("pissa", "olora", "orthogonal", "corda", "loftq")  # need real weights and change no op of a step
 
 
 def layers_of(model: Any, name: str) -> RecordedModel:

@@ -2,8 +2,9 @@
 
 AdaMSS clusters the rows of a weight (with scikit-learn), FRoD decomposes all weights of a kind together, SHiRA draws
 places. Here AdaMSS's clusters are equally large (their sizes add up to the rows in any case), and the others get
-tensors of the right shapes. FRoD's bases and AdaMSS's places stay on the host, and each forward pass copies them;
-but FRoD's are buffers, which follow where a model is moved with its adapters, as programs of diffusers do.
+tensors of the right shapes; MiCA, whose B is frozen, gets any B. FRoD's bases and the places of AdaMSS, FourierFT and
+WaveFT stay on the host, and each forward pass copies them; but FRoD's are buffers, which follow where a model is moved
+with its adapters, as programs of diffusers do.
 """
 
 import sys
@@ -17,6 +18,9 @@ import torch
 
 from ...errors import UserError
 from .diffusion import of_diffusers
+
+# Where tuners keep places as plain tensors, neither parameters nor buffers: a dict by the name of the adapter
+_PLACES = {"ADAMSS": "scatter_index", "FOURIERFT": "indices", "WAVEFT": "waveft_indices"}
 
 
 class OnHost:
@@ -58,11 +62,13 @@ def apply_without_data(kind: str, options: dict[str, Any], apply: Callable[[], A
             _adamss_without_data(options, patches)
         elif kind == "FROD":
             _frod_without_data(patches)
+        elif kind == "LORA":
+            patches.enter_context(patch("peft.tuners.lora.layer.LoraLayer.mica_init"))
         model = apply()
     moved = of_diffusers(model)
     for module in model.modules():
-        if kind == "ADAMSS" and hasattr(module, "scatter_index"):
-            module.scatter_index = {adapter: OnHost(places) for adapter, places in module.scatter_index.items()}
+        if (name := _PLACES.get(kind, "")) and hasattr(module, name):
+            setattr(module, name, {adapter: OnHost(places) for adapter, places in getattr(module, name).items()})
         elif kind == "FROD" and hasattr(module, "frod_V"):
             _read_sizes(module) if moved else _keep_on_host(module)
     return model
