@@ -96,6 +96,8 @@ class Setup:
             looks for those that get none in every step (`find_unused_parameters`); static-graph, that every step's is
             the first one's. PyTorch's and accelerate's default is plain, that of transformers' Trainer find-unused
             where nothing is checkpointed and around PEFT's models.
+        reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
+            (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
         offload: what lives in the host's memory (`perfmodel.recording.parallel.offload`): none; optimizer, masters,
             states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
             and of FSDP.
@@ -136,6 +138,7 @@ class Setup:
     node: str | None = None
     parallel: str = "ddp"
     ddp: str = "plain"
+    reshard: bool = True
     offload: str = "none"
     tp: int = 1
     pp: int = 1

@@ -41,12 +41,12 @@ PREFETCHED = "the next unit gathered before a unit's backward, which FSDP 1 does
 OF_MASTERS = "weights and states of the optimizer in fp32 beside those of 16 bit"
 CHECKED = "gradients checked for infinities"
 SUMMED = "gradients summed in the dtype of the weights"
-GRAD_OP = "weights freed behind the forward pass and gathered again, unlike shard_grad_op"
 # `ShardingStrategy` of FSDP1, by name and number (accelerate/utils/constants.py), and what is answered instead
 STRATEGIES = {
-    "full_shard": "", "shard_grad_op": GRAD_OP, "no_shard": "DDP, not FSDP's no_shard", "hybrid_shard": ONE_GROUP,
+    "full_shard": "", "shard_grad_op": "", "no_shard": "DDP, not FSDP's no_shard", "hybrid_shard": ONE_GROUP,
     "hybrid_shard_zero2": ONE_GROUP,
 }  # fmt: skip
+KEPT = ("shard_grad_op", "hybrid_shard_zero2")  # those under which weights stay gathered up to their backward pass
 WORDS = ("auto_wrap", "offload")  # of `fsdp`, beside strategies
 BY_BLOCKS = "wrapped block by block"
 WRAPPED = ("transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap")
@@ -67,7 +67,7 @@ class AskedForm:
     Attributes:
         parallel: as `Setup` names it; None where nothing is said, which is DDP.
         tp, cp, cp_rotate: GPUs that share every layer, every sequence and how, as `Setup` names it.
-        offload: as `Setup` names it.
+        offload, reshard: as `Setup` names them.
         setup: further fields of `Setup` that it decides.
         unlike: how the form that is modelled differs from the file's.
         besides: the same of whatever form is taken.
@@ -80,6 +80,7 @@ class AskedForm:
     cp: int = 1
     cp_rotate: str = "allgather"
     offload: str = "none"
+    reshard: bool = True
     setup: dict[str, Any] = field(default_factory=dict)
     unlike: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
@@ -91,7 +92,7 @@ class AskedForm:
         typed = self if cp is None else replace(self, cp=cp)
         if parallel in (None, self.parallel or "ddp"):
             return typed
-        return replace(typed, parallel=parallel, offload="none", unlike=())
+        return replace(typed, parallel=parallel, offload="none", reshard=True, unlike=())
 
     def under(self, launch: "AskedForm") -> "AskedForm":
         """A training file's form under that of its launcher, which counts where the file names none.
@@ -104,12 +105,14 @@ class AskedForm:
             if mine not in (None, 1, its) and its not in (None, 1, "ddp"):
                 raise UserError(f"the training config asks for {mine}, the launcher for {its}: leave one of them out")
         named, other = (launch, self) if self.parallel is None and launch.parallel else (self, launch)
-        same = other.unlike if (other.parallel or "ddp") == (named.parallel or "ddp") else ()
+        alike = (other.parallel or "ddp") == (named.parallel or "ddp")
+        same = other.unlike if alike else ()
         offload = named.offload if named.offload != "none" or not same else other.offload
         shares_otherwise = any(words.startswith(OWN_SAMPLES) for words in self.on_mesh)
         sharing = self if self.cp > 1 or shares_otherwise else launch
         return AskedForm(
             named.parallel, max(self.tp, launch.tp), sharing.cp, sharing.cp_rotate, offload,
+            named.reshard and (other.reshard or not alike),
             {**launch.setup, **self.setup}, tuple(dict.fromkeys((*named.unlike, *same))),
             tuple(dict.fromkeys((*self.besides, *launch.besides))),
             tuple(dict.fromkeys((*self.on_mesh, *launch.on_mesh))),
@@ -345,7 +348,7 @@ def of_fsdp(options: Mapping[str, Any], origin: str, words: list[str]) -> AskedF
     if offloads and parallel == "ddp":
         keys.differ(OFFLOADED)
     offload = "params" if offloads and parallel != "ddp" else "none"
-    return AskedForm(parallel, offload=offload, unlike=tuple(keys.told_differences()))
+    return AskedForm(parallel, offload=offload, reshard=strategy not in KEPT, unlike=tuple(keys.told_differences()))
 
 
 def _flag(keys: Keys, key: str) -> bool:

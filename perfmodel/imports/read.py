@@ -134,7 +134,7 @@ class Imported:
         shared, instead = that_shares(form.cp, form.cp_rotate, setup)
         setup |= shared
         offloads = form.offload != "none" and "cp" not in shared and offloadable(form, setup)
-        setup["offload"] = form.offload if offloads else "none"
+        setup |= {"offload": form.offload if offloads else "none", "reshard": form.reshard}
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)

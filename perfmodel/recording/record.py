@@ -123,7 +123,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.zero:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
     if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks, offloads=offloads)
+        return fsdp1.FlatShard(cut, ranks, offloads=offloads, keeps=not step.setup.reshard)
     whole = units.whole_reference(step.parameters, ranks.size, step.setup)
     return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, offloads=offloads)
 

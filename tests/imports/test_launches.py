@@ -101,8 +101,7 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "fsdp2", 1, [MASTERS]),
     ({**AXOLOTL, "adapter": "lora", "fsdp_config": {"fsdp_version": 2}}, "fsdp2", 1, []),
     (
-        {**TRL, "fsdp": "shard_grad_op auto_wrap offload"}, "fsdp2", 1,
-        ["weights freed behind the forward pass and gathered again, unlike shard_grad_op"],
+        {**TRL, "fsdp": "shard_grad_op auto_wrap offload"}, "fsdp2", 1, [],
     ),
     ({**TRL, "fsdp": "hybrid_shard", "fsdp_config": {"version": 1}}, "fsdp1", 1, [ONE_GROUP, PREFETCHED]),
     ({**FACTORY, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp2", 1, []),
@@ -221,8 +220,7 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[int | None, int | None], str, int, li
         {**EIGHT, "distributed_type": "FSDP",
          "fsdp_config": {**FSDP_2, "fsdp_version": 1, "fsdp_sharding_strategy": 2, "fsdp_forward_prefetch": True}},
         (8, 1), "fsdp1", 1,
-        ["weights freed behind the forward pass and gathered again, unlike shard_grad_op", PREFETCHED,
-         "without prefetch in the forward pass (forward_prefetch)"],
+        [PREFETCHED, "without prefetch in the forward pass (forward_prefetch)"],
     ),
     ({**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": SHORT}, (8, 1), "zero3", 1, WHOLE),
     (

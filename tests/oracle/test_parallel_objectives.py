@@ -28,6 +28,8 @@ CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("dpo", "fsdp2", "llama", LORA, {"grad_accum": 2}),
     ("kto", "fsdp2", "llama", "full", MIXED),
     ("kto", "fsdp2", "llama", "lora:r=4", {"checkpoint": "block", "gpus": 4}),
+    ("dpo", "fsdp2", "llama", "full", {**MIXED, "reshard": False}),
+    ("kto", "fsdp2", "llama", "lora:r=4", {"reshard": False, "grad_accum": 2}),
     ("simpo", "fsdp2", "llama", "full", MIXED),
     ("reward", "ddp", "llama", LORA, {"grad_accum": 2}),
     ("grpo", "ddp", "llama", "full", MIXED),

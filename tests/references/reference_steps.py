@@ -1,7 +1,9 @@
 """Steps of small models with an objective, the tape's and a program's in torch, on one GPU and as one of several."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -126,7 +128,7 @@ def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -
         run = Run(wrapped, reference, setup, inner, gathered)
         real = parallel.trace_rank(
             wrapped, setup, update, lambda: scaled_loss(found, run, losses),
-            () if reference is None else list(reference.parameters()),
+            () if reference is None else chain(list(reference.parameters()), _left_whole(reference, setup)),
         )  # fmt: skip
         real.trace.total, real.trace.trainable = total, trainable
         return parallel.judge_rank(found.case, found.step, real)
@@ -140,10 +142,16 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
     return whole.view(-1, *x.size()[1:])
 
 
+def _left_whole(reference: Any, setup: Setup) -> Iterator[torch.Tensor]:
+    """What stays gathered of a frozen model behind its passes; its shards are other tensors."""
+    if not setup.reshard:
+        yield from reference.parameters()
+
+
 def _cut_whole(reference: Any, setup: Setup) -> None:
     """As TRL's `prepare_fsdp`: no block is wrapped by itself."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
     policy = MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp)
-    fully_shard(reference, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(reference, reshard_after_forward=setup.reshard, mp_policy=policy)

@@ -36,6 +36,7 @@ from perfmodel.tracing.programs import models
 
 from ..measuring.environment import cpu_name
 from ..oracle.cases import SMALL
+from ..oracle.flat import flat_units
 from .hosts import dispatched
 
 DEEPSPEED = "deepspeed-zero3"
@@ -250,22 +251,7 @@ def _fsdp2(model: Any) -> Running:
 
 
 def _fsdp1(model: Any) -> Running:
-    """As accelerate wraps it, by peft's policy where peft has put adapters in."""
-    from functools import partial
-
-    from peft import PeftModel
-    from peft.utils.other import fsdp_auto_wrap_policy
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    block = type(_blocks(model)[0])
-    policy: Any = partial(transformer_auto_wrap_policy, transformer_layer_cls={block})
-    if isinstance(model, PeftModel):
-        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block.__name__
-        policy = fsdp_auto_wrap_policy(model)
-    sharded: Any = FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-    )
+    sharded = flat_units(model, type(_blocks(model)[0]))
     return replace(_plain(sharded), update=_without_norm(sharded))
 
 

@@ -35,6 +35,7 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 from . import counts
 from .cases import Case
 from .context_parallel import on_ring, own_tokens
+from .flat import flat_units
 from .offloaded import HostMemory, copies_across
 from .tensor_parallel import cut_model, mend_adapters
 
@@ -126,21 +127,24 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
 
 
 def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
-    """The model as accelerate prepares it: for DDP with its defaults, for FSDP2 by itself."""
+    """The model as accelerate prepares it: for DDP and FSDP1 with its defaults, for FSDP2 by itself."""
     if setup.parallel == "ddp":
         fake = dist.get_backend() == "fake"
         return torch.nn.parallel.DistributedDataParallel(
             model, find_unused_parameters=setup.ddp == "find-unused", static_graph=setup.ddp == "static-graph",
             process_group=dist.new_group([0], backend="gloo") if fake else None,
         )  # fmt: skip
+    rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
+    if setup.parallel == "fsdp1":
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard)
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
-    rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        reshard_after_forward=setup.reshard,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=sorted({type(block).__name__ for row in rows for block in row}),
         cpu_ram_efficient_loading=False,
@@ -176,7 +180,7 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
     if setup.replicas * setup.cp == 1:
         yield
         return
-    if setup.parallel == "ddp":
+    if setup.parallel in ("ddp", "fsdp1"):
         with model.no_sync():
             yield
         return

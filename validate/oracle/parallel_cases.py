@@ -12,6 +12,10 @@ from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
 
 FORMS = ("ddp", "fsdp2")
 ZERO = ("zero1", "zero2", "zero3")
+WAYS: tuple[dict[str, Any], ...] = (
+    {"parallel": "ddp"}, {"parallel": "fsdp2"}, {"parallel": "fsdp2", "offload": "params"},
+    {"parallel": "fsdp2", "reshard": False},
+)  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
@@ -57,10 +61,10 @@ def rank_grid(which: str) -> Iterator[Case]:
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(METHODS):
-            for k, (parallel, offload) in enumerate((*((form, "none") for form in FORMS), ("fsdp2", "params"))):
+            for k, way in enumerate(WAYS):
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
-                    yield _case(config, method, replace(setup, parallel=parallel, offload=offload))
+                    yield _case(config, method, replace(setup, **way))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):
@@ -139,7 +143,7 @@ def ring_grid(which: str) -> Iterator[Case]:
                 ranks = 2 + (i + j) % 3
                 several = {"parallel": "fsdp2", "cp": ranks, "gpus": ranks * (1 + setup.gpus % 2), "seq": 12 * ranks}
                 rotate = ("allgather", "alltoall")[setup.gpus % 2]
-                yield _case(config, method, replace(setup, **several, cp_rotate=rotate))
+                yield _case(config, method, replace(setup, **several, cp_rotate=rotate, reshard=(i + j) % 3 > 0))
 
 
 def _case(config: Config, method: str, setup: Setup) -> Case:

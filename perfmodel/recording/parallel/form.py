@@ -121,6 +121,10 @@ def check_form(setup: Setup, method: Method) -> None:
             f"gpus: the reference of objective {setup.objective} is not modelled with parallel {setup.parallel}; use "
             "--parallel fsdp2 or zero2, or --reference precomputed"
         )
+    if not setup.reshard and setup.parallel not in ("fsdp1", "fsdp2"):
+        raise UserError(
+            f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
+        )
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel == "fsdp1" and method.periodic():

@@ -35,7 +35,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit
+from .units import ROOT, ShardedUnit, of_all_layers
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
 FREED = ("freed", "freed before that")  # when the last units were free, the latest first
@@ -49,6 +49,7 @@ class FlatUnit:
         trained: whether it has a gradient, which is of the whole.
         shards: what a rank keeps: its part of what trains, and of what does not.
         whole: its memory while it is gathered.
+        prefetched: whether that was done for the backward pass that comes.
         offloaded: whether a rank's part lives in the host's memory.
     """
 
@@ -57,6 +58,7 @@ class FlatUnit:
     ranks: Ranks
     shards: list[Parameter] = field(default_factory=list)
     whole: Tensor | None = None
+    prefetched: bool = False
     offloaded: bool = False
 
     def __post_init__(self) -> None:
@@ -82,33 +84,46 @@ class FlatUnit:
         return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.dtype] * self.ranks.size))
 
     def gather(self) -> None:
-        """`_unshard`: the host waits for the limiter, then all parts are gathered."""
-        if self.whole is not None:
-            return
+        """`_unshard`: the host waits for the limiter, then all parts are gathered, unless they still are.
+
+        What is offloaded comes from the host in any case (`pre_unshard`).
+        """
         record("fsdp::limit_all_gathers", (), (), Attrs(host=True, sync=True), runs=Run(FREED[1]))
         mine = existing((self.part,), self.dtype)
         if self.offloaded:
             mine = to_device(mine, GATHER_COPY)
+        if self.whole is not None:
+            return
         self.whole = new_tensor((self.part * self.ranks.size,), self.dtype)
         after = (GATHER_COPY,) if self.offloaded else ()
         exchange("c10d::_allgather_base_", mine, self.whole, self.ranks, after=after)
         set_event(GATHERED, COMMUNICATION)
 
-    def free(self) -> None:
+    def leave(self, *, frees: bool) -> None:
         """`_reshard`: its memory may be used for the unit after the next one, once what was queued is done."""
+        self.prefetched = False
+        if not frees or self.whole is None:
+            return
         self.whole = None
         set_event(FREED[1], FREED[0])
         set_event(FREED[0], COMPUTE)
 
 
 class FlatShard(OfBlocks):
-    """The hooks of FSDP1 around the blocks of a model, its adapters and the whole."""
+    """The hooks of FSDP1 around the blocks of a model, its adapters and the whole.
+
+    Attributes:
+        keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
+    """
 
     shares_norm = True
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, *, offloads: bool = False) -> None:
+    def __init__(
+        self, units: Sequence[ShardedUnit], ranks: Ranks, *, offloads: bool = False, keeps: bool = False
+    ) -> None:
         self.ranks = ranks
         self.offloads = offloads
+        self.keeps = keeps
         self.reduces = True
         self.units: dict[str, FlatUnit] = {}
         self.of_adapter: dict[int, FlatUnit] = {}
@@ -136,7 +151,7 @@ class FlatShard(OfBlocks):
         unit = self.of_adapter.get(id(p))
         if unit is not None:
             self._unshard(unit)
-            unit.free()
+            unit.leave(frees=not self.keeps)
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block between its hooks."""
@@ -147,7 +162,7 @@ class FlatShard(OfBlocks):
             x = x.alias()
             node.produces(x)
         out = run(x)
-        unit.free()
+        unit.leave(frees=not self.keeps)
         self.ran.append((path, part))
         if isinstance(out, tuple):
             return (self._before_backward(path, out[0]), *out[1:])
@@ -160,9 +175,13 @@ class FlatShard(OfBlocks):
 
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
+        kept = [*self.units.values(), *self.of_adapter.values()]  # of blocks and adapters that no gradient reached
+        of_all_layers(unit.whole for unit in kept if unit.whole is not None and self.reduces)
         for path in (*self.units,):
             if path not in self.done:
                 self._reduce(path, self.units[path])
+        for unit in self.of_adapter.values():
+            self._free(unit)
         tape().after_gradient = None
         wait_event(REDUCED)
         if self.offloads:  # `_post_backward_final_callback`
@@ -181,8 +200,13 @@ class FlatShard(OfBlocks):
     def _unshard(self, unit: FlatUnit) -> None:
         if unit.parameters:
             tape().part.host.units += 1
-            unit.gather()
+            if not unit.prefetched:
+                unit.gather()
             wait_event(GATHERED)
+
+    def _free(self, unit: FlatUnit) -> None:
+        """`_post_backward_reshard`: what was kept stays for the next micro-batch (`_should_free_in_backward`)."""
+        unit.leave(frees=self.reduces or not self.keeps)
 
     def _before_backward(self, path: str, out: Tensor) -> Tensor:
         node = differentiate("pre_backward", (out,), self._pre_backward, (path,))
@@ -197,8 +221,10 @@ class FlatShard(OfBlocks):
         (path,) = node.attrs
         place = next(i for i, (name, _) in enumerate(self.ran) if name == path)
         self._unshard(self.units[path])
-        if place and self.units[self.ran[place - 1][0]].parameters:
-            self.units[self.ran[place - 1][0]].gather()
+        below = self.units[self.ran[place - 1][0]] if place else None
+        if below is not None and below.parameters:
+            below.gather()
+            below.prefetched = True
         return tuple(grads)
 
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
@@ -209,8 +235,7 @@ class FlatShard(OfBlocks):
     def _reduce(self, path: str, unit: FlatUnit) -> None:
         """`_post_backward_hook`: the unit is freed, its gradients are joined, reduced and scattered."""
         self.done.add(path)
-        if unit.whole is not None:
-            unit.free()
+        self._free(unit)
         grads = [p.grad for p in unit.parameters if p.grad is not None]
         if not (self.reduces and grads):
             return
@@ -230,7 +255,7 @@ class FlatShard(OfBlocks):
         if unit is None:
             return
         self._unshard(unit)
-        unit.free()
+        self._free(unit)
         if not self.reduces:
             return
         assert p.grad is not None

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...program.dims import Dim, Shape, contiguous_strides, product
+from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.part import Part
 from ...program.ranks import Ranks
@@ -37,7 +38,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import empty, exchange, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit
+from .units import ROOT, ShardedUnit, of_all_layers
 
 GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
 
@@ -194,6 +195,7 @@ class FullyShard(WholeUnits):
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
         for path in (ROOT, *self.units):  # as modules are found
             if path not in self.done:
+                of_all_layers(self.units[path].whole)
                 self._reduce(path, self.units[path])
         wait_event(REDUCED)
         if self.offloads and self.reduces:
@@ -210,8 +212,8 @@ class FullyShard(WholeUnits):
         return [shards.get(id(p), p) for p in parameters]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """Nothing: what is gathered dies with its use."""
-        return 0
+        """What is gathered dies with its use, but for a frozen model that stays gathered."""
+        return self.frozen.kept_bytes if self.frozen is not None else 0
 
     # Forward and before backward
 
@@ -320,8 +322,21 @@ class FullyShard(WholeUnits):
 class FrozenShard(FullyShard):
     """The hooks around a reference model: it is one unit, gathered whole before its pass and freed behind it.
 
+    Without `Setup.reshard` nothing ever frees it, for it has no backward pass: it is gathered once in a training.
+
     Source: trl/models/utils.py (1.8: `prepare_fsdp`), which wraps no block.
     """
+
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of it that are there from step to step beside its shards."""
+        unit = self.units[ROOT].unit
+        itemsize = ITEMSIZE[unit.dtype]
+        return sum(unit.numels) * itemsize * self.ranks.size if unit.stays else 0
+
+    def _unshard(self, state: Gathered, *, forward: bool) -> None:
+        if not state.unit.stays:
+            super()._unshard(state, forward=forward)
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block runs as it would alone."""

@@ -1,6 +1,6 @@
 """Parameters that travel together, and their shards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,6 +37,13 @@ def shard_of(p: Parameter, ranks: Dim, dtype: str, *, flat: bool = False) -> Par
     shard.nbytes = shard.numel * ITEMSIZE[dtype]
     shard.grad, shard._spec, shard._use, shard.accumulator = None, None, None, None
     return shard
+
+
+def of_all_layers(held: Iterable[Tensor]) -> None:
+    """Where one of these dies next, so do those of all layers of the part that made it."""
+    for t in held:
+        if t.storage.home is not None:
+            t.storage.copies = t.storage.home.repeat
 
 
 def kept_dtype(p: Parameter, setup: Setup) -> str:
@@ -91,7 +98,7 @@ def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -
     """The unit of a frozen model beside the one that trains: all of it, as TRL shards it; None where there is none."""
     shards = {p: shard_of(p, ranks, kept_dtype(p, setup)) for p in parameters if p.name.startswith(OF_REFERENCE)}
     those = [p for p in shards for _ in range(p.count)]
-    return ShardedUnit(ROOT, those, [shards[p] for p in those]) if those else None
+    return ShardedUnit(ROOT, those, [shards[p] for p in those], stays=not setup.reshard) if those else None
 
 
 class Survey(WholeUnits):
@@ -159,7 +166,7 @@ class Survey(WholeUnits):
         return [
             ShardedUnit(
                 group[0], those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those], group[-1],
-                stays=group in stay,
+                stays=group in stay or not setup.reshard,
             )
             for group, those in found.items()
         ]  # fmt: skip

@@ -1,0 +1,43 @@
+"""How FSDP shards, as training configs and their launchers' say it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_launches import AXOLOTL, EIGHT, FACTORY, FSDP_2, TRL, V1, ask, written
+
+from perfmodel import Setup
+from perfmodel.imports import read
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, False),
+        ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}}, True),
+        ({**AXOLOTL, "fsdp_config": {"fsdp_reshard_after_forward": "SHARD_GRAD_OP"}}, True),
+        ({**TRL, "fsdp": "shard_grad_op auto_wrap"}, True),
+        ({**TRL, "fsdp": True, "fsdp_config": {"version": 1, "reshard_after_forward": "FULL_SHARD"}}, False),
+        ({**FACTORY, "fsdp": True, "fsdp_config": {"reshard_after_forward": False}}, True),
+        ({**FACTORY, "fsdp": "no_shard"}, False),
+        ({**V1, "dist_config": {"name": "fsdp2", "reshard_after_forward": False}}, True),
+    ],
+)
+def test_weights_stay_gathered_where_a_file_asks_for_it(tmp_path: Path, values: dict[str, Any], kept: bool) -> None:
+    """By its older names and numbers too; of a form that is typed in its place nothing of that is left."""
+    found = read(written(tmp_path, "config.yml", values))
+    assert Setup(**found.on_several(found.asks()).setup, gpus=8).reshard != kept
+    assert Setup(**found.on_several(found.asks().as_typed("zero3")).setup, gpus=8).reshard
+
+
+@pytest.mark.parametrize(
+    "said", [{"fsdp_version": 1, "fsdp_sharding_strategy": 2}, {"fsdp_reshard_after_forward": False}]
+)
+def test_a_launcher_keeps_weights_gathered(tmp_path: Path, said: dict[str, Any]) -> None:
+    """accelerate's file, alone and for a training config that names no form."""
+    launch = written(tmp_path, "launch.yaml", {**EIGHT, "distributed_type": "FSDP", "fsdp_config": {**FSDP_2, **said}})
+    config = written(tmp_path, "config.yml", AXOLOTL)
+    for named in (("--model", "gpt2", "--method", "full"), ("--config", config)):
+        found = ask(*named, "--accelerate", launch)
+        assert found.exit_code == 0, found.output
+        assert "weights kept gathered" in found.stdout

@@ -1,0 +1,27 @@
+"""FSDP1 as accelerate wraps a model with it, by peft's policy where peft has put adapters in."""
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def flat_units(model: Any, block: type[Any], *, reshard: bool = True) -> Any:
+    """The model with a flat parameter a block (and an adapter), gathered again backward or kept (SHARD_GRAD_OP).
+
+    Sources: accelerate 1.15, accelerator.py (`prepare_model`); peft 0.21, utils/other.py (`fsdp_auto_wrap_policy`).
+    """
+    from peft import PeftModel
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    policy: Any = partial(transformer_auto_wrap_policy, transformer_layer_cls={block})
+    if isinstance(model, PeftModel):
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block.__name__
+        policy = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.FULL_SHARD if reshard else ShardingStrategy.SHARD_GRAD_OP,
+    )  # fmt: skip
