@@ -98,6 +98,8 @@ class Setup:
             where nothing is checkpointed and around PEFT's models.
         reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
             (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
+        shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
+            whole model, gradients are reduced inside of a group and then across groups. None: all GPUs are one.
         offload: what lives in the host's memory (`perfmodel.recording.parallel.offload`): none; optimizer, masters,
             states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
             and of FSDP.
@@ -139,6 +141,7 @@ class Setup:
     parallel: str = "ddp"
     ddp: str = "plain"
     reshard: bool = True
+    shard_group: int | None = None
     offload: str = "none"
     tp: int = 1
     pp: int = 1
@@ -198,6 +201,10 @@ class Setup:
             ranks = positive(name, getattr(self, name))
             if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
                 raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
+        if self.shard_group is not None:
+            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus)
+            if group < 2 or np.any((gpus > group) & (gpus % group > 0)):
+                raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job are no groups of so many")
         if not SCHEDULE.fullmatch(self.pp_schedule):
             raise UserError(f"pp_schedule {self.pp_schedule!r} is unknown: use 1f1b, gpipe or interleaved:v=2")
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):

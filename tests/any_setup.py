@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 from hypothesis import event
@@ -61,14 +62,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
 FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": PARALLEL}, {"parallel": ("ddp",), "ddp": DDP}, {"parallel": PARALLEL[1:], "offload": OFFLOAD},
     {"parallel": ("fsdp2", "fsdp1"), "reshard": (False,), "offload": ("none", "params")},
+    {"parallel": ("fsdp2", "fsdp1"), "shard_group": (2, 4), "reshard": (True, False), "nodes": (1, 2)},
     {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},
     {"parallel": ("fsdp2",), "cp": (2, 4), "cp_rotate": ROTATE, "seq": (64, 2048)},
     {"pp": (2, 3), "pp_schedule": ("1f1b", "gpipe", "interleaved:v=2"), "grad_accum": (4, 6, 12), "amp": (None,)},
 )  # fmt: skip
 # drawn by themselves; images need a trace
 APART = (
-    "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "reshard", "offload", "tp", "nodes", "node",
-    "cp", "cp_rotate", "pp", "pp_schedule",
+    "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "reshard", "shard_group", "offload", "tp",
+    "nodes", "node", "cp", "cp_rotate", "pp", "pp_schedule",
 )  # fmt: skip
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),
@@ -143,7 +145,7 @@ def setups(draw: DrawFn) -> dict[str, Any]:
 def several(draw: DrawFn) -> dict[str, Any]:
     """What several GPUs do, some of which one GPU does as well."""
     form = {name: draw(st.sampled_from(values)) for name, values in draw(st.sampled_from(FORMS)).items()}
-    together = form.get("tp", 1) * form.get("cp", 1) * form.get("pp", 1) * form.get("nodes", 1)
+    together = prod(form.get(name, 1) for name in ("tp", "cp", "pp", "shard_group", "nodes"))
     return {"gpus": together * draw(st.sampled_from((1, 2, 3, 8))), **form}
 
 

@@ -264,6 +264,8 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--reshard/--no-reshard", default=True, show_default=True,
                      help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
                      "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
+        click.option("--shard-group", type=click.IntRange(2),
+                     help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
         click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
                      help="What lives in the host's memory. optimizer: masters, states and gradients of zero1, zero2 "
                      "or zero3, updated by its cores; params: weights too, of zero3 or FSDP. Of zero1 to zero3 on one "

@@ -67,7 +67,7 @@ class AskedForm:
     Attributes:
         parallel: as `Setup` names it; None where nothing is said, which is DDP.
         tp, cp, cp_rotate: GPUs that share every layer, every sequence and how, as `Setup` names it.
-        offload, reshard: as `Setup` names them.
+        offload, reshard, shard_group: as `Setup` names them.
         setup: further fields of `Setup` that it decides.
         unlike: how the form that is modelled differs from the file's.
         besides: the same of whatever form is taken.
@@ -81,6 +81,7 @@ class AskedForm:
     cp_rotate: str = "allgather"
     offload: str = "none"
     reshard: bool = True
+    shard_group: int | None = None
     setup: dict[str, Any] = field(default_factory=dict)
     unlike: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
@@ -92,7 +93,7 @@ class AskedForm:
         typed = self if cp is None else replace(self, cp=cp)
         if parallel in (None, self.parallel or "ddp"):
             return typed
-        return replace(typed, parallel=parallel, offload="none", reshard=True, unlike=())
+        return replace(typed, parallel=parallel, offload="none", reshard=True, shard_group=None, unlike=())
 
     def under(self, launch: "AskedForm") -> "AskedForm":
         """A training file's form under that of its launcher, which counts where the file names none.
@@ -112,7 +113,7 @@ class AskedForm:
         sharing = self if self.cp > 1 or shares_otherwise else launch
         return AskedForm(
             named.parallel, max(self.tp, launch.tp), sharing.cp, sharing.cp_rotate, offload,
-            named.reshard and (other.reshard or not alike),
+            named.reshard and (other.reshard or not alike), self.shard_group or launch.shard_group,
             {**launch.setup, **self.setup}, tuple(dict.fromkeys((*named.unlike, *same))),
             tuple(dict.fromkeys((*self.besides, *launch.besides))),
             tuple(dict.fromkeys((*self.on_mesh, *launch.on_mesh))),
@@ -384,7 +385,7 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
     besides = (f"{ONCE} (accelerator_config)",) if once else ()
     return replace(
         form, tp=max(form.tp, mesh.tp), cp=mesh.cp, cp_rotate=mesh.cp_rotate, besides=besides, on_mesh=mesh.unlike,
-        group=mesh.group,
+        shard_group=mesh.shard_group, group=mesh.group,
     )  # fmt: skip
 
 

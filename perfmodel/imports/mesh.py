@@ -43,6 +43,7 @@ class Mesh:
     Attributes:
         tp, cp: GPUs that share every layer, every sequence.
         cp_rotate: as `Setup` names it.
+        shard_group: as `Setup` names it.
         group: GPUs over which Axolotl shards, with those that share layers and sequences; on more of them it makes
             several such groups (utils/distributed.py, `_get_parallel_config_kwargs`). 1: all.
         unlike: what is answered instead of the others.
@@ -51,6 +52,7 @@ class Mesh:
     tp: int
     cp: int
     cp_rotate: str
+    shard_group: int | None
     group: int
     unlike: tuple[str, ...]
 
@@ -64,26 +66,42 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
     Raises:
         UserError: a size that is no positive integer, or what accelerate refuses.
     """
-    said = Keys({}, keys.origin)
-    for key, answered in OWN.items():
-        if keys.count(key, 1) > 1 and (shards or answered != ONE_GROUP):
-            said.differ(answered, key)
-    section = _section(keys)
+    said, section = Keys({}, keys.origin), _section(keys)
     sizes, cp_rotate = _sizes(section), ROTATE[0]
+    tp = max(sizes["tp_size"], *(keys.count(key, 1) for key in TP))
+    shard_group = _shard_group(keys, sizes) if shards and tp == 1 else None
+    grouped = shards and shard_group is None
+    for key, answered in OWN.items():
+        if keys.count(key, 1) > 1 and (grouped or answered != ONE_GROUP):
+            said.differ(answered, key)
     if sizes["cp_size"] > 1:
         section.one_of("cp_backend", {"torch": True}, True)
         cp_rotate = section.one_of("cp_comm_strategy", {word: word for word in ROTATE}, cp_rotate)
     for key, answered in (("dp_replicate_size", ONE_GROUP), ("sp_size", ULYSSES), ("tp_size", CUT_WHEN_LOADED)):
-        if sizes[key] > 1 and (shards or answered != ONE_GROUP):
+        if sizes[key] > 1 and (grouped or answered != ONE_GROUP):
             said.differ(answered, key)
     known = ("cp_backend", "cp_comm_strategy")
     unknown = [key for key in section.unread() if key not in known and not key.startswith(OF_SP)]
     if unknown:
         said.differ("keys that are unknown here", *unknown)
-    tp = max(sizes["tp_size"], *(keys.count(key, 1) for key in TP))
     shards_over, shared = (keys.count(key, 1) for key in ("dp_shard_size", "context_parallel_size"))
     group = shards_over * tp * shared if shards and shards_over > 1 else 1
-    return Mesh(tp, sizes["cp_size"], cp_rotate, group, tuple(said.told_differences()))
+    return Mesh(tp, sizes["cp_size"], cp_rotate, shard_group, group, tuple(said.told_differences()))
+
+
+def _shard_group(keys: Keys, sizes: Mapping[str, int]) -> int | None:
+    """GPUs of a group of shards, where one is named and nothing else shares its ranks.
+
+    Axolotl makes as many groups as there are GPUs for; of accelerate's and LLaMA-Factory v1's sizes there are several
+    only where replicas are named, too.
+    """
+    shared = [keys.count(key, 1) for key, answered in OWN.items() if answered != ONE_GROUP]
+    if max(*shared, sizes["cp_size"], sizes["sp_size"]) > 1:
+        return None
+    named = [keys.count("dp_shard_size", 1)]
+    named += [keys.count("mp_shard_size", 1)] if keys.count("mp_replicate_size", 1) > 1 else []
+    named += [sizes["dp_shard_size"]] if sizes["dp_replicate_size"] > 1 else []
+    return next((size for size in named if size > 1), None)
 
 
 def check_launch(keys: Keys, gpus: int | None, parallel: str | None) -> None:
@@ -167,3 +185,8 @@ def with_own_part(setup: Mapping[str, Any], gpus: Sequence[int]) -> tuple[dict[s
     if batch % parts:
         raise UserError(f"split_batches: a batch of {batch} cannot be shared by {parts} GPUs: give a multiple")
     return {**setup, "batch": batch // parts}, []
+
+
+def groups_shards(setup: Mapping[str, Any]) -> bool:
+    """Whether shards over groups of GPUs are modelled with the rest of a setup."""
+    return setup.get("objective", "sft") == "sft" and setup["tp"] == 1 and "cp" not in setup

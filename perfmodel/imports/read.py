@@ -17,7 +17,7 @@ from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_
 from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
-from .mesh import ONE_GROUP, in_groups, splits, that_shares, with_own_part
+from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 from .values import read_values, values_alone
 
@@ -135,6 +135,7 @@ class Imported:
         setup |= shared
         offloads = form.offload != "none" and "cp" not in shared and offloadable(form, setup)
         setup |= {"offload": form.offload if offloads else "none", "reshard": form.reshard}
+        setup["shard_group"] = form.shard_group if groups_shards(setup) else None
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
@@ -142,6 +143,7 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
+        said += [ONE_GROUP] if form.shard_group and not setup["shard_group"] and form.group == 1 else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked
@@ -150,8 +152,8 @@ class Imported:
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
-        sharded = self.setup.get("parallel", "ddp") != "ddp"
-        if sharded and in_groups(self.asks().group, gpus, self.differences):
+        over_all = self.setup.get("parallel", "ddp") != "ddp" and not self.setup.get("shard_group")
+        if over_all and in_groups(self.asks().group, gpus, self.differences):
             return replace(self, differences=[*self.differences, f"{ONE_GROUP} (dp_shard_size)"]).over(gpus)
         if self.splits:
             setup, said = with_own_part(self.setup, gpus)

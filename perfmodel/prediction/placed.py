@@ -45,7 +45,9 @@ class Placed:
         return self.node.file.host_bandwidth / self.per_node
 
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
-        """Seconds of a collective of `size` ranks, each `stride` after the one before."""
+        """Seconds of a collective of `size` ranks, each `stride` after the one before; of many, shape (rows, *grid)."""
+        if np.ndim(self.per_node) and np.ndim(size) == 1:  # they do not vary over the grid, but their nodes do
+            nbytes, size, stride = (x[:, None] for x in (nbytes, size, stride))
         return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)
 
     def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
@@ -92,6 +94,9 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     else:
         per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
+    group = setup.shard_group
+    if group is not None and np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
+        raise UserError(f"shard_group {group}: groups do not fit nodes of {np.max(per_node)} GPUs; give other --nodes")
     return Placed(node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), notes)
 
 

@@ -61,7 +61,7 @@ def offloading(setup: Setup) -> Iterator[KnobPosition]:
     several = not np.all(np.equal(setup.gpus, 1))
     for form, what in (("zero2", "optimizer"), ("zero3", "params"), *([("fsdp2", "params")] if several else [])):
         words = "weights and optimizer" if what == "params" else "optimizer"
-        yield KnobPosition(f"{(FORMS | STAGES)[form]} with {words} offloaded", {"parallel": form, "offload": what})
+        yield KnobPosition(f"{(FORMS | STAGES)[form]} with {words} offloaded", {**_form(setup, form), "offload": what})
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
@@ -113,7 +113,13 @@ def _parallel(setup: Setup) -> Knob:
     if np.all(np.equal(setup.gpus, 1)):
         return (KEEP,)
     others = [form for form in PARALLEL if form != setup.parallel]
-    return (KEEP, *(KnobPosition(FORMS.get(form, form), {"parallel": form}) for form in others))
+    return (KEEP, *(KnobPosition(FORMS.get(form, form), _form(setup, form)) for form in others))
+
+
+def _form(setup: Setup, form: str) -> dict[str, Any]:
+    """Another form, without what only FSDP has."""
+    of_fsdp = {"reshard": True, "shard_group": None} if form not in ("fsdp1", "fsdp2") else {}
+    return {"parallel": form, **{name: usual for name, usual in of_fsdp.items() if getattr(setup, name) != usual}}
 
 
 def _optimizer(setup: Setup) -> Knob:

@@ -111,6 +111,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if setup[0].parallel in STAGES:
         late = step.architecture.registers_late
         return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
+    ranks, across = units.sharing(ranks, step.setup)
     survey = units.Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping, tape.ring = survey, ring_of(step.setup)
@@ -123,9 +124,9 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.zero:
         return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
     if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks, offloads=offloads, keeps=not step.setup.reshard)
+        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
     whole = units.whole_reference(step.parameters, ranks.size, step.setup)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, offloads=offloads)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launches import AXOLOTL, EIGHT, FACTORY, FSDP_2, TRL, V1, ask, written
+from test_launches import AXOLOTL, EIGHT, FACTORY, FSDP_2, ONE_GROUP, TRL, V1, ask, written
 
 from perfmodel import Setup
 from perfmodel.imports import read
@@ -41,3 +41,39 @@ def test_a_launcher_keeps_weights_gathered(tmp_path: Path, said: dict[str, Any])
         found = ask(*named, "--accelerate", launch)
         assert found.exit_code == 0, found.output
         assert "weights kept gathered" in found.stdout
+
+
+HYBRID: dict[str, Any] = {**AXOLOTL, "fsdp_config": {"version": 2}, "dp_replicate_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "group", "said"),
+    [
+        ({**HYBRID, "dp_shard_size": 4}, 4, False),
+        ({**V1, "dist_config": {"name": "fsdp2"}, "mp_replicate_size": 4, "mp_shard_size": 2}, 2, False),
+        (HYBRID, None, True),  # the rest of however many there are
+        ({**HYBRID, "dp_shard_size": 2, "tensor_parallel_size": 2}, None, True),
+        ({**HYBRID, "dp_shard_size": 4, "rl": "dpo"}, None, True),
+        ({**AXOLOTL, "dp_replicate_size": 2}, None, False),  # DDP
+        ({**AXOLOTL, "dp_shard_size": 8, "fsdp_config": {"version": 2}}, 8, False),
+    ],
+)
+def test_shards_lie_over_groups_as_a_mesh_has_them(
+    tmp_path: Path, values: dict[str, Any], group: int | None, said: bool
+) -> None:
+    """Where the mesh says how large its groups are, and nothing else shares the ranks; else the answer differs."""
+    found = read(written(tmp_path, "config.yml", values))
+    several = found.on_several(found.asks()).over((8,))
+    assert Setup(**several.setup, gpus=8).shard_group == group
+    assert any(words.startswith(ONE_GROUP) for words in several.differences) == said
+    assert found.on_several(found.asks().as_typed("zero3")).setup["shard_group"] is None
+
+
+def test_a_launcher_has_groups_of_shards(tmp_path: Path) -> None:
+    """accelerate's `ParallelismConfig`."""
+    mesh = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 4}
+    values = {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2, "parallelism_config": mesh}
+    found = ask("--model", "gpt2", "--method", "full", "--accelerate", written(tmp_path, "launch.yaml", values))
+    assert found.exit_code == 0, found.output
+    assert "fsdp2, shards in groups of 4" in found.stdout
+    assert ONE_GROUP not in found.stdout

@@ -116,19 +116,22 @@ def test_llama_factory_v1_knows_ulysses_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "gpus", "told"),
+    ("sizes", "gpus", "group", "told"),
     [
-        ({"dp_shard_size": 4}, "4", False),
-        ({"dp_shard_size": 4}, "8", True),
-        ({"dp_shard_size": 4, "context_parallel_size": 2}, "8", False),
-        ({"dp_shard_size": 4, "dp_replicate_size": 2}, "8", True),
-        ({}, "8", False),
+        ({"dp_shard_size": 4}, "4", 4, False),
+        ({"dp_shard_size": 4}, "8", 4, False),
+        ({"dp_shard_size": 4, "context_parallel_size": 2}, "8", None, False),
+        ({"dp_shard_size": 4, "context_parallel_size": 2}, "16", None, True),
+        ({"dp_shard_size": 4, "dp_replicate_size": 2}, "8", 4, False),
+        ({"dp_replicate_size": 2}, "8", None, True),
+        ({}, "8", None, False),
     ],
 )
 def test_axolotl_shards_in_groups_where_there_are_more_gpus(
-    tmp_path: Path, sizes: dict[str, int], gpus: str, told: bool
+    tmp_path: Path, sizes: dict[str, int], gpus: str, group: int | None, told: bool
 ) -> None:
-    """What its `dp_shard_size` leaves over are replicas."""
+    """What its `dp_shard_size` leaves over are replicas; what of them is not modelled is said."""
     values = {**AXOLOTL, **sizes, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
     answer = json.loads(ask("--config", written(tmp_path, "c.yml", values), "--gpus", gpus, "--json").stdout)
+    assert answer["setup"]["shard_group"] == group
     assert any(words.startswith(ONE_GROUP) for words in answer["differs_from_config"]) == told

@@ -34,6 +34,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora:r=4", {"reshard": False}),
     ("lora:r=4", {"reshard": False, "checkpoint": "block", "grad_accum": 2}),
     ("top_k:k=1", {"reshard": False, "gpus": 3}),
+    ("full", {"shard_group": 2}),
+    ("lora:r=4", {"shard_group": 2, "reshard": False, "grad_accum": 2, "gpus": 6}),
 )
 
 

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 
-def flat_units(model: Any, block: type[Any], *, reshard: bool = True) -> Any:
+def flat_units(model: Any, block: type[Any], *, reshard: bool = True, mesh: Any = None) -> Any:
     """The model with a flat parameter a block (and an adapter), gathered again backward or kept (SHARD_GRAD_OP).
+
+    Args:
+        mesh: replicas by shards (HYBRID_SHARD).
 
     Sources: accelerate 1.15, accelerator.py (`prepare_model`); peft 0.21, utils/other.py (`fsdp_auto_wrap_policy`).
     """
@@ -21,7 +24,8 @@ def flat_units(model: Any, block: type[Any], *, reshard: bool = True) -> Any:
     if isinstance(model, PeftModel):
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block.__name__
         policy = fsdp_auto_wrap_policy(model)
+    names = ("FULL_SHARD", "SHARD_GRAD_OP") if mesh is None else ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"),
-        sharding_strategy=ShardingStrategy.FULL_SHARD if reshard else ShardingStrategy.SHARD_GRAD_OP,
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh,
+        sharding_strategy=ShardingStrategy[names[0 if reshard else 1]],
     )  # fmt: skip

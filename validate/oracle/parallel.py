@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from perfmodel import methods
@@ -41,6 +42,7 @@ from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
 META = torch.device("meta")
+MESH = ("dp_replicate", "dp_shard_cp")  # dims of accelerate's mesh that FSDP's shards and replicas lie over
 COLLECTIVE = ("c10d", "_c10d_functional")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product")
 
@@ -136,7 +138,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         )  # fmt: skip
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard)
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh_of(setup))
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -154,9 +156,17 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
-        device="cpu",
+        device="cpu", torch_device_mesh=mesh_of(setup), parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
+
+
+def mesh_of(setup: Setup) -> Any:
+    """Replicas by shards, where shards lie over groups of several; else None."""
+    groups = 1 if setup.shard_group is None else setup.replicas // setup.shard_group
+    if setup.shard_group is None or groups == 1:
+        return None
+    return init_device_mesh("cpu", (groups, setup.shard_group), mesh_dim_names=MESH)
 
 
 def packed_apart(model: Any) -> Iterator[torch.nn.Parameter]:

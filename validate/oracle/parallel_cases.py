@@ -14,7 +14,8 @@ FORMS = ("ddp", "fsdp2")
 ZERO = ("zero1", "zero2", "zero3")
 WAYS: tuple[dict[str, Any], ...] = (
     {"parallel": "ddp"}, {"parallel": "fsdp2"}, {"parallel": "fsdp2", "offload": "params"},
-    {"parallel": "fsdp2", "reshard": False},
+    {"parallel": "fsdp2", "reshard": False}, {"parallel": "fsdp2", "gpus": 4, "shard_group": 2},
+    {"parallel": "fsdp2", "gpus": 6, "shard_group": 3, "reshard": False, "offload": "params"},
 )  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")

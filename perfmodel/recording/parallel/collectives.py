@@ -9,6 +9,7 @@ from ...tape.tensor import Tensor
 
 EVENT = Attrs(host=True)
 SENT = Run(COMMUNICATION, after=(COMPUTE,))
+ACROSS = "communication across"  # the stream of NCCL's other communicator, between groups of GPUs
 
 
 def empty(numel: object, dtype: str) -> Tensor:

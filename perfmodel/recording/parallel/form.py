@@ -125,9 +125,22 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
         )
+    if setup.shard_group is not None:
+        _check_groups(setup)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel == "fsdp1" and method.periodic():
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
+
+
+def _check_groups(setup: Setup) -> None:
+    """Raise `UserError` where shards over groups of GPUs are not modelled with the rest of a setup."""
+    if setup.parallel not in ("fsdp1", "fsdp2"):
+        raise UserError(f"shard_group: {setup.parallel} has no shards in groups; use --parallel fsdp2, or leave it out")
+    for name in ("tp", "cp"):
+        if getattr(setup, name) > 1:
+            raise UserError(f"shard_group: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
+    if setup.objective != "sft":
+        raise UserError(f"shard_group: not modelled with objective {setup.objective}; leave it out")

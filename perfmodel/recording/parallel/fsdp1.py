@@ -32,7 +32,7 @@ from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import exchange, set_event, wait_event
+from .collectives import ACROSS, exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit, of_all_layers
@@ -113,15 +113,18 @@ class FlatShard(OfBlocks):
     """The hooks of FSDP1 around the blocks of a model, its adapters and the whole.
 
     Attributes:
+        across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
     """
 
     shares_norm = True
 
     def __init__(
-        self, units: Sequence[ShardedUnit], ranks: Ranks, *, offloads: bool = False, keeps: bool = False
-    ) -> None:
+        self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
+        offloads: bool = False, keeps: bool = False,
+    ) -> None:  # fmt: skip
         self.ranks = ranks
+        self.across = across
         self.offloads = offloads
         self.keeps = keeps
         self.reduces = True
@@ -265,20 +268,25 @@ class FlatShard(OfBlocks):
 
     def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
         """`_reduce_grad`: divided by one half of the ranks before, by the other behind the reduction."""
-        before = predivided(self.ranks.size)
+        everyone = self.ranks.size * (1 if self.across is None else self.across.size)
+        before = predivided(everyone)
         on_reduce = Run(REDUCE, after=(COMPUTE,))
         if decide(before > 1):
             record("div_.Tensor", (flat,), (flat,), runs=on_reduce)
         mine = new_tensor((unit.part,), flat.dtype)
         exchange("c10d::_reduce_scatter_base_", flat, mine, self.ranks, after=(COMPUTE, REDUCE))
-        if decide(self.ranks.size > before):
-            record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+        summed = COMMUNICATION
+        if self.across is not None:
+            exchange("c10d::allreduce_", mine, mine, self.across, after=(COMMUNICATION,), on=ACROSS)
+            summed = ACROSS
+        if decide(everyone > before):
+            record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(summed,)))
         if self.offloads:
             shard = unit.shards[0]
-            shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(COMMUNICATION,)))
+            shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(summed,)))
             set_event(REDUCED, REDUCE)
             return
-        set_event(REDUCED, COMMUNICATION)
+        set_event(REDUCED, summed)
         mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]
         shard.used = True

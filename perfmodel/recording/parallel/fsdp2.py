@@ -35,12 +35,12 @@ from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import empty, exchange, set_event, wait_event
+from .collectives import ACROSS, empty, exchange, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit, of_all_layers
 
-GATHERED, COPIED, REDUCED = "gathered", "copied out", "reduced"  # events
+GATHERED, COPIED, SCATTERED, REDUCED = "gathered", "copied out", "scattered", "reduced"  # events
 
 
 @dataclass(eq=False)
@@ -105,6 +105,7 @@ class FullyShard(WholeUnits):
     Attributes:
         output: the dtype that the model's output is cast to (`output_dtype`), None: it stays as it is.
         reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
+        across: the replicas of a shard, over which its gradient is reduced, too; None: there are none.
         offloads: whether shards, their gradients and the update are the host's (`CPUOffloadPolicy`).
     """
 
@@ -116,10 +117,12 @@ class FullyShard(WholeUnits):
         ranks: Ranks,
         output: str | None,
         reference: ShardedUnit | None = None,
+        across: Ranks | None = None,
         *,
         offloads: bool = False,
     ) -> None:
         self.ranks = ranks
+        self.across = across
         self.frozen = FrozenShard([reference], ranks, output) if reference is not None else None
         self.output = output
         self.offloads = offloads
@@ -130,6 +133,7 @@ class FullyShard(WholeUnits):
         self.ran: list[tuple[str, Part]] = []  # paths of units in the order of their forward passes, with their parts
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
+        self.summed: list[Tensor] = []  # what was reduced across groups and is no gradient, to the end
         self.done: set[str] = set()
         self.last: str | None = None  # the unit whose forward pass was the last one
         self.before: str | None = None  # that of the pass before, if there are several before a backward pass
@@ -201,6 +205,8 @@ class FullyShard(WholeUnits):
         if self.offloads and self.reduces:
             record("cuda::synchronize_event", (), (), Attrs(host=True, sync=True), runs=Run(REDUCE))
         self.reducing = None
+        of_all_layers(self.summed)
+        self.summed.clear()
         self.before = self.last = None
         for state in self.units.values():
             state.coming = None  # what was gathered for a block that no gradient reaches
@@ -287,7 +293,7 @@ class FullyShard(WholeUnits):
         trained = [(p, s) for p, s in unit.pairs if p.grad is not None]
         if not (self.reduces and trained):
             return
-        wait_event(REDUCED)
+        wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
         dtype = trained[0][0].dtype
         numel = sum(shard.numel for _, shard in trained)
@@ -302,19 +308,26 @@ class FullyShard(WholeUnits):
             p.grad = None
         self.reducing = given
         reduced = empty(numel, dtype)
-        after = (COMPUTE, REDUCE) if self.offloads else (COMPUTE,)  # NCCL waits behind the copies of its stream
+        copies = self.offloads and self.across is None
+        after = (COMPUTE, REDUCE) if copies else (COMPUTE,)  # NCCL waits behind the copies of its stream
         exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks, after)
-        kept = trained[0][1].dtype
+        summed, kept = COMMUNICATION, trained[0][1].dtype
+        if self.across is not None:
+            set_event(SCATTERED, COMMUNICATION)
+            exchange("c10d::allreduce_", reduced, reduced, self.across, (COMMUNICATION,), on=ACROSS)
+            summed = ACROSS
+            if self.offloads or kept != dtype:  # `_all_reduce_state`
+                self.summed.append(reduced)
         if kept != dtype:
             low, reduced = reduced, new_tensor((numel,), kept)
-            record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(COMMUNICATION,)))
+            record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(summed,)))
             del low
         for _, shard in trained:
             shard.used = True
             shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
             if self.offloads:
-                shard.grad = to_host(shard.grad, Run(REDUCE, after=(COMMUNICATION,)))
-        set_event(REDUCED, REDUCE if self.offloads or kept != dtype else COMMUNICATION)
+                shard.grad = to_host(shard.grad, Run(REDUCE, after=(summed,)))
+        set_event(REDUCED, REDUCE if self.offloads or kept != dtype else summed)
         if not self.offloads:
             reduced.storage.copies = trained[0][0].count
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...architectures.base import WORDS
 from ...objectives.parts.base import OF_REFERENCE
-from ...program.dims import Dim, Shape, contiguous_strides, product
+from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.dtypes import FLOATING, ITEMSIZE
 from ...program.ranks import Ranks
 from ...setup import Setup
@@ -17,6 +17,14 @@ from .form import WholeUnits
 ROOT = ""  # the unit of what no other holds
 HEAD = "lm_head."
 BESIDE = "prompt_encoder."  # PEFT wraps no layers of the model for it
+
+
+def sharing(ranks: Ranks, setup: Setup) -> tuple[Ranks, Ranks | None]:
+    """Those of all data-parallel ranks that shards lie over, and the replicas of one, None where there are none."""
+    group = setup.shard_group
+    if group is None or decide(ranks.size <= group):
+        return ranks, None
+    return Ranks(group), Ranks(ranks.size // group, group)
 
 
 def shard_shape(shape: Shape, ranks: Dim) -> Shape:

@@ -1,0 +1,111 @@
+"""Laws of FSDP whose shards lie over groups of GPUs (`Setup.shard_group`), which need no torch.
+
+What is exchanged when is compared with the real programs: tests/oracle/test_parallel.py and test_fsdp1.py.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_laws_of_ranks import LLAMA, METHODS, ROUNDING
+
+from perfmodel import advise, predict
+from perfmodel.calls.collectives import KIND_OF, message_bytes
+from perfmodel.errors import UserError
+from perfmodel.network.node import Node
+from perfmodel.program.op import Op
+from perfmodel.setup import Setup
+
+USUAL: dict[str, Any] = {"dtype": "bf16", "batch": 2, "seq": 64, "gpus": 16}
+FSDP = ("fsdp1", "fsdp2")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    parallel=st.sampled_from(FSDP), method=st.sampled_from(METHODS), gpus=st.sampled_from((4, 8, 16, 32)),
+    grad_accum=st.sampled_from((1, 3)), reshard=st.booleans(),
+)  # fmt: skip
+def test_a_group_is_a_job_of_its_own_but_for_its_gradients(
+    parallel: str, method: str, gpus: int, grad_accum: int, reshard: bool
+) -> None:
+    """What a group keeps, gathers and scatters is that of so few GPUs; each gradient's shard goes across once."""
+    setup = Setup(**{**USUAL, "gpus": gpus}, parallel=parallel, grad_accum=grad_accum, reshard=reshard, shard_group=4)
+    several, one = (predict(LLAMA, method, s, "h100-sxm") for s in (setup, replace(setup, gpus=4)))
+    ours, alone = several.time.communication, one.time.communication
+    for kind in ("all_gather", "reduce_scatter"):
+        assert (ours.nbytes[kind], ours.calls[kind]) == (alone.nbytes[kind], alone.calls[kind])
+    across = ours.nbytes["all_reduce"] - alone.nbytes["all_reduce"]
+    assert across == (ours.nbytes["reduce_scatter"] / 4 if gpus > 4 else 0)
+    assert several.memory.weights == one.memory.weights
+    assert several.memory.peak == one.memory.peak  # there is no mixed precision
+
+
+def across(op: Op) -> bool:
+    """Whether an op exchanges gradients between groups."""
+    return op.name == "c10d::allreduce_" and op.attrs.ranks is not None and op.attrs.ranks.stride > 1
+
+
+def test_a_group_in_a_node_gathers_over_its_links_alone() -> None:
+    """By hand, from the node's own prices: gathering stays inside, eight rings of two leave it side by side."""
+    setup = Setup(**USUAL, nodes=2, parallel="fsdp2", shard_group=8)
+    p = predict(LLAMA, "full", setup, "h100-sxm")
+    assert p.step is not None
+    sent = p.time.communication
+    found = [(op, count) for _, op, count in p.step.ops() if op.attrs.ranks is not None]
+    node = Node.load("dgx-h100")
+    by_hand = 0.0
+    for op, count in found:
+        gpus, nodes = (2, 2) if across(op) else (8, 1)
+        by_hand += count * node.collective(KIND_OF[op.name], message_bytes(op), gpus, nodes, op.inputs[0].dtype)
+    assert sent.exposed["total"] + sent.hidden["total"] == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("parallel", FSDP)
+def test_a_grid_of_gpus_equals_its_points(parallel: str) -> None:
+    """Where there are no more GPUs than a group has, shards lie over all."""
+    setup = Setup(**{**USUAL, "parallel": parallel, "shard_group": 4})
+    counts = np.array([2, 4, 8, 32])
+    grid = predict(LLAMA, "lora:r=8", replace(setup, gpus=counts), "h100-sxm")
+    for i, n in enumerate(counts):
+        one = predict(LLAMA, "lora:r=8", replace(setup, gpus=int(n)), "h100-sxm")
+        assert grid.time.phases["total"][i] == pytest.approx(one.time.phases["total"], rel=ROUNDING)
+        assert grid.memory.peak[i] == one.memory.peak
+
+
+def test_masters_of_what_goes_across_keep_what_was_sent() -> None:
+    """With mixed precision PyTorch holds every reduced gradient in 16 bits to the end of backward."""
+    setup = Setup(**{**USUAL, "dtype": "fp32"}, amp="bf16", parallel="fsdp2", shard_group=4)
+    several, one = (predict(LLAMA, "full", s, "h100-sxm") for s in (setup, replace(setup, gpus=4)))
+    sent = several.time.communication.nbytes["reduce_scatter"] / 4
+    assert 0 < several.memory.peak - one.memory.peak <= sent
+
+
+def test_advice_leaves_groups_behind_with_fsdp() -> None:
+    """Beside FSDP with options of its own the other forms are tried as well."""
+    setup = Setup(**{**USUAL, "gpus": 8}, parallel="fsdp2", shard_group=4, reshard=False)
+    advice = advise("llama-3.2-1b", "lora:r=8", setup, "h100-sxm")
+    assert advice.best is not None
+    best = advice.best.prediction.setup  # so small a model is whole on each GPU, and waits for no weights
+    assert best.parallel in ("ddp", "zero1", "zero2")
+    assert (best.reshard, best.shard_group) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shard_group": 1}, "no groups of so many"),
+        ({"shard_group": 5}, "shard_group 5: the 16 GPUs of the job are no groups of so many"),
+        ({"shard_group": 4, "gpus": 12}, "groups do not fit nodes of 6 GPUs; give other --nodes"),
+        ({"shard_group": 4, "parallel": "zero3"}, "zero3 has no shards in groups; use --parallel fsdp2"),
+        ({"shard_group": 4, "tp": 2}, "not modelled with tp 2; use --tp 1"),
+        ({"shard_group": 4, "cp": 2}, "not modelled with cp 2; use --cp 1"),
+        ({"shard_group": 4, "objective": "dpo"}, "not modelled with objective dpo; leave it out"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(options: dict[str, Any], said: str) -> None:
+    """A wrong group names its fault."""
+    with pytest.raises(UserError, match=said):
+        predict(LLAMA, "full", Setup(**{**USUAL, "parallel": "fsdp2", **options}), "h100-sxm")
