@@ -25,6 +25,7 @@ NOT_HERE = ("stack", "images", "image_size")  # fields of a setup that are more 
 KINDS: dict[str, type] = {
     "amp": str,
     "nodes": int,
+    "shard_group": int,
     "node": str,
     "prompt": int,
     "lengths": str,

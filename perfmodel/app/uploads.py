@@ -13,7 +13,7 @@ from .choices import NOT_HERE, Choices, bundled_model, setup_fields, with_fields
 
 READ = "{} ({}) was read in memory and is stored nowhere"
 ENDINGS = (".yaml", ".yml", ".json")
-OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "offload")  # that files name
+OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "reshard", "shard_group", "offload")  # that files name
 OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
 # Fields of a setup that a file need not name: what was chosen of them before is not the file's
 UNSET = ("packing", "padded", "group_by_length", "objective", "lengths", "ddp", *OF_A_FORM, *OF_A_PIPELINE)

@@ -138,7 +138,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         )  # fmt: skip
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh_of(setup))
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=replicas_by_shards(setup))
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -156,12 +156,12 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
-        device="cpu", torch_device_mesh=mesh_of(setup), parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
+        device="cpu", torch_device_mesh=replicas_by_shards(setup), parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
 
 
-def mesh_of(setup: Setup) -> Any:
+def replicas_by_shards(setup: Setup) -> Any:
     """Replicas by shards, where shards lie over groups of several; else None."""
     groups = 1 if setup.shard_group is None else setup.replicas // setup.shard_group
     if setup.shard_group is None or groups == 1:
