@@ -156,7 +156,8 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
-        device="cpu", torch_device_mesh=replicas_by_shards(setup), parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
+        device="cpu", torch_device_mesh=replicas_by_shards(setup),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
 
