@@ -11,7 +11,7 @@ from .fields import NOT_FP8, ONE_GPU, UNDER_ZERO_3, unscaled
 from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
-from .mesh import MESH, check_launch
+from .mesh import MESH, ONE_GROUP, check_launch
 from .read import Imported
 from .values import read_values
 
@@ -154,12 +154,23 @@ def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Lau
         asked["deepspeed"] = _deepspeed(section, path.parent)
     judge(keys, table)
     asks = Keys(asked, path.name, alone=alone)
-    form = form_of(asks, fsdp_version=1)
+    form = _in_nodes(form_of(asks, fsdp_version=1), gpus, nodes)
     check_launch(asks, 1 if kind == "NO" else gpus, form.parallel)
     setup = {**{name: value for name, value in setup.items() if value is not None}, **form.setup}
     besides = (*form.besides, *keys.told_differences())
     form = replace(form, parallel=form.parallel or "ddp", setup=setup, besides=besides)
     return Launch("accelerate", 1 if kind == "NO" else gpus, None if kind == "NO" else nodes, form)
+
+
+def _in_nodes(form: AskedForm, gpus: int | None, nodes: int) -> AskedForm:
+    """The form with groups of shards that are nodes, as FSDP1's HYBRID_SHARD makes them, where a file says how many.
+
+    Source: torch/distributed/fsdp/_init_utils.py (2.13, `_init_intra_and_inter_node_groups`).
+    """
+    if form.parallel != "fsdp1" or ONE_GROUP not in form.unlike or not gpus or gpus % nodes or gpus == nodes:
+        return form
+    unlike = tuple(words for words in form.unlike if words != ONE_GROUP)
+    return replace(form, shard_group=gpus // nodes, unlike=unlike)
 
 
 def _word(keys: Keys, key: str, default: str) -> str:

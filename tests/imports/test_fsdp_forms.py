@@ -8,6 +8,7 @@ from test_launches import AXOLOTL, EIGHT, FACTORY, FSDP_2, ONE_GROUP, TRL, V1, a
 
 from perfmodel import Setup
 from perfmodel.imports import read
+from perfmodel.imports.accelerate import read_launch
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,24 @@ def test_a_launcher_has_groups_of_shards(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "fsdp2, shards in groups of 4" in found.stdout
     assert ONE_GROUP not in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "group"),
+    [
+        ("HYBRID_SHARD", {"num_processes": 16, "num_machines": 2}, 8),
+        (5, {"num_processes": 8, "num_machines": 2}, 4),  # the zero2 form of it
+        ("HYBRID_SHARD", {"num_processes": 8}, 8),
+        ("HYBRID_SHARD", {"num_processes": 2, "num_machines": 2}, None),
+        ("FULL_SHARD", {"num_processes": 16, "num_machines": 2}, None),
+    ],
+)
+def test_hybrid_shards_lie_in_nodes(
+    tmp_path: Path, strategy: str | int, sizes: dict[str, int], group: int | None
+) -> None:
+    """FSDP1 makes a group of every node's GPUs; a launcher's file says how many that are."""
+    options = {**FSDP_2, "fsdp_version": 1, "fsdp_sharding_strategy": strategy}
+    values = {**EIGHT, "distributed_type": "FSDP", "fsdp_config": options, **sizes}
+    form = read_launch(Path(written(tmp_path, "launch.yaml", values))).form
+    assert (form.parallel, form.shard_group, form.reshard) == ("fsdp1", group, strategy != 5)
+    assert (ONE_GROUP in form.unlike) == (group is None and strategy == "HYBRID_SHARD")

@@ -5,6 +5,10 @@ parameters are gathered; behind it they are freed. Behind its backward its gradi
 backward the block below is gathered while one computes. What a method freezes is gathered like all else, but has no
 gradient to be reduced.
 
+With `reshard_after_forward=False` what is gathered forward stays for the block's backward. On a mesh of replicas and
+shards (HSDP) groups of ranks do all this, and a reduced shard of gradients goes across the groups, too, on another
+communicator, which runs beside the next reduction.
+
 Where the model is called several times before a backward pass (KTO), the lowest unit's backward gathers the last unit
 of the call before, which nothing needs: the order of all calls is one (`post_forward_order`).
 
