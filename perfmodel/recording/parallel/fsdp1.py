@@ -9,8 +9,8 @@ that trains), since a flat parameter cannot be frozen in part: two tiny gathers 
 two tiny reductions. With the host so close behind the device, the gather of the next block can hardly start before the
 last adapter of this one: this is what makes LoRA slow under FSDP1.
 
-What SHARD_GRAD_OP gathers stays until gradients are reduced, over all micro-batches of a step. Under HYBRID_SHARD groups
-of ranks do all this, and reduced gradients are summed across groups.
+What SHARD_GRAD_OP gathers stays until gradients are reduced, over all micro-batches of a step. Under HYBRID_SHARD
+groups of ranks do all this, and reduced gradients are summed across groups.
 
 Offloaded (`CPUOffload`), a unit's part comes from the host's memory before it is gathered, its gradient goes there, and
 the host updates.
