@@ -58,6 +58,20 @@ def test_the_tape_equals_a_rank_of_the_real_program(case: Case) -> None:
     assert result.differences == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "fp32", "amp": "fp16", "gpus": 3},
+        {"dtype": "fp16", "amp": None, "gpus": 2, "offload": "params"},
+        {"dtype": "fp32", "amp": "fp16", "gpus": 4, "shard_group": 2},
+    ],
+)
+def test_gradients_of_a_small_range_are_divided_before_they_are_summed(options: dict[str, Any]) -> None:
+    """In fp16 NCCL's own average would overflow; the grid has bf16 and fp32, where it does not."""
+    case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel="fsdp2", grad_accum=2, **options))
+    assert parallel.compare_rank(case).differences == []
+
+
 PROCESS = """
 import json, pickle, sys
 import torch.distributed as dist

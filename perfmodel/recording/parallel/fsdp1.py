@@ -38,7 +38,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers
+from .units import ROOT, ShardedUnit, of_all_layers, predivided
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
 FREED = ("freed", "freed before that")  # when the last units were free, the latest first
@@ -294,14 +294,6 @@ class FlatShard(OfBlocks):
         shard = unit.shards[0]
         shard.used = True
         shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
-
-
-def predivided(ranks: Dim) -> Dim:
-    """What gradients are divided by before they are reduced (`_get_gradient_predivide_factor`): about the root."""
-    factor: Dim = 1
-    while decide((ranks % factor == 0) & (ranks / factor > factor)):
-        factor *= 2
-    return factor
 
 
 def flat_shard(path: str, parameters: list[Parameter], ranks: Dim) -> Parameter:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...program.dims import Dim, Shape, contiguous_strides, product
+from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.part import Part
@@ -42,7 +42,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers
+from .units import ROOT, ShardedUnit, of_all_layers, predivided
 
 GATHERED, COPIED, SCATTERED, REDUCED = "gathered", "copied out", "scattered", "reduced"  # events
 
@@ -312,8 +312,12 @@ class FullyShard(WholeUnits):
             p.grad = None
         self.reducing = given
         reduced = empty(numel, dtype)
+        everyone = self.ranks.size * (1 if self.across is None else self.across.size)
+        small = dtype == "fp16"  # of a small range, so half is divided before (`_get_gradient_divide_factors`)
+        if small:
+            record("div_.Tensor", (given,), (given,), runs=Run(REDUCE, after=(COMPUTE,)))
         copies = self.offloads and self.across is None
-        after = (COMPUTE, REDUCE) if copies else (COMPUTE,)  # NCCL waits behind the copies of its stream
+        after = (COMPUTE, REDUCE) if copies or small else (COMPUTE,)  # NCCL waits for the stream that it is called on
         exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks, after)
         summed, kept = COMMUNICATION, trained[0][1].dtype
         if self.across is not None:
@@ -322,6 +326,9 @@ class FullyShard(WholeUnits):
             summed = ACROSS
             if self.offloads or kept != dtype:  # `_all_reduce_state`
                 self.summed.append(reduced)
+        divides = small and decide(everyone > predivided(everyone))
+        if divides:
+            record("div_.Tensor", (reduced,), (reduced,), runs=Run(REDUCE, after=(summed,)))
         if kept != dtype:
             low, reduced = reduced, new_tensor((numel,), kept)
             record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(summed,)))
@@ -331,7 +338,7 @@ class FullyShard(WholeUnits):
             shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
             if self.offloads:
                 shard.grad = to_host(shard.grad, Run(REDUCE, after=(summed,)))
-        set_event(REDUCED, REDUCE if self.offloads or kept != dtype else summed)
+        set_event(REDUCED, REDUCE if self.offloads or divides or kept != dtype else summed)
         if not self.offloads:
             reduced.storage.copies = trained[0][0].count
 

@@ -27,6 +27,14 @@ def sharing(ranks: Ranks, setup: Setup) -> tuple[Ranks, Ranks | None]:
     return Ranks(group), Ranks(ranks.size // group, group)
 
 
+def predivided(ranks: Dim) -> Dim:
+    """What gradients are divided by before they are reduced (`_get_gradient_predivide_factor`): about the root."""
+    factor: Dim = 1
+    while decide((ranks % factor == 0) & (ranks / factor > factor)):
+        factor *= 2
+    return factor
+
+
 def shard_shape(shape: Shape, ranks: Dim) -> Shape:
     """The largest shard of a tensor that is cut along its first dim, which is padded where it does not divide."""
     return (-(-shape[0] // ranks), *shape[1:]) if shape else (1,)
