@@ -214,6 +214,8 @@ FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
 PRECISION = ("bf16", "fp16", "pure_bf16")
 BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+OF_WORDS = re.compile("^(wandb|hub|report)_|strategy$")  # keys that hold such words, as save_strategy: "no"
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -251,6 +253,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
             f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
             "need"
         )
+    values = _unquoted(found.name, path, values)
     keys, table = Keys(values, path.name, path.parts, alone=alone), meanings.meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
@@ -274,6 +277,15 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
         samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),
     )  # fmt: skip
+
+
+def _unquoted(tool: str, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Words in quotes as a tool takes them; one for false is true to LLaMA-Factory, and to some checks of Axolotl."""
+    words = {key: value.lower() for key, value in values.items() if isinstance(value, str) and not OF_WORDS.search(key)}
+    for key, word in words.items():
+        if tool in (FACTORY, "Axolotl") and WORDS.get(word) is False:
+            raise UserError(f"{path}: {key} {values[key]!r} in quotes is a word, which {tool} may take for true")
+    return {**values, **{k: WORDS[w] for k, w in words.items() if w in WORDS}} if tool == "Axolotl" else values
 
 
 def _balances(tool: str, keys: Keys, objective: str) -> bool:

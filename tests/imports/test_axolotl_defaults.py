@@ -261,3 +261,12 @@ def test_a_plugin_that_is_on_by_itself_is_refused(tmp_path: Path, name: str, off
         read(tmp_path / "config.yml")
     (tmp_path / "config.yml").write_text(f"{BASE}plugins: [a.{name}Plugin]\n{off}: false\n")
     assert not any("plugin" in said.lower() for said in read(tmp_path / "config.yml").differences)
+
+
+def test_words_in_quotes_are_taken_for_true(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"{BASE}gradient_checkpointing: 'true'\nsave_strategy: 'no'\n")
+    assert read(path).setup["checkpoint"] == "block-reentrant"
+    path.write_text(f"{BASE}sample_packing: 'off'\n")  # pads, though it does not pack
+    with pytest.raises(UserError, match="sample_packing 'off' in quotes is a word, which Axolotl may take for true"):
+        read(path)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.fields import EMBEDDING_STATES, TORCHS_MUON
 
@@ -116,3 +117,10 @@ def test_some_models_have_an_attention_of_their_own(text: str, attention: str, t
     file = tmp_path / "config.yaml"
     file.write_text(f"finetuning_type: lora\nmodel_name_or_path: {text}\n")
     assert read(file).setup["attention"] == attention
+
+
+def test_a_quoted_false_is_no_false(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model_name_or_path: gpt2\nfinetuning_type: full\nstage: sft\nbf16: 'false'\n")
+    with pytest.raises(UserError, match="bf16 'false' in quotes is a word, which LLaMA-Factory may take for true"):
+        read(path)
