@@ -101,8 +101,9 @@ def time_of(
     phases = composed(work.groups, matrices, start)
     total = phases["total"]
     exchanged = exchange(matrices, phases) if exchange is not None else communication.ALONE
-    components[intervals.COLLECTIVE] = exchanged.exposed["total"]
-    components[intervals.OFFLOAD] = exchanged.offloading["total"]
+    waiting = {intervals.COLLECTIVE: exchanged.exposed["total"], intervals.OFFLOAD: exchanged.offloading["total"]}
+    for name, seconds in waiting.items():  # what waits for both counts once
+        components[name] = np.minimum(seconds, np.maximum(0.0, total - sum(components.values())))
     busy = sum(components.values())
     components["host"] = np.maximum(0.0, total - busy)
     low, high = intervals.interval_bounds(total, intervals.step_sigma(components, total, on))

@@ -35,11 +35,16 @@ LUCK = 0.98  # of the time: a larger product may fill the last wave better (`tes
 
 EVEN = 0.02  # of the time, where layers of a part differ in what the host does
 LONG = {"batch": 2, "seq": 2048}
+BOTH = Question(  # waits for the bus and for the other GPUs, partly at once
+    "qwen1.5-7b", "prefix_tuning:tokens=2",
+    {"batch": 64, "seq": 4096, "gpus": 8, "parallel": "fsdp2", "offload": "params"}, "rtx-4060-ti", "epyc-genoa",
+)  # fmt: skip
 WIDENED = Question(Config(SMALL_MODELS["glm4"], "glm4", "glm4"), "trainable_tokens", LONG, "cpu-xeon-2.5ghz-1t")
 
 
 @tries(100)
 @given(questions())
+@example(BOTH)
 @example(WIDENED)  # its attention in bf16 is quicker than its products, on a CPU without bf16
 def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question: Question) -> None:
     """They are shown side by side: one that is absurd, or a part that is missing, makes the others worthless."""
@@ -191,11 +196,9 @@ def at_most(p: Prediction) -> float:
 def test_more_work_is_never_less(question: Question, which: str) -> None:
     """Twice the samples, the length or the micro-batches: no figure falls, but for time where kernels get luckier.
 
-    One document alone needs no mask, two of different lengths do, which is another program: where heads are grouped and
-    the card is older than FlashAttention, PyTorch writes attention out without a mask and fuses it with one.
+    Or fewer: where heads are grouped and the card is older than FlashAttention, PyTorch writes attention out without a
+    mask and fuses it with one, which two documents of different lengths need, or more tokens than a window.
     """
-    if question.setup.get("lengths") and which == "batch" and question.setup["batch"] == 1:
-        return
     if (p := asked(question)) is None:
         return
     size = getattr(question.made(), which)
@@ -206,4 +209,5 @@ def test_more_work_is_never_less(question: Question, which: str) -> None:
     for name in ("flops", "bytes"):
         assert getattr(more, name)["total"] >= getattr(p, name)["total"], name
     assert more.memory.peak >= p.memory.peak
-    assert more.time.phases["total"] >= p.time.phases["total"] * LUCK
+    if more.kernels["total"] >= p.kernels["total"]:
+        assert more.time.phases["total"] >= p.time.phases["total"] * LUCK
