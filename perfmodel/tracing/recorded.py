@@ -41,6 +41,7 @@ from ..values import once
 from .regions import Region, region_of
 from .setups import check_setup
 
+TRACER = 2  # raised where a trace of the same program comes out differently: 2, factors of MiCA and places of FourierFT
 TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
 OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")
@@ -251,7 +252,7 @@ def _first(value: Any) -> int:
 
 
 def _digest(values: Any) -> str:
-    text = json.dumps([files.FORM, values], sort_keys=True, default=str)
+    text = json.dumps([files.FORM, TRACER, values], sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()[:16]
 
 
