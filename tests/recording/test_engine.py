@@ -105,7 +105,7 @@ def test_what_is_not_modelled_is_refused_in_a_line(method: str, setup: dict[str,
 
 
 ZERO = {"stage": 3, "overlap_comm": True}
-TOGETHER = "one GPU under ZeRO-3, weights updated together, not in sub-groups (deepspeed)"
+TOGETHER = "weights updated together, not in sub-groups"
 
 
 @pytest.mark.parametrize(
