@@ -125,6 +125,8 @@ class Lora(Targeted):
 
     def finds_nothing(self) -> bool:
         assert self.architecture is not None
+        if self.architecture.recorded and self.target_parameters:
+            return False  # peft finds out
         of_experts = any(np.any(self.rank_of_parameter(name)) for name in self.architecture.stacked_names())
         return super().finds_nothing() and not of_experts
 

@@ -114,6 +114,8 @@ def test_adapters_of_experts_are_traced() -> None:
         traced.of_method(config, f"lora:r=4,targets=o_proj{more}", setup)[0].trainable for more in ("", f",{experts}")
     )
     assert both - alone == 2 * 8 * 4 * (64 + 2 * 40 + 40 + 64)  # blocks, experts, rank, widths of both weights
+    of_experts = traced.of_method(config, f"lora:r=4,targets=/(?!)/,{experts}", setup)[0].trainable
+    assert of_experts == both - alone  # as Axolotl asks where it names no layers
     shared = "+".join(f"shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
     for asked in (f"o_proj,{experts}", f"o_proj+{shared}"):
         with pytest.raises(UserError, match="adapters of quantised experts are not modelled"):
