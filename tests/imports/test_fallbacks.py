@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from perfmodel.architectures import from_config, load
 from perfmodel.cli import main
 from perfmodel.imports import DIFFERS, read
-from perfmodel.imports.fallbacks import OWN_HEAD, UNBALANCED, fallbacks, of_another_task
+from perfmodel.imports.fallbacks import HEADLESS, OWN_HEAD, UNBALANCED, fallbacks, of_another_task
 from perfmodel.imports.llama_factory_v1 import FUSED_LOSS, OWN_LOSS
 
 LORA = "micro_batch_size: 1\nsequence_len: 64\nbf16: true\nadapter: lora\nlora_r: 4\n"
@@ -75,6 +75,12 @@ def test_what_a_model_has_no_program_of_is_answered_otherwise(
     assert out.startswith(DIFFERS)
     assert differs in out
     assert answered in out
+
+
+@pytest.mark.parametrize("text", [f"model_name_or_path: EleutherAI/pythia-70m\n{FACTORY}lora_target: all\n"])
+def test_what_one_tool_does_alone_is_not_said_of_another(tmp_path: Path, text: str) -> None:
+    """LLaMA-Factory leaves the head of GPT-NeoX out of all linear layers, so nothing differs there."""
+    assert HEADLESS not in asked(tmp_path, text)
 
 
 @pytest.mark.parametrize(
