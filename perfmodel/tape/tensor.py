@@ -42,18 +42,19 @@ class Storage:
 
     __slots__ = ("__weakref__", "copies", "heir", "home", "nbytes", "number", "tape")
 
-    def __init__(self, nbytes: Dim, tape: "RecordingTape | None", home: Part | None = None) -> None:
+    def __init__(self, nbytes: Dim, tape: "RecordingTape | None") -> None:
         self.nbytes = nbytes
         self.tape = tape
         self.copies = 1
-        self.home = home if home is not None or tape is None else tape.part
+        self.home = None if tape is None else tape.part
         self.heir: Storage | None = None
         self.number = next(_numbers)
 
     def inherited(self) -> "Storage":
         """Its heir, made on first use."""
         if self.heir is None:
-            self.heir = Storage(self.nbytes, self.tape, self.home)
+            self.heir = Storage(self.nbytes, self.tape)
+            self.heir.home = self.home
         return self.heir
 
     def __del__(self) -> None:
@@ -61,8 +62,8 @@ class Storage:
         if tape is not None:
             part = tape.part if self.heir is None else tape.part.later
             if tape.part.repeat > 1 and self._of_all(tape.part):
-                last = Storage(self.nbytes, tape, self.home)
-                last.copies, last.heir, last.number = self.copies, self.heir, self.number
+                last = Storage(self.nbytes, tape)
+                last.copies, last.heir, last.home, last.number = self.copies, self.heir, self.home, self.number
                 tape.lingering.append(last)
             elif part is not None:
                 copies = self.home.repeat if tape.graph_dies and self.home is not None else self.copies

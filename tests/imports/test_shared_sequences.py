@@ -124,6 +124,7 @@ def test_llama_factory_v1_knows_ulysses_alone(tmp_path: Path) -> None:
         ({"dp_shard_size": 4, "context_parallel_size": 2}, "16", None, True),
         ({"dp_shard_size": 4, "dp_replicate_size": 2}, "8", 4, False),
         ({"dp_replicate_size": 2}, "8", None, True),
+        ({"context_parallel_size": 2}, "8", None, False),
         ({}, "8", None, False),
     ],
 )

@@ -17,6 +17,7 @@ from perfmodel.calls.collectives import KIND_OF, message_bytes
 from perfmodel.errors import UserError
 from perfmodel.network.node import Node
 from perfmodel.program.op import Op
+from perfmodel.report.figures import setup_line
 from perfmodel.setup import Setup
 
 USUAL: dict[str, Any] = {"dtype": "bf16", "batch": 2, "seq": 64, "gpus": 16}
@@ -46,6 +47,12 @@ def test_a_group_is_a_job_of_its_own_but_for_its_gradients(
 def across(op: Op) -> bool:
     """Whether an op exchanges gradients between groups."""
     return op.name == "c10d::allreduce_" and op.attrs.ranks is not None and op.attrs.ranks.stride > 1
+
+
+def test_groups_are_told_where_there_are_several_gpus() -> None:
+    """Whoever compares two answers must see that one of them shards over groups."""
+    assert "shards in groups of 8" in setup_line(Setup(**USUAL, parallel="fsdp2", shard_group=8))
+    assert "groups" not in setup_line(Setup(**USUAL, parallel="fsdp2"))
 
 
 def test_a_group_in_a_node_gathers_over_its_links_alone() -> None:
