@@ -5,7 +5,7 @@ models, devices and nodes are the bundled ones, and what is large is refused.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -89,11 +89,7 @@ def bundled_device(name: str) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    _check_text("device", name)
-    found = profile.bundled(name)
-    if not found:
-        raise UserError(f"unknown device {name!r}: {_near(name, profile.names(), 'devices')}")
-    return found
+    return _bundled("device", name, profile.bundled, profile.names())
 
 
 def bundled_node(name: str) -> str:
@@ -102,10 +98,14 @@ def bundled_node(name: str) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    _check_text("node", name)
-    found = nodes.bundled(name)
+    return _bundled("node", name, nodes.bundled, nodes.names())
+
+
+def _bundled(what: str, name: str, find: Callable[[str], str | None], known: Sequence[str]) -> str:
+    _check_text(what, name)
+    found = find(name)
     if not found:
-        raise UserError(f"unknown node {name!r}: {_near(name, nodes.names(), 'nodes')}")
+        raise UserError(f"unknown {what} {name!r}: {_near(name, known, f'{what}s')}")
     return found
 
 

@@ -1,7 +1,7 @@
 """Blocks that run the same program, as runs that are recorded once."""
 
 from collections.abc import Hashable, Sequence
-from itertools import accumulate
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
@@ -79,9 +79,8 @@ def runs_of_layers(
 
 
 def _cut(first: int, period: int, times: int) -> list[Run]:
-    counts = [count for count in (1, times - 2, 1) if count > 0] if times > 1 else [1]
-    starts = accumulate(counts, initial=0)
-    return [(first + period * start, period, count) for start, count in zip(starts, counts, strict=False)]
+    bounds = sorted({0, 1, times - 1, times} if times > 1 else {0, 1})
+    return [(first + period * start, period, end - start) for start, end in pairwise(bounds)]
 
 
 def times_in_a_row(keys: Sequence[Hashable], first: int, period: int) -> int:

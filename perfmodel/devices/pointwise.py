@@ -109,9 +109,10 @@ class Kind(NamedTuple):
 
 
 # Elements that bitsandbytes' 4-bit dequantisation gives per SM and clock: an A100 takes 1.241 ms for 16384 x 16384 with
-# double quantisation, 20 us of them for its scales (github.com/InfiniTensor/Learning-CUDA, a report of NF4, 2026). So
-# the older tree of comparisons (bitsandbytes pull 1747: what reaches the memory's bandwidth is 1.4 to 2.1 times as fast
-# on P100, A100 and H100, not on 8.6 and 8.9); an L40S moves its bytes at the bandwidth, 20 ms for Llama-3.1-8B.
+# double quantisation, 20 us of them for its scales (github.com/ikko-debug/Learning-CUDA, nf4/readme.md at 32ee9261).
+# The older tree of comparisons is as slow (github.com/bitsandbytes-foundation/bitsandbytes/pull/1747: what reaches the
+# memory's bandwidth is 1.4 to 2.1 times as fast on P100, A100 and H100, not on 8.6 and 8.9). An L40S moves its bytes at
+# the bandwidth (tests/devices/test_device_prices.py).
 DEQUANTISE_RATE = 1.45
 
 KINDS: dict[str, Kind] = {

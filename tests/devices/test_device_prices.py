@@ -237,7 +237,8 @@ def test_dequantisation_takes_what_was_measured() -> None:
 
     No figure was taken from the latter: 2,870 ms for three passes over Llama-3.1-8B's layers in 48 micro-batches.
 
-    Sources: `pointwise.DEQUANTISE_RATE`; a profile of QLoRA with torch 2.11 and its nsys run (2026).
+    Sources: `pointwise.DEQUANTISE_RATE`; torch.profiler and nsys in github.com/sairameshpv/lightserve,
+    training/qlora_financial/profiling/report.md at 8c650028.
     """
 
     def seconds(device: str, elements: float) -> float:

@@ -6,11 +6,10 @@ What is gathered when is compared with the real programs: tests/oracle/test_para
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_laws_of_ranks import LLAMA, METHODS, ROUNDING
+from test_laws_of_ranks import LLAMA, METHODS
 
 from perfmodel import predict
 from perfmodel.errors import UserError
@@ -54,18 +53,6 @@ def test_what_stays_takes_room_and_saves_traffic(
     assert kept.memory.peak >= freed.memory.peak
     assert kept.memory.peak <= freed.memory.peak + 1.1 * WEIGHTS
     assert kept.flops == freed.flops
-
-
-@pytest.mark.parametrize("parallel", FSDP)
-def test_a_grid_of_gpus_equals_its_points(parallel: str) -> None:
-    """What is gathered has dims like all else."""
-    setup = Setup(**{**USUAL, "parallel": parallel, "reshard": False, "grad_accum": 2})
-    counts = np.array([2, 4, 32])
-    grid = predict(LLAMA, "lora:r=8", replace(setup, gpus=counts), "h100-sxm")
-    for i, n in enumerate(counts):
-        one = predict(LLAMA, "lora:r=8", replace(setup, gpus=int(n)), "h100-sxm")
-        assert grid.time.phases["total"][i] == pytest.approx(one.time.phases["total"], rel=ROUNDING)
-        assert grid.memory.peak[i] == one.memory.peak
 
 
 def test_a_reference_stays_whole_from_step_to_step() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -46,6 +47,21 @@ def on_network(faster: float, method: str, setup: Setup) -> Prediction:
     known = Placed.seconds
     with patch.object(Placed, "seconds", lambda *args: known(*args) / faster):
         return predict(LLAMA, method, setup, "h100-sxm")
+
+
+@pytest.mark.parametrize("parallel", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    "how", [{"shard_group": 4}, {"reshard": False, "grad_accum": 2}], ids=lambda how: next(iter(how))
+)
+def test_a_grid_of_gpus_equals_its_points_in_every_form_of_fsdp(parallel: str, how: dict[str, Any]) -> None:
+    """What is gathered has dims like all else; with no more GPUs than a group has, shards lie over all."""
+    setup = Setup(dtype="bf16", batch=2, seq=64, parallel=parallel, **how)
+    counts = np.array([2, 4, 8, 32])
+    grid = predict(LLAMA, "lora:r=8", replace(setup, gpus=counts), "h100-sxm")
+    for i, n in enumerate(counts):
+        one = predict(LLAMA, "lora:r=8", replace(setup, gpus=int(n)), "h100-sxm")
+        assert grid.time.phases["total"][i] == pytest.approx(one.time.phases["total"], rel=ROUNDING)
+        assert grid.memory.peak[i] == one.memory.peak
 
 
 @settings(max_examples=12, deadline=None)

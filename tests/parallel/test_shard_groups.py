@@ -6,11 +6,10 @@ What is exchanged when is compared with the real programs: tests/oracle/test_par
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_laws_of_ranks import LLAMA, METHODS, ROUNDING
+from test_laws_of_ranks import LLAMA, METHODS
 
 from perfmodel import advise, predict
 from perfmodel.calls.collectives import KIND_OF, message_bytes
@@ -68,18 +67,6 @@ def test_a_group_in_a_node_gathers_over_its_links_alone() -> None:
         gpus, nodes = (2, 2) if across(op) else (8, 1)
         by_hand += count * node.collective(KIND_OF[op.name], message_bytes(op), gpus, nodes, op.inputs[0].dtype)
     assert sent.exposed["total"] + sent.hidden["total"] == pytest.approx(by_hand, rel=1e-6)
-
-
-@pytest.mark.parametrize("parallel", FSDP)
-def test_a_grid_of_gpus_equals_its_points(parallel: str) -> None:
-    """Where there are no more GPUs than a group has, shards lie over all."""
-    setup = Setup(**{**USUAL, "parallel": parallel, "shard_group": 4})
-    counts = np.array([2, 4, 8, 32])
-    grid = predict(LLAMA, "lora:r=8", replace(setup, gpus=counts), "h100-sxm")
-    for i, n in enumerate(counts):
-        one = predict(LLAMA, "lora:r=8", replace(setup, gpus=int(n)), "h100-sxm")
-        assert grid.time.phases["total"][i] == pytest.approx(one.time.phases["total"], rel=ROUNDING)
-        assert grid.memory.peak[i] == one.memory.peak
 
 
 def test_masters_of_what_goes_across_keep_what_was_sent() -> None:
