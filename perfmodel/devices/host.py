@@ -126,6 +126,10 @@ class Host:
     settle: float = 0.0
     wrap: float = 0.0
 
+    def slower(self, times: float) -> "Host":
+        """A machine on which every cost is so many times as high."""
+        return replace(self, **{cost: getattr(self, cost) * times for cost in COSTS})
+
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         return self.dispatched(HostCalls.of(part), device)
@@ -222,9 +226,7 @@ def _read(path: Path) -> Host:
             raise UserError(f"{path}: like must be a bundled host, got {like!r}: {nearest(like, names())}")
         if isinstance(slower, bool) or not isinstance(slower, (int, float)) or not 0 < slower <= SLOWEST:
             raise UserError(f"{path}: slower must be a number of times above 0 and up to {SLOWEST}, got {slower!r}")
-        bundled = _bundled(like)
-        costs = {cost: getattr(bundled, cost) * slower for cost in COSTS}
-        return replace(bundled, name=name, source=source, **costs)
+        return replace(_bundled(like).slower(slower), name=name, source=source)
     seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
     for f in COSTS.values():

@@ -11,9 +11,19 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 from perfmodel import cli
+from perfmodel.devices import host as hosts
+from perfmodel.devices.host import Host
+from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
 from validate.published import tuners
-from validate.published.tuners import TunerOutcome, TunerRow, evaluate_tuner, published_tuners, summarise_tuners
+from validate.published.tuners import (
+    TunerOutcome,
+    TunerRow,
+    evaluate_tuner,
+    host_speed,
+    published_tuners,
+    summarise_tuners,
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +100,43 @@ def test_a_reason_stands_with_the_worst_rows_and_with_all_that_are_far(
     lines = CliRunner().invoke(cli.main, ["validate", "tuners"]).output.splitlines()
     told = [row for row in chosen if any(line.startswith(f"{row.id}, +") for line in lines)]
     assert len(told) == (len(chosen) if all_told else tuners.WORST)
+
+
+def test_how_slow_a_host_was_is_found_on_one_half_and_judged_on_the_other(
+    rows: dict[str, TunerRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One figure says all of a machine only if tuners that it was not fitted to come out right beside it."""
+    usual, truth = hosts.load(), 1.7
+
+    def waiting(row: TunerRow, host: Host) -> TunerOutcome:
+        times = host.call / usual.call
+        return outcome(row, row.seconds * (1.0 + truth), row.seconds * (1.0 + times))
+
+    monkeypatch.setattr(tuners, "evaluate_tuner", waiting)
+    found = host_speed(list(rows.values()))
+    assert found.slower == pytest.approx(truth, abs=0.02)
+    assert found.fitted + found.left_out == len(rows)
+    assert found.after < 0.01
+    assert found.before == pytest.approx(0.7 / 2.7)
+
+
+def test_a_host_is_not_fitted_where_no_tuner_is_left_to_judge_it(rows: dict[str, TunerRow]) -> None:
+    """A figure that nothing checks is a guess."""
+    with pytest.raises(UserError, match="half of the tuners"):
+        host_speed([rows["lora-rank32"]])
+
+
+@pytest.mark.parametrize("beside", [["--host", "half-speed"], ["--all-rows"]])
+def test_what_a_fit_of_the_host_would_ignore_is_refused(beside: list[str]) -> None:
+    """It tells the host and no rows."""
+    result = CliRunner().invoke(cli.main, ["validate", "tuners", "--fit-host", *beside])
+    assert result.exit_code == 2
+    assert "--fit-host goes without" in result.output
+
+
+def test_the_command_tells_how_slow_the_host_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence has the figure that goes into a host's file."""
+    monkeypatch.setattr(tuners, "host_speed", lambda rows, tried: tuners.HostSpeed(2.0, 26, 18, 0.058, 0.039))
+    told = " ".join(CliRunner().invoke(cli.main, ["validate", "tuners", "--fit-host"]).output.split())
+    assert "a host 2 times as slow as the usual one" in told
+    assert "by 5.8 % beside the usual host, by 3.9 % beside that one" in told

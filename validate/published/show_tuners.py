@@ -35,6 +35,24 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
     return bool(total.holds)
 
 
+def show_host_speed(*, images: bool, as_json: bool) -> None:
+    """How slow the host of a benchmark must have been, fitted to half of its tuners and judged on the others."""
+    warnings.filterwarnings("ignore")
+    with progress() as bar:
+        task = bar.add_task("tracing", total=None)
+        rows = tuners.published_tuners(tuners.IMAGES if images else tuners.TABLE)
+        found = tuners.host_speed(rows, lambda times: bar.update(task, description=f"{times:.2f} times as slow"))
+    if as_json:
+        print_json(found._asdict())
+        return
+    before, after = (units.percent(error, 1) for error in (found.before, found.after))
+    told = (
+        f"{found.fitted} configurations: a host {found.slower:g} times as slow as the usual one fits them best. "
+        f"{found.left_out} of other tuners: step time off by {before} beside the usual host, by {after} beside that one"
+    )
+    show(paragraph(told))
+
+
 def _print_tuners(outcomes: list[Any], total: Any, source: str, *, all_rows: bool) -> None:
     traced = [o for o in outcomes if o.prediction]
     cells = (

@@ -6,20 +6,23 @@ method_comparison/image-gen, full fine-tuning (without a config) among them. No 
 """
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from perfmodel.architectures import load as load_model
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
+from perfmodel.devices.host import Host
 from perfmodel.errors import UserError
 from perfmodel.methods.parts.peft_adapter import PeftAdapter
 from perfmodel.prediction.predict import Prediction, of_step
+from perfmodel.recording.step import Step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
@@ -31,6 +34,7 @@ IMAGES = DATA / "published" / "peft_image_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time
 RANK_LIMIT = 0.9  # Spearman's correlation of predicted and measured step times
 WORST = 5
+TIMES = (0.5, 4.0)  # how much slower than the usual host theirs may be in a fit
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def _row(r: dict[str, str]) -> TunerRow:
     )
 
 
-def evaluate_tuner(row: TunerRow, host: str = "default") -> TunerOutcome:
+def evaluate_tuner(row: TunerRow, host: str | Host = "default") -> TunerOutcome:
     """Trace the tuner's program and price it."""
     try:
         return TunerOutcome(
@@ -139,13 +143,17 @@ def evaluate_tuner(row: TunerRow, host: str = "default") -> TunerOutcome:
 
 
 @cache
-def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> Prediction:
+def _predict(config: str, model: str, setup: Setup, device: str, host: str | Host) -> Prediction:
+    on = profile.load(device)
+    return of_step(_built(config, model, setup, device), on, hosts.host_of(host, on))
+
+
+@cache
+def _built(config: str, model: str, setup: Setup, device: str) -> Step:
     """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
     values = json.loads(config)
-    on = profile.load(device)
     method = PeftAdapter.of(values) if values else "full"
-    built, _ = traced.of_method(load_model(model), method, setup, on)
-    return of_step(built, on, hosts.host_of(host, on))
+    return traced.of_method(load_model(model), method, setup, profile.load(device))[0]
 
 
 def evaluate_tuners(
@@ -157,6 +165,52 @@ def evaluate_tuners(
         outcomes.append(evaluate_tuner(row, host))
         progress(row.id)
     return outcomes
+
+
+class HostSpeed(NamedTuple):
+    """How fast the host of a benchmark was, from half of its tuners.
+
+    Attributes:
+        slower: times as slow as the usual host, by the least mean error of the step time.
+        fitted, left_out: configurations of the tuners in the fit, and of the others.
+        before, after: mean error of the latter beside the usual host, and beside that one.
+    """
+
+    slower: float
+    fitted: int
+    left_out: int
+    before: float
+    after: float
+
+
+def host_speed(rows: Sequence[TunerRow], tried: Callable[[float], None] = lambda times: None) -> HostSpeed:
+    """Fit one figure, how slow the host was, to half of the tuners (by a hash of their names); judge it on the rest.
+
+    Raises:
+        UserError: a half is empty, or a row could not be traced.
+    """
+    from scipy.optimize import minimize_scalar
+
+    halves: tuple[list[TunerRow], list[TunerRow]] = [], []
+    for row in rows:
+        halves[zlib.crc32(row.tuner.encode()) % 2].append(row)
+    if not all(halves):
+        raise UserError("a host is fitted to half of the tuners: too few of them are here")
+    usual = hosts.load()
+
+    def mean_error(half: Sequence[TunerRow], times: float) -> float:
+        tried(times)
+        outcomes = [evaluate_tuner(row, usual.slower(times)) for row in half]
+        for outcome in outcomes:
+            if outcome.prediction is None:
+                raise UserError(f"{outcome.row.id}: {outcome.reason}")
+        return float(np.mean([abs(outcome.error) for outcome in outcomes]))
+
+    fitted, left_out = halves
+    least = minimize_scalar(lambda times: mean_error(fitted, times), bounds=TIMES, options={"xatol": 0.01})
+    slower = round(float(least.x), 2)
+    before, after = (mean_error(left_out, times) for times in (1.0, slower))
+    return HostSpeed(slower, len(fitted), len(left_out), before, after)
 
 
 def summarise_tuners(outcomes: Sequence[TunerOutcome]) -> TunerSummary:
