@@ -134,7 +134,7 @@ def configs(
 @click.option("--images", is_flag=True, help="The benchmark of an image model (needs the diffusion extra).")
 @click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
-@click.option("--fit-host", is_flag=True, help="Only tell how slow their host was: fitted to half of the tuners.")
+@click.option("--fit-host", is_flag=True, help="Only tell how slow their host was (fitted).")
 @json_option
 def tuners(images: bool, host: str, all_rows: bool, fit_host: bool, as_json: bool) -> None:
     """Compare with PEFT's own benchmarks of its tuners.

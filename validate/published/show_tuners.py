@@ -36,7 +36,7 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
 
 
 def show_host_speed(*, images: bool, as_json: bool) -> None:
-    """How slow the host of a benchmark must have been, fitted to half of its tuners and judged on the others."""
+    """How slow the host of a benchmark must have been; each half of its tuners is judged by what the other tells."""
     warnings.filterwarnings("ignore")
     with progress() as bar:
         task = bar.add_task("tracing", total=None)
@@ -45,10 +45,12 @@ def show_host_speed(*, images: bool, as_json: bool) -> None:
     if as_json:
         print_json(found._asdict())
         return
-    before, after = (units.percent(error, 1) for error in (found.before, found.after))
+    before, crossed = (units.percent(error, 1) for error in (found.before, found.crossed))
+    one, other = found.halves
     told = (
-        f"{found.fitted} configurations: a host {found.slower:g} times as slow as the usual one fits them best. "
-        f"{found.left_out} of other tuners: step time off by {before} beside the usual host, by {after} beside that one"
+        f"{found.rows} configurations: a host {found.slower:g} times as slow as the usual one fits them best (half "
+        f"of the tuners alone: {one:g}, the others: {other:g}). Step time off by {before} beside the usual host, by "
+        f"{crossed} beside the one that the other half tells"
     )
     show(paragraph(told))
 

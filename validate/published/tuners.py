@@ -168,23 +168,25 @@ def evaluate_tuners(
 
 
 class HostSpeed(NamedTuple):
-    """How fast the host of a benchmark was, from half of its tuners.
+    """How slow the host of a benchmark was.
 
     Attributes:
-        slower: times as slow as the usual host, by the least mean error of the step time.
-        fitted, left_out: configurations of the tuners in the fit, and of the others.
-        before, after: mean error of the latter beside the usual host, and beside that one.
+        slower: times as slow as the usual host, by the least mean error of the step time over all rows.
+        halves: the same of each half of the tuners.
+        rows: how many.
+        before: mean error beside the usual host.
+        crossed: mean error of each half's rows beside the host that the other half tells.
     """
 
     slower: float
-    fitted: int
-    left_out: int
+    halves: tuple[float, float]
+    rows: int
     before: float
-    after: float
+    crossed: float
 
 
 def host_speed(rows: Sequence[TunerRow], tried: Callable[[float], None] = lambda times: None) -> HostSpeed:
-    """Fit one figure, how slow the host was, to half of the tuners (by a hash of their names); judge it on the rest.
+    """Fit one figure, how slow the host was, to all rows, and to each half of the tuners, to judge it on the other.
 
     Raises:
         UserError: a half is empty, or a row could not be traced.
@@ -195,22 +197,26 @@ def host_speed(rows: Sequence[TunerRow], tried: Callable[[float], None] = lambda
     for row in rows:
         halves[zlib.crc32(row.tuner.encode()) % 2].append(row)
     if not all(halves):
-        raise UserError("a host is fitted to half of the tuners: too few of them are here")
+        raise UserError("a host is fitted to half of the tuners at a time: too few of them are here")
     usual = hosts.load()
 
-    def mean_error(half: Sequence[TunerRow], times: float) -> float:
-        tried(times)
-        outcomes = [evaluate_tuner(row, usual.slower(times)) for row in half]
-        for outcome in outcomes:
-            if outcome.prediction is None:
-                raise UserError(f"{outcome.row.id}: {outcome.reason}")
-        return float(np.mean([abs(outcome.error) for outcome in outcomes]))
+    def error(row: TunerRow, times: float) -> float:
+        outcome = evaluate_tuner(row, usual.slower(times))
+        if outcome.prediction is None:
+            raise UserError(f"{row.id}: {outcome.reason}")
+        return abs(outcome.error)
 
-    fitted, left_out = halves
-    least = minimize_scalar(lambda times: mean_error(fitted, times), bounds=TIMES, options={"xatol": 0.01})
-    slower = round(float(least.x), 2)
-    before, after = (mean_error(left_out, times) for times in (1.0, slower))
-    return HostSpeed(slower, len(fitted), len(left_out), before, after)
+    def mean(some: Sequence[TunerRow], times: float) -> float:
+        tried(times)
+        return float(np.mean([error(row, times) for row in some]))
+
+    def least(some: Sequence[TunerRow]) -> float:
+        found = minimize_scalar(lambda times: mean(some, times), bounds=TIMES, options={"xatol": 0.01})
+        return round(float(found.x), 2)
+
+    one, other = map(least, halves)
+    crossed = [error(row, times) for half, times in zip(halves, (other, one), strict=True) for row in half]
+    return HostSpeed(least(rows), (one, other), len(rows), mean(rows, 1.0), float(np.mean(crossed)))
 
 
 def summarise_tuners(outcomes: Sequence[TunerOutcome]) -> TunerSummary:
