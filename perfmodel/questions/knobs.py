@@ -19,6 +19,8 @@ from ..methods import Method
 from ..setup import PARALLEL, Setup
 
 FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
+OF_FSDP = ("fsdp2", "fsdp1")
+GROUPS = (2, 4, 8)  # GPUs that shards may lie over, where there are more: powers of two within a node
 STAGES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
@@ -61,7 +63,8 @@ def offloading(setup: Setup) -> Iterator[KnobPosition]:
     several = not np.all(np.equal(setup.gpus, 1))
     for form, what in (("zero2", "optimizer"), ("zero3", "params"), *([("fsdp2", "params")] if several else [])):
         words = "weights and optimizer" if what == "params" else "optimizer"
-        yield KnobPosition(f"{(FORMS | STAGES)[form]} with {words} offloaded", {**_form(setup, form), "offload": what})
+        label = f"{(FORMS | STAGES)[form]} with {words} offloaded"
+        yield KnobPosition(label, {**_changes(setup, form), "offload": what})
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
@@ -110,16 +113,32 @@ def _cuts(architecture: Architecture, setup: Setup) -> Iterator[int]:
 
 
 def _parallel(setup: Setup) -> Knob:
+    """Forms, those of FSDP in each of its layouts."""
     if np.all(np.equal(setup.gpus, 1)):
         return (KEEP,)
-    others = [form for form in PARALLEL if form != setup.parallel]
-    return (KEEP, *(KnobPosition(FORMS.get(form, form), _form(setup, form)) for form in others))
+    found = {layout: words for form in PARALLEL for layout, words in _layouts(setup, form)}
+    found.pop((setup.parallel, setup.reshard, setup.shard_group), None)
+    return (KEEP, *(KnobPosition(words, _changes(setup, *layout)) for layout, words in found.items()))
 
 
-def _form(setup: Setup, form: str) -> dict[str, Any]:
-    """Another form, without what only FSDP has."""
-    of_fsdp = {"reshard": True, "shard_group": None} if form not in ("fsdp1", "fsdp2") else {}
-    return {"parallel": form, **{name: usual for name, usual in of_fsdp.items() if getattr(setup, name) != usual}}
+def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | None], str]]:
+    """((form, `Setup.reshard`, `Setup.shard_group`), how it is called) of each way to lay a form out."""
+    name = FORMS.get(form, form)
+    yield (form, True, None), name
+    if form not in OF_FSDP:
+        return
+    groups = [n for n in GROUPS if isinstance(setup.gpus, int) and n < setup.gpus and setup.gpus % n == 0]
+    for group in (None, *groups):
+        where = name if group is None else f"{name} in groups of {group}"
+        if group is not None:
+            yield (form, True, group), where
+        yield (form, False, group), f"{where} with weights left gathered"
+
+
+def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = None) -> dict[str, Any]:
+    """What of a setup another form changes; what only FSDP has goes with it."""
+    of_fsdp = {"reshard": reshard, "shard_group": group}
+    return {"parallel": form, **{name: value for name, value in of_fsdp.items() if getattr(setup, name) != value}}
 
 
 def _optimizer(setup: Setup) -> Knob:

@@ -4,6 +4,7 @@ What is exchanged when is compared with the real programs: tests/oracle/test_par
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from perfmodel import advise, predict
 from perfmodel.calls.collectives import KIND_OF, message_bytes
 from perfmodel.errors import UserError
 from perfmodel.network.node import Node
+from perfmodel.prediction import memory
 from perfmodel.program.op import Op
 from perfmodel.report.figures import setup_line
 from perfmodel.setup import Setup
@@ -85,6 +87,22 @@ def test_advice_leaves_groups_behind_with_fsdp() -> None:
     best = advice.best.prediction.setup  # so small a model is whole on each GPU, and waits for no weights
     assert best.parallel in ("ddp", "zero1", "zero2")
     assert (best.reshard, best.shard_group) == (True, None)
+
+
+def test_advice_lays_fsdp_out_as_memory_allows() -> None:
+    """On links that hold a step up the fastest layout is the one that just fits: none is left untried."""
+    setup = Setup(gpus=4, batch=1, seq=256, parallel="fsdp2", optimizer="adamw-fused", clip_grad=False)
+    model, layouts = "pythia-410m", set()
+    every = product(FSDP, (True, False), (None, 2), ("none", "block"), ("adamw-fused", "adamw-8bit"))
+    names = ("parallel", "reshard", "shard_group", "checkpoint", "optimizer")
+    tried = [predict(model, "full", replace(setup, **dict(zip(names, how, strict=True))), "l40s") for how in every]
+    for limit in (1.6e9, 2.1e9, 4e9):
+        fastest = min(p.time.phases["total"] for p in tried if memory.fits(p.memory.peak, limit, "cuda"))
+        found = advise(model, "full", setup, "l40s", memory_bytes=limit).best
+        assert found is not None
+        assert found.seconds == pytest.approx(fastest, rel=1e-12)
+        layouts.add((found.prediction.setup.reshard, found.prediction.setup.shard_group))
+    assert layouts == {(True, None), (True, 2), (False, 2)}
 
 
 @pytest.mark.parametrize(
