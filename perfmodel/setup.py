@@ -104,6 +104,7 @@ class Setup:
             states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
             and of FSDP.
         tp: tensor-parallel ranks, of which each has a part of every layer; they work on the same samples.
+        sequence_parallel: whether between those layers each has a part of every sequence (`tape.packages.sequence`).
         pp: pipeline ranks, of which each has some of the blocks; `grad_accum` micro-batches go through all of them.
         pp_schedule: in which order (`recording.parallel.schedules`): 1f1b, gpipe, or interleaved:v=CHUNKS of blocks on
             each rank.
@@ -144,6 +145,7 @@ class Setup:
     shard_group: int | None = None
     offload: str = "none"
     tp: int = 1
+    sequence_parallel: bool = False
     pp: int = 1
     pp_schedule: str = "1f1b"
     cp: int = 1
@@ -201,6 +203,8 @@ class Setup:
             ranks = positive(name, getattr(self, name))
             if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
                 raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
         if self.shard_group is not None:
             group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus)
             if group < 2 or np.any((gpus > group) & (gpus % group > 0)):

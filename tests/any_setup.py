@@ -64,13 +64,14 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": ("fsdp2", "fsdp1"), "reshard": (False,), "offload": ("none", "params")},
     {"parallel": ("fsdp2", "fsdp1"), "shard_group": (2, 4), "reshard": (True, False), "nodes": (1, 2)},
     {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},
+    {"tp": (2, 4), "sequence_parallel": (True,), "seq": (64, 2048), "amp": (None,)},
     {"parallel": ("fsdp2",), "cp": (2, 4), "cp_rotate": ROTATE, "seq": (64, 2048)},
     {"pp": (2, 3), "pp_schedule": ("1f1b", "gpipe", "interleaved:v=2"), "grad_accum": (4, 6, 12), "amp": (None,)},
 )  # fmt: skip
 # drawn by themselves; images need a trace
 APART = (
     "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "reshard", "shard_group", "offload", "tp",
-    "nodes", "node", "cp", "cp_rotate", "pp", "pp_schedule",
+    "sequence_parallel", "nodes", "node", "cp", "cp_rotate", "pp", "pp_schedule",
 )  # fmt: skip
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),

@@ -15,6 +15,7 @@ from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
+from ..tape.packages.sequence import SequenceCut, SharedTokens
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -35,13 +36,11 @@ class Architecture(Compared):
     """Dims of a transformer (all in elements) and its forward pass.
 
     Attributes:
-        layers: number of identical blocks.
-        hidden: width of the residual stream.
+        layers, vocab: number of identical blocks, rows of the embedding.
+        hidden, intermediate: widths of the residual stream and of the MLP.
         heads, kv_heads, head_dim: query heads, key/value heads (GQA), width of one head.
-        intermediate: width of the MLP.
-        vocab: rows of the embedding.
         max_positions: rows of a learned position table, None where positions are rotary.
-        tied: whether the output head shares the embedding's weight.
+        tied: whether the output head has the embedding's weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
         note: what an answer has to say of the config (`Config.note`) and of the model type.
         classifier: the head that is there in the place of a language model's.
@@ -160,6 +159,11 @@ class Build:
     received: Tensor | None = None
 
     @property
+    def sequence(self) -> SharedTokens | None:
+        """How tensor-parallel ranks share the tokens between layers, None where each has all."""
+        return SharedTokens(Ranks(self.setup.tp)) if self.setup.sequence_parallel else None
+
+    @property
     def ends(self) -> bool:
         """Whether what is recorded has the head."""
         return self.stage is None or self.stage.last
@@ -186,14 +190,16 @@ class Linear(NamedTuple):
     @property
     def cut(self) -> Cut:
         """How tensor-parallel ranks share it."""
-        ranks = self.scope.build.setup.tp
-        return Cut(self.scope.build.architecture.cuts(self.name), Ranks(ranks)) if ranks > 1 else WHOLE
+        build, ranks = self.scope.build, self.scope.build.setup.tp
+        of = Cut if build.sequence is None else SequenceCut
+        return of(build.architecture.cuts(self.name), Ranks(ranks)) if ranks > 1 else WHOLE
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
-        return self.cut.made(self._product(self.cut.given(x), self.cut))
+        return self.cut.made(self.product(self.cut.given(x), self.cut))
 
-    def _product(self, x: Tensor, cut: Cut) -> Tensor:
+    def product(self, x: Tensor, cut: Cut) -> Tensor:
+        """What a rank makes by itself."""
         shape = (self.n_in, self.n_out) if self.conv1d else (self.n_out, self.n_in)
         weight = cut.counted(self.scope.parameter(f"{self.name}.weight", shape, "weight"))
         bias = cut.counted(self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias")) if self.has_bias else None
@@ -201,20 +207,16 @@ class Linear(NamedTuple):
             if self.conv1d:
                 assert bias is not None
                 return linalg.conv1d(x, weight, bias)
-            setup = self.scope.build.setup
+            setup, layer = self.scope.build.setup, self.scope.layer
             if setup.qat_group is not None:
                 return fake_quantised(x, weight, bias, setup.qat_group)
-            if setup.int8 != "none" and self.scope.layer is not None:
+            if setup.int8 != "none" and layer is not None:
                 return in_int8(x, weight, bias)
             if self.by_matmul:
                 return linalg.matmul_linear(x, weight)
-            return float8_or_plain(x, weight, bias, "none" if self._stays else setup.fp8)
-
-    @property
-    def _stays(self) -> bool:
-        """Whether accelerate leaves the layer out of a conversion to float8: the model's first, and its head."""
-        layer = self.scope.layer
-        return layer is None or (layer == 0 and self.name == self.scope.build.architecture.first_linear())
+            first = layer == 0 and self.name == self.scope.build.architecture.first_linear()
+            # accelerate leaves a model's first layer and its head out of a conversion to float8
+            return float8_or_plain(x, weight, bias, "none" if first or layer is None else setup.fp8)
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
@@ -235,9 +237,7 @@ class Scope:
     """Makes parameters under a path: the whole model, or one run of identical layers starting at `layer`."""
 
     def __init__(self, build: Build, path: str = "", layer: int | None = None) -> None:
-        self.build = build
-        self.path = path
-        self.layer = layer
+        self.build, self.path, self.layer = build, path, layer
         self.made: dict[str, Parameter] = {}
         self.cached: list[Tensor] = []  # what a module holds until its forward pass returns
         self.part: Part = tape().part
@@ -290,19 +290,22 @@ class Scope:
 
     def tied_weight(self, embedding: str) -> Parameter:
         """The weight of a head that shares the embedding's: PEFT's copies of either module share nothing any more."""
-        weight, copies = self.parameter(f"{embedding}.weight", (), "embedding"), self.build.method.copies
-        if copies("lm_head.weight", "weight"):
+        weight = self.parameter(f"{embedding}.weight", (), "embedding")
+        if self.build.method.copies("lm_head.weight", "weight"):
             return self._make("lm_head.weight (trained copy)", weight.shape, weight.dtype, "adapter", True)
         return self.build.parameters[f"{embedding}.weight"]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """A norm over the last dim, in the architecture's form."""
         tape().part.host.modules += 1
+        shares = self.build.sequence
 
         def parameter(which: str) -> Parameter:
-            return self.parameter(f"{name}.{which}", (x.shape[-1],), "norm")
+            made = self.parameter(f"{name}.{which}", (x.shape[-1],), "norm")
+            return made if shares is None else shares.repeated(made)
 
-        return self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
+        out = self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
+        return out if shares is None or self.layer is None else shares.gathered(out)
 
     def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run = lambda x: x) -> Tensor:
         """`nn.Embedding`, and what its module does then; that of the words as the fine-tuning method rewrites it.
@@ -312,10 +315,12 @@ class Scope:
         """
         tape().part.host.modules += 1
         method, words = self.build.method, name.endswith((*WORDS, "shared"))  # T5's
+        shares, size = self.build.sequence, (rows, width)
 
         def run(ids: Tensor) -> Tensor:
-            weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
-            x = then(method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids))
+            weight = self.parameter(f"{name}.weight", size if shares is None else shares.rows(*size), "embedding")
+            look_up = method.words if name.endswith(WORDS) else lambda _, *given: nn.embedding(*given)
+            x = then(look_up(self, weight, ids) if shares is None else shares.words(weight, ids))
             if words and self.build.setup.checkpoint != "none" and method.checkpoints(0) and not x.requires_grad:
                 x.requires_grad = True
             return x

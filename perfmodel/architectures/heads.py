@@ -86,6 +86,8 @@ def lm_head(model: Scope, hidden: Tensor, embedding: str, vocab: int, *, bias: b
     setup = model.build.setup
 
     def run(hidden: Tensor) -> Tensor:
+        if model.build.sequence is not None:
+            hidden = model.build.sequence.gathered(hidden)
         if not model.build.architecture.tied:
             logits = model.linear("lm_head", hidden, vocab // setup.tp, bias=bias)
             return gathered_over(logits, Ranks(setup.tp)) if setup.tp > 1 else logits

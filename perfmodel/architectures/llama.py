@@ -209,7 +209,8 @@ class Llama(Architecture):
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         embedded = self.scaled_words(model.build.method.embedded(model, self.embed(model, ids)))
-        seq, setup = embedded.shape[1], model.build.setup
+        setup = model.build.setup
+        seq = embedded.shape[1] * (setup.tp if setup.sequence_parallel else 1)
         position_ids = masks.positions_of(model, ids, seq)
         mask_of = {
             kind: masks.causal_mask(

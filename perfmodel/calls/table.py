@@ -142,7 +142,7 @@ rows(
     "stream",
     "abs add sub rsub mul neg pow where eq ne gt ge le lt logical_not logical_or logical_and isnan floor_divide",
 )
-rows("stream", "bitwise_and bitwise_not bitwise_or clamp masked_fill addcmul lerp maximum minimum sign relu")
+rows("stream", "bitwise_and bitwise_not bitwise_or __or__ clamp masked_fill addcmul lerp maximum minimum sign relu")
 rows("stream", "threshold_backward tanh_backward native_dropout_backward nan_to_num round floor")
 rows("stream", "stack repeat lift_fresh avg_pool2d avg_pool2d_backward")
 rows("random", "bernoulli_ rand randn uniform_ normal_")

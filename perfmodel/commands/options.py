@@ -272,14 +272,14 @@ def _rest() -> tuple[Decorator, ...]:
                      "GPU as well."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
+        click.option("--sequence-parallel", is_flag=True,
+                     help="They share the tokens between those layers, too; the adapters are NeMo Automodel's."),
         click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that have some of the blocks each (pipeline parallel); --grad-accum micro-batches go "
-                     "through them."),
+                     help="GPUs that have some of the blocks each (pipeline parallel), of --grad-accum micro-batches."),
         click.option("--pp-schedule", default="1f1b", show_default=True,
                      help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
         click.option("--cp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that share every sequence (context parallel, cp_size of accelerate); with --parallel "
-                     "fsdp2."),
+                     help="GPUs that share every sequence (context parallel, accelerate's cp_size); with fsdp2."),
         click.option("--cp-rotate", type=click.Choice(ROTATE), default="allgather", show_default=True,
                      help="How keys and values get to all of them (cp_comm_strategy)."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),

@@ -9,7 +9,9 @@ import numpy as np
 from ..errors import UserError, nearest
 from ..program.dims import decide
 from ..tape.core import tape
+from ..tape.linalg import linear
 from ..tape.packages.converted import float8_or_plain
+from ..tape.packages.sequence import gathered_along, high_of_rows, low_of_rows
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
 from ..values import once
@@ -191,6 +193,8 @@ class Lora(Targeted):
             from ..tape.packages.lora_kernels import unsloth_linear
 
             return unsloth_linear(x, *self._adapted(layer))
+        if layer.scope.build.sequence is not None:
+            return self._beside_tokens(layer, x)
         result = layer(x)
         a, b = self.weights(layer, dtype)
         result_dtype = result.dtype
@@ -199,6 +203,24 @@ class Lora(Targeted):
         low = layer.cut.between(float8_or_plain(dropout(x, self.dropout), a, None, recipe))
         result = add(result, mul(float8_or_plain(low, b, None, recipe), self.alpha))
         return cast(result, result_dtype)
+
+    def _beside_tokens(self, layer: Linear, x: Tensor) -> Tensor:
+        """Of ranks that share tokens between layers, as NeMo Automodel runs it: in the base's dtype, α/r before B."""
+        cut, r, dtype = layer.cut, self.r, self.dtype_of_base(layer.scope.dtype)
+        if np.any(np.asarray(r) % cut.ranks.size):
+            raise UserError(
+                f"method {self.name}: rank {np.max(r)} is no multiple of tp {cut.ranks.size}, which cuts it"
+            )
+        self.check_rank(layer, r)
+        own, rows = r // cut.ranks.size, cut.by == "rows"
+        a = cut.counted(layer.adapter("lora_A.weight", (r if rows else own, layer.n_in), dtype))
+        b = cut.counted(layer.adapter("lora_B.weight", (layer.n_out, own if rows else r), dtype))
+        result = layer.product(x, cut)
+        if rows:
+            low = mul(low_of_rows(x, a, cut.ranks), self.alpha)
+            return cut.made(add(result, high_of_rows(low, b, cut.ranks)))
+        low = gathered_along(linear(x, a), cut.ranks, 2)
+        return add(result, linear(mul(low, self.alpha), b))
 
     def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
         if not self._fuses(layers):

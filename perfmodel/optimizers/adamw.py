@@ -5,7 +5,7 @@ from ..program.part import Part
 from ..tape.tensor import Parameter
 from .parts.lists import ListRecorder, Specs, by_dtype, counters, each, specs_of
 from .parts.ops import advance_counter, in_place, new, read_counter
-from .parts.update import Parameters, Update, gradient, optimizer
+from .parts.update import Parameters, Update, gradient, gradients_anew, optimizer
 
 
 def _keep_states(update: Update, parameters: Parameters, *, fused: bool = False) -> None:
@@ -21,10 +21,10 @@ def foreach(update: Update, parameters: Parameters, decay: bool) -> None:
     _keep_states(update, parameters)
     part = update.part()
     for group in by_dtype(specs_of(parameters)):
-        _foreach_group(part, group, decay=decay)
+        _foreach_group(part, group, [p for p in parameters if p.dtype == group[0].dtype], decay=decay)
 
 
-def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
+def _foreach_group(part: Part, group: Specs, parameters: Parameters, *, decay: bool) -> None:
     """The bias corrections are computed on the host, whose counters are read there."""
     op = ListRecorder(part)
     steps = counters(group)
@@ -32,9 +32,14 @@ def _foreach_group(part: Part, group: Specs, *, decay: bool) -> None:
     op("_foreach_add_.Tensor", [*steps, Spec("fp32", ())], steps, attrs=ON_HOST)
     if decay:
         op("_foreach_mul_.Scalar", params, params)
+    here = gradients_anew(parameters)
     op("_foreach_lerp_.Scalar", moments + grads, moments)
+    del here
     op("_foreach_mul_.Scalar", moments, moments)
-    op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads)
+    here = gradients_anew(parameters) + gradients_anew(parameters)
+    twice = specs_of([p for p in parameters if p.unsettled is not None])
+    op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads + twice)
+    del here
     each(op, steps, lambda one: op("_local_scalar_dense", [one], [], attrs=ON_HOST))
     each(op, steps, lambda one: op("_local_scalar_dense", [one], [], attrs=ON_HOST))
     denominator = op.temporary(group)
@@ -55,12 +60,12 @@ def loop(update: Update, parameters: Parameters, decay: bool) -> None:
 def _single_tensor(update: Update, run: list[Parameter], *, decay: bool) -> None:
     denom = None
     for p in run:
-        grad, exp_avg, exp_avg_sq = gradient(p), update.state(p), update.state(p)
+        exp_avg, exp_avg_sq = update.state(p), update.state(p)
         step = advance_counter(update.host_counter(p))
         if decay:
             in_place("mul_.Tensor", p)
-        in_place("lerp_.Scalar", exp_avg, grad)
-        in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), grad, grad)
+        in_place("lerp_.Scalar", exp_avg, gradient(p))
+        in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), gradient(p), gradient(p))
         read_counter(step)
         denom = in_place("add_.Tensor", new("div.Tensor", new("sqrt", exp_avg_sq)))
         in_place("addcdiv_", p, exp_avg, denom)
@@ -78,4 +83,6 @@ def fused(update: Update, parameters: Parameters, decay: bool) -> None:
     for group in by_dtype(specs_of(parameters)):
         steps = counters(group)
         op("_foreach_add_.Scalar", steps, steps)
+        here = gradients_anew([p for p in parameters if p.dtype == group[0].dtype])
         op("_fused_adamw_", group * 4 + steps, group * 4)
+        del here

@@ -21,7 +21,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "parallel": "what several GPUs do", "ddp": "what DDP knows of the graph",
     "reshard": "weights freed behind the forward pass", "shard_group": "GPUs that shards lie over",
     "offload": "in the host's memory",
-    "tp": "GPUs that share every layer",
+    "tp": "GPUs that share every layer", "sequence_parallel": "tokens shared between them",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
     "cp": "GPUs that share every sequence", "cp_rotate": "how keys and values get to them",
     "kernels": "kernels of norms and loss", "routing": "load of experts", "packing": "packed documents",

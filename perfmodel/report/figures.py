@@ -150,7 +150,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"shards in groups of {s.shard_group}"] if several and s.shard_group is not None else []
     told += [f"{OFFLOADED[s.offload]} offloaded"] if s.offload != usual.offload else []
     told += [f"DDP {s.ddp}"] if several and s.ddp != usual.ddp else []
-    told += [f"tensor parallel {s.tp}"] if s.tp > 1 else []
+    told += [f"tensor parallel {s.tp}" + ", sequence parallel" * s.sequence_parallel] if s.tp > 1 else []
     told += [f"pipeline of {s.pp}, {s.pp_schedule}"] if s.pp > 1 else []
     told += [f"context parallel {s.cp}, {s.cp_rotate}"] if s.cp > 1 else []
     told += [f"in {s.node}"] if several and s.node else []

@@ -64,7 +64,7 @@ def summed_over(x: Tensor, ranks: Ranks) -> Tensor:
         record("c10d::allreduce_", (x,), (x,), Attrs(ranks=ranks), runs=BESIDE)
         record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
         return x
-    out = _exchanged("_c10d_functional::all_reduce", x, x.shape, ranks)
+    out = functional_collective("_c10d_functional::all_reduce", x, x.shape, ranks)
     node.produces(out)
     return out
 
@@ -83,7 +83,7 @@ def gathered_over(x: Tensor, ranks: Ranks) -> Tensor:
     """Parts of the last dim, put together: (…, n) on each of several ranks is (…, n · ranks) on all."""
     node = differentiate("RedistributeBackward", (x,), _own_part, (x.shape,))
     with tape().no_grad():
-        parts = _exchanged(
+        parts = functional_collective(
             "_c10d_functional::all_gather_into_tensor", x, (x.shape[0] * ranks.size, *x.shape[1:]), ranks
         )
         each = [Tensor(x.shape, x.dtype, x.strides, x.numel, parts.storage) for _ in range(int(ranks.size))]
@@ -110,7 +110,8 @@ def of_all_ranks(x: Tensor) -> Tensor:
         return view(out, (x.shape[0] * ranks.size, *x.shape[1:]))
 
 
-def _exchanged(name: str, x: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
+def functional_collective(name: str, x: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
+    """What a functional collective makes of a tensor, for which the compute stream waits at once."""
     out = new_tensor(shape, x.dtype)
     record(name, (x,), (out,), Attrs(ranks=ranks), runs=BESIDE)
     record("_c10d_functional::wait_tensor", (out,), (out,), view=True, runs=WAITING)
@@ -124,7 +125,7 @@ def _as_it_is(node: Node, grads: Sequence[Tensor | None]) -> Grads:
 def _summed(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     (ranks,), (grad,) = node.attrs, grads
     assert grad is not None
-    return (_exchanged("_c10d_functional::all_reduce", grad, grad.shape, ranks),)
+    return (functional_collective("_c10d_functional::all_reduce", grad, grad.shape, ranks),)
 
 
 def _own_part(node: Node, grads: Sequence[Tensor | None]) -> Grads:

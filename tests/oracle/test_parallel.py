@@ -38,13 +38,21 @@ GRID = list(parallel_cases.rank_grid("quick"))
 SETUP = Setup(batch=2, seq=9, gpus=2)
 
 
-SHARED = [case for case in GRID if case.setup.tp > 1]
+SHARED = [case for case in GRID if case.setup.tp > 1 and not case.setup.sequence_parallel]
+
+
+TOKENS = [case for case in GRID if case.setup.sequence_parallel]
 
 
 RINGS = [case for case in GRID if case.setup.cp > 1]
 
 
-CHOSEN = [*[case for case in GRID if case.setup.tp == case.setup.cp == 1][::17], *SHARED[::4], *RINGS[3::11]]
+CHOSEN = [
+    *[case for case in GRID if case.setup.tp == case.setup.cp == 1][::17],
+    *SHARED[::4],
+    *TOKENS[1::4],
+    *RINGS[3::11],
+]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")

@@ -38,6 +38,7 @@ from .cases import Case
 from .context_parallel import on_ring, own_tokens
 from .flat import flat_units
 from .offloaded import HostMemory, copies_across
+from .sequence_parallel import share_tokens
 from .tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
@@ -297,6 +298,8 @@ def alone(config: Config, setup: Setup, architecture: Architecture, method: Meth
     """The model with the method on it, as one GPU alone would have it, or one of those that share its layers."""
     base = models.build_model(config, setup, device="cpu")
     method = method.under(setup.stack, setup.dtype)
+    if setup.sequence_parallel:
+        return share_tokens(base, method, architecture, setup)
     if setup.tp > 1:
         return mend_adapters(models.apply_method(cut_model(base, setup), method, architecture), setup)
     if isinstance(method, QuantisedLora):

@@ -32,6 +32,7 @@ METHODS = (
 VIRTUAL = ("prefix_tuning:tokens=6", "p_tuning:tokens=6")
 TENSOR_MODELS = ("llama", "mistral", "qwen2")
 TENSOR_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1,adapter_dtype=bf16")
+SEQUENCE_METHODS = ("full", "lora:r=8,targets=all-linear", "lora:r=4", "lora:r=4,targets=o_proj+down_proj")
 MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
     **SMALL["llama"], "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096,
 }  # fmt: skip
@@ -81,6 +82,7 @@ def rank_grid(which: str) -> Iterator[Case]:
                 ):  # else PyTorch ends in an error
                     yield _case(config, method, replace(setup, parallel=form, checkpoint="none"))
     yield from tensor_grid(which)
+    yield from sequence_grid(which)
     yield from ring_grid(which)
 
 
@@ -116,6 +118,21 @@ def tensor_grid(which: str) -> Iterator[Case]:
                 ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
                 plain: dict[str, Any] = {"dtype": "bf16", "amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
                 yield _case(config, method, replace(setup, **plain, gpus=ranks, tp=ranks))
+
+
+def sequence_grid(which: str) -> Iterator[Case]:
+    """Its part of ranks that share tokens, too: all parameters are DTensors, which lists and clipping take."""
+    forms = ("adamw-foreach", "adamw-loop", "adamw-fused")
+    for i, name in enumerate(TENSOR_MODELS):
+        config = Config({**SMALL[name], "tie_word_embeddings": False}, name, f"{name}-untied")
+        for j, method in enumerate(SEQUENCE_METHODS):
+            for k, setup in enumerate(every() if which == "all" else varied(5 * i + 3 * j, {"quick": 1}.get(which, 5))):
+                ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
+                shared: dict[str, Any] = {"gpus": ranks, "tp": ranks, "sequence_parallel": True, "seq": 4 * ranks}
+                casts: dict[str, Any] = {"dtype": ("bf16", "fp32")[(i + j) % 4 == 3], "amp": None, "ddp": "plain"}
+                rest: dict[str, Any] = {"optimizer": forms[(i + j + k) % 3], "batch": 1 + (i + k) % 2}
+                rest["attention"] = ("sdpa", "eager")[(i + j + k) % 5 == 4]
+                yield _case(config, method, replace(setup, **shared, **casts, **rest))
 
 
 def pipeline_grid(which: str) -> Iterator[Case]:

@@ -1,24 +1,29 @@
 """`torch.nn.utils.clip_grad_norm_`. Source: torch/nn/utils/clip_grad.py."""
 
+from collections.abc import Sequence
+
 from ...program.op import Attrs, Spec
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, Run
-from .lists import ListRecorder, Specs, by_dtype
+from ...tape.tensor import Parameter
+from .lists import ListRecorder, Specs, by_dtype, each
 
 SUMMED = Run(COMMUNICATION, after=(COMPUTE,))
 
 
 def clip_grad_norm(
-    part: Part, grads: Specs, across: Ranks | None = None, stages: Ranks | None = None, dtype: str = "fp32"
-) -> None:
+    part: Part, grads: Specs, across: Ranks | None = None, stages: Ranks | None = None, dtype: str = "fp32",
+    parameters: Sequence[Parameter] = (),
+) -> None:  # fmt: skip
     """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike.
 
-    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does. Of stages of
+    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does; what is not
+    cut, or not summed yet, of `parameters` among them is summed before, and its norm divided by the ranks. Of stages of
     a pipeline the square of the norm is (torchtitan, distributed/utils.py: `clip_grad_norm_`), `dtype` that of a stage
     in which nothing trains.
     """
-    op = ListRecorder(part)
+    op, unsettled = ListRecorder(part), [p for p in parameters if p.used and p.unsettled is not None]
     if not grads:
         _over_stages(op, Spec(dtype, ()), stages)
         return
@@ -28,7 +33,10 @@ def clip_grad_norm(
     groups = by_dtype(grads)
     for group in groups:
         norms = [Spec(s.dtype, (), s.copies) for s in group]
+        here = [t for p in unsettled if p.dtype == group[0].dtype for t in p.unsettled.summed(p)]
         op("_foreach_norm.Scalar", group, norms)
+        del here
+    each(op, [Spec(p.dtype, (), p.count) for p in unsettled], lambda norm: op("div.Tensor", [norm], [norm]))
     norms = [Spec(s.dtype, (), s.copies) for s in grads]
     op("stack", norms, [Spec(dtype, (count,))])
     if across is not None:

@@ -15,8 +15,9 @@ Specs = list[Spec]
 
 
 def trainable(parameters: Sequence[Parameter]) -> Specs:
-    """The parameters that receive a gradient, and so are clipped and updated."""
-    return specs_of([p for p in parameters if p.used])
+    """The gradients of parameters that receive one, and so are clipped and updated."""
+    shapes = [(p, p.shape if p.unsettled is None else p.unsettled.shape(p.shape)) for p in parameters if p.used]
+    return [Spec(p.dtype, shape, p.count) for p, shape in shapes]
 
 
 def specs_of(parameters: Sequence[Parameter]) -> Specs:

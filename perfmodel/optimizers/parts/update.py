@@ -156,8 +156,14 @@ def existing(shape: Shape, dtype: str) -> Tensor:
 
 
 def gradient(p: Parameter) -> Tensor:
-    """The gradient of a parameter that received one."""
-    return p.grad if p.grad is not None else existing(p.shape, p.dtype)
+    """The gradient of a parameter that received one, as an op gets it: ask once for each operand."""
+    grad = p.grad if p.grad is not None else existing(p.shape, p.dtype)
+    return grad if p.unsettled is None else p.unsettled.settled(grad, p.shape)
+
+
+def gradients_anew(parameters: Parameters) -> list[Tensor]:
+    """Gradients that an op on lists gets brought to where their parameters lie; they live as long as the result."""
+    return [gradient(p) for p in parameters if p.unsettled is not None for _ in range(p.count)]
 
 
 def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:

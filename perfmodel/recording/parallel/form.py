@@ -13,6 +13,7 @@ from ...setup import Setup
 from ...tape.core import Wrapping
 from ...tape.tensor import Parameter, Tensor
 from .offload import check_offload
+from .tokens import check_tokens
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
@@ -129,6 +130,8 @@ def check_form(setup: Setup, method: Method) -> None:
         _check_groups(setup)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
+    if setup.sequence_parallel:
+        check_tokens(setup, method)
     if setup.parallel == "fsdp1" and method.periodic():
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
