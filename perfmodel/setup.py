@@ -99,7 +99,8 @@ class Setup:
         reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
             (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
         shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
-            whole model, gradients are reduced inside of a group and then across groups. None: all GPUs are one.
+            whole model, gradients are reduced inside of a group and then across groups. Of `tp` GPUs that share layers
+            it counts one. None: all GPUs are one.
         offload: what lives in the host's memory (`perfmodel.recording.parallel.offload`): none; optimizer, masters,
             states and gradients of DeepSpeed's ZeRO, which the host's cores update; params, the weights too, of ZeRO-3
             and of FSDP.
@@ -203,12 +204,16 @@ class Setup:
             ranks = positive(name, getattr(self, name))
             if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
                 raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
+        if np.any(np.asarray(self.gpus) % (self.tp * self.pp * self.cp)):
+            shared = ", ".join(f"{name} {n}" for name in ("tp", "pp", "cp") if (n := getattr(self, name)) > 1)
+            raise UserError(f"{shared} do not divide the {np.max(self.gpus)} GPUs of the job together")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
         if self.shard_group is not None:
-            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus)
+            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus) // self.tp
             if group < 2 or np.any((gpus > group) & (gpus % group > 0)):
-                raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job are no groups of so many")
+                of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
+                raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job{of} are no groups of so many")
         if not SCHEDULE.fullmatch(self.pp_schedule):
             raise UserError(f"pp_schedule {self.pp_schedule!r} is unknown: use 1f1b, gpipe or interleaved:v=2")
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):

@@ -69,7 +69,7 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
     said, section = Keys({}, keys.origin), _section(keys)
     sizes, cp_rotate = _sizes(section), ROTATE[0]
     tp = max(sizes["tp_size"], *(keys.count(key, 1) for key in TP))
-    shard_group = _shard_group(keys, sizes) if shards and tp == 1 else None
+    shard_group = _shard_group(keys, sizes) if shards else None
     grouped = shards and shard_group is None
     for key, answered in OWN.items():
         if keys.count(key, 1) > 1 and (grouped or answered != ONE_GROUP):
@@ -90,17 +90,17 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
 
 
 def _shard_group(keys: Keys, sizes: Mapping[str, int]) -> int | None:
-    """GPUs of a group of shards, where one is named and nothing else shares its ranks.
+    """GPUs of a group of shards, where one is named and nothing that is not modelled shares its ranks.
 
     Axolotl makes as many groups as there are GPUs for; of accelerate's and LLaMA-Factory v1's sizes there are several
-    only where replicas are named, too.
+    only where replicas are named, too. Those that share a sequence have shards of their own.
     """
     shared = [keys.count(key, 1) for key, answered in OWN.items() if answered != ONE_GROUP]
-    if max(*shared, sizes["cp_size"], sizes["sp_size"]) > 1:
+    if max(*shared, sizes["sp_size"]) > 1:
         return None
     named = [keys.count("dp_shard_size", 1)]
     named += [keys.count("mp_shard_size", 1)] if keys.count("mp_replicate_size", 1) > 1 else []
-    named += [sizes["dp_shard_size"]] if sizes["dp_replicate_size"] > 1 else []
+    named += [sizes["dp_shard_size"] * sizes["cp_size"]] if sizes["dp_replicate_size"] > 1 else []
     return next((size for size in named if size > 1), None)
 
 
@@ -153,7 +153,7 @@ def that_shares(cp: int, cp_rotate: str, setup: Mapping[str, Any]) -> tuple[dict
     if cp == 1:
         return {}, []
     within = setup.get("packing") in WITHIN
-    if setup["tp"] > 1 or setup.get("objective", "sft") != "sft" or (within and setup["batch"] > 1):
+    if setup.get("objective", "sft") != "sft" or (within and setup["batch"] > 1):
         return {}, [("cp", f"{WITHOUT_CP} (cp_size)")]
     said = [("packing", f"{MASK_DROPPED} (cp_size)")] if within else []
     said += [("kernels", f"{NOT_LIGER} (cp_size)")] if setup.get("kernels") == "liger" else []
@@ -189,4 +189,4 @@ def with_own_part(setup: Mapping[str, Any], gpus: Sequence[int]) -> tuple[dict[s
 
 def groups_shards(setup: Mapping[str, Any]) -> bool:
     """Whether shards over groups of GPUs are modelled with the rest of a setup."""
-    return setup.get("objective", "sft") == "sft" and setup["tp"] == 1 and "cp" not in setup
+    return bool(setup.get("objective", "sft") == "sft")

@@ -53,7 +53,7 @@ HYBRID: dict[str, Any] = {**AXOLOTL, "fsdp_config": {"version": 2}, "dp_replicat
         ({**HYBRID, "dp_shard_size": 4}, 4, False),
         ({**V1, "dist_config": {"name": "fsdp2"}, "mp_replicate_size": 4, "mp_shard_size": 2}, 2, False),
         (HYBRID, None, True),  # the rest of however many there are
-        ({**HYBRID, "dp_shard_size": 2, "tensor_parallel_size": 2}, None, True),
+        ({**HYBRID, "dp_shard_size": 2, "tensor_parallel_size": 2}, 2, False),
         ({**HYBRID, "dp_shard_size": 4, "rl": "dpo"}, None, True),
         ({**AXOLOTL, "dp_replicate_size": 2}, None, False),  # DDP
         ({**AXOLOTL, "dp_shard_size": 8, "fsdp_config": {"version": 2}}, 8, False),
@@ -70,13 +70,22 @@ def test_shards_lie_over_groups_as_a_mesh_has_them(
     assert found.on_several(found.asks().as_typed("zero3")).setup["shard_group"] is None
 
 
-def test_a_launcher_has_groups_of_shards(tmp_path: Path) -> None:
-    """accelerate's `ParallelismConfig`."""
-    mesh = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 4}
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"dp_shard_size": 4}, "fsdp2, shards in groups of 4"),
+        ({"dp_shard_size": 2, "cp_size": 2}, "fsdp2, shards in groups of 4, context parallel 2"),
+        ({"dp_shard_size": 2, "tp_size": 2}, "fsdp2, shards in groups of 2, tensor parallel 2"),
+    ],
+)
+def test_a_launcher_has_groups_of_shards(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
+    """accelerate's `ParallelismConfig`: those that share a sequence have shards of their own, those of a layer none."""
+    mesh = {f"parallelism_config_{name}": n for name, n in {"dp_replicate_size": 2, **sizes}.items()}
     values = {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2, "parallelism_config": mesh}
-    found = ask("--model", "gpt2", "--method", "full", "--accelerate", written(tmp_path, "launch.yaml", values))
+    launch = written(tmp_path, "launch.yaml", values)
+    found = ask("--model", "llama-3.1-8b", "--method", "full", "--accelerate", launch)
     assert found.exit_code == 0, found.output
-    assert "fsdp2, shards in groups of 4" in found.stdout
+    assert told in " ".join(found.stdout.split())
     assert ONE_GROUP not in found.stdout
 
 

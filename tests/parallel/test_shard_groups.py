@@ -18,6 +18,7 @@ from perfmodel.errors import UserError
 from perfmodel.network.node import Node
 from perfmodel.prediction import memory
 from perfmodel.program.op import Op
+from perfmodel.program.ranks import Ranks
 from perfmodel.report.figures import setup_line
 from perfmodel.setup import Setup
 
@@ -79,6 +80,16 @@ def test_masters_of_what_goes_across_keep_what_was_sent() -> None:
     assert 0 < several.memory.peak - one.memory.peak <= sent
 
 
+@pytest.mark.parametrize(("tp", "cp"), [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_groups_lie_beside_those_that_share_layers_and_sequences(tp: int, cp: int) -> None:
+    """Of a mesh whose last dim shares layers, the one before it sequences: accelerate's."""
+    setup = Setup(**USUAL, parallel="fsdp2", shard_group=4, tp=tp, cp=cp, clip_grad=False)
+    step = predict(LLAMA, "full", setup, "h100-sxm").step
+    assert step is not None
+    sharing = {Ranks(4, tp), Ranks(tp), Ranks(cp, tp), Ranks(16 // tp // 4, 4 * tp)}
+    assert {op.attrs.ranks for _, op, _ in step.ops()} - {None} == {ranks for ranks in sharing if ranks.size > 1}
+
+
 def test_advice_leaves_groups_behind_with_fsdp() -> None:
     """Beside FSDP with options of its own the other forms are tried as well."""
     setup = Setup(**{**USUAL, "gpus": 8}, parallel="fsdp2", shard_group=4, reshard=False)
@@ -112,8 +123,9 @@ def test_advice_lays_fsdp_out_as_memory_allows() -> None:
         ({"shard_group": 5}, "shard_group 5: the 16 GPUs of the job are no groups of so many"),
         ({"shard_group": 4, "gpus": 12}, "groups do not fit nodes of 6 GPUs; give other --nodes"),
         ({"shard_group": 4, "parallel": "zero3"}, "zero3 has no shards in groups; use --parallel fsdp2"),
-        ({"shard_group": 4, "tp": 2}, "not modelled with tp 2; use --tp 1"),
-        ({"shard_group": 4, "cp": 2}, "not modelled with cp 2; use --cp 1"),
+        ({"shard_group": 6, "tp": 2}, "the 8 GPUs of the job \\(of 2 that share layers\\) are no groups of so many"),
+        ({"shard_group": 2, "cp": 4}, "shard_group 2: cp 4 GPUs share a sequence; use a multiple of them"),
+        ({"cp": 4, "tp": 8}, "tp 8, cp 4 do not divide the 16 GPUs of the job together"),
         ({"shard_group": 4, "objective": "dpo"}, "not modelled with objective dpo; leave it out"),
     ],
 )

@@ -129,7 +129,7 @@ def process_group(kind: str, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> Any:
+def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh: Any = None) -> Any:
     """The model as accelerate prepares it: for DDP and FSDP1 with its defaults, for FSDP2 by itself."""
     if setup.parallel == "ddp":
         fake = dist.get_backend() == "fake"
@@ -139,12 +139,12 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         )  # fmt: skip
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=replicas_by_shards(setup))
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh)
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    amp = TORCH_DTYPES[setup.amp] if setup.amp else None
+    amp, names = TORCH_DTYPES[setup.amp] if setup.amp else None, mesh.mesh_dim_names if mesh is not None else ()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=setup.reshard,
@@ -157,18 +157,21 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
     )
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
-        device="cpu", torch_device_mesh=replicas_by_shards(setup),
-        parallelism_config=SimpleNamespace(fsdp_dim_names=MESH),
+        device="cpu", torch_device_mesh=mesh,
+        parallelism_config=SimpleNamespace(fsdp_dim_names=[name for name in MESH if name in names]),
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
 
 
-def replicas_by_shards(setup: Setup) -> Any:
-    """Replicas by shards, where shards lie over groups of several; else None."""
-    groups = 1 if setup.shard_group is None else setup.replicas // setup.shard_group
-    if setup.shard_group is None or groups == 1:
+def mesh_of_ranks(setup: Setup) -> Any:
+    """Replicas by shards by ranks that share layers, those that there are; None where all are shards alone."""
+    ranks = setup.replicas * setup.cp
+    group = ranks if setup.shard_group is None else min(ranks, setup.shard_group)
+    sizes = {MESH[0]: ranks // group, MESH[1]: group, "tp": setup.tp}
+    if group == ranks and setup.tp == 1:
         return None
-    return init_device_mesh("cpu", (groups, setup.shard_group), mesh_dim_names=MESH)
+    there = {name: n for name, n in sizes.items() if n > 1}
+    return init_device_mesh("cpu", tuple(there.values()), mesh_dim_names=tuple(there))
 
 
 def packed_apart(model: Any) -> Iterator[torch.nn.Parameter]:
@@ -276,12 +279,13 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     """What this process of the current group does in a step of a case."""
     setup, architecture = case.setup, from_config(case.config)
     method = methods.parse(case.method).bind(architecture)
-    model = alone(case.config, setup, architecture, method)
+    mesh = mesh_of_ranks(setup)
+    model = alone(case.config, setup, architecture, method, mesh)
     total, trainable = elements(model)
     model.train()
     checkpointed(model, setup)
     if setup.replicas * setup.cp > 1:
-        model = wrapped_for_ranks(model, setup, architecture)
+        model = wrapped_for_ranks(model, setup, architecture, mesh)
     real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real
@@ -294,14 +298,14 @@ def checkpointed(model: Any, setup: Setup) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
-def alone(config: Config, setup: Setup, architecture: Architecture, method: Method) -> Any:
+def alone(config: Config, setup: Setup, architecture: Architecture, method: Method, mesh: Any = None) -> Any:
     """The model with the method on it, as one GPU alone would have it, or one of those that share its layers."""
     base = models.build_model(config, setup, device="cpu")
     method = method.under(setup.stack, setup.dtype)
     if setup.sequence_parallel:
-        return share_tokens(base, method, architecture, setup)
+        return share_tokens(base, method, architecture, mesh["tp"])
     if setup.tp > 1:
-        return mend_adapters(models.apply_method(cut_model(base, setup), method, architecture), setup)
+        return mend_adapters(models.apply_method(cut_model(base, setup, mesh["tp"]), method, architecture), setup)
     if isinstance(method, QuantisedLora):
         return apply_low_bit(base, method, architecture, setup)
     return models.apply_method(base, method, architecture)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from perfmodel.architectures import Config, from_config
@@ -40,6 +41,10 @@ STAGED_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1",
 SCHEDULES = (  # of a pipeline, with its ranks and micro-batches
     ("1f1b", 2, 3), ("interleaved:v=2", 2, 4), ("gpipe", 2, 2), ("1f1b", 3, 5), ("interleaved:v=2", 3, 6),
     ("1f1b", 2, 2), ("gpipe", 3, 1), ("interleaved:v=3", 2, 3),
+)  # fmt: skip
+MESHES: tuple[tuple[int, int, dict[str, Any]], ...] = (  # groups of so many shards, and who shares what beside them
+    (1, 2, {"tp": 2}), (2, 2, {"tp": 2}), (2, 4, {"cp": 2}), (1, 3, {"tp": 2}), (3, 2, {"cp": 2}), (2, 3, {"tp": 2}),
+    (1, 2, {"tp": 2, "cp": 2}), (2, 4, {"tp": 2, "cp": 2}),
 )  # fmt: skip
 RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
 CHECKPOINTS = ("none", "block", "block-reentrant")
@@ -82,6 +87,7 @@ def rank_grid(which: str) -> Iterator[Case]:
                 ):  # else PyTorch ends in an error
                     yield _case(config, method, replace(setup, parallel=form, checkpoint="none"))
     yield from tensor_grid(which)
+    yield from mesh_grid(which)
     yield from sequence_grid(which)
     yield from ring_grid(which)
 
@@ -118,6 +124,21 @@ def tensor_grid(which: str) -> Iterator[Case]:
                 ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
                 plain: dict[str, Any] = {"dtype": "bf16", "amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
                 yield _case(config, method, replace(setup, **plain, gpus=ranks, tp=ranks))
+
+
+def mesh_grid(which: str) -> Iterator[Case]:
+    """Its part of shards, over groups too, beside ranks that share layers or sequences: accelerate's mesh."""
+    for i, name in enumerate(STAGED):
+        config = Config({**SMALL[name], "tie_word_embeddings": False, "sliding_window": None}, name, f"{name}-untied")
+        for j, method in enumerate(TENSOR_METHODS):
+            for k, setup in enumerate(varied(5 * i + 3 * j, {"quick": 1, "standard": 3, "all": 12}[which])):
+                groups, group, several = MESHES[(2 * i + j + k) % len(MESHES)]
+                if name in TENSOR_MODELS or "tp" not in several:
+                    replicas, shared = groups * group, prod(several.values())
+                    plain: dict[str, Any] = {"amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
+                    plain |= {"dtype": "bf16", "parallel": "fsdp2", "gpus": replicas * several.get("tp", 1)}
+                    plain |= {"shard_group": group if groups > 1 else None, "seq": 24 * shared, "reshard": k % 2 == 0}
+                    yield _case(config, method, replace(setup, **plain, **several))
 
 
 def sequence_grid(which: str) -> Iterator[Case]:

@@ -9,14 +9,12 @@ Automodel's loss gathers them.
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from perfmodel.architectures import Architecture
 from perfmodel.methods import Method
 from perfmodel.methods.lora import Lora
-from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 
 SCATTERED: dict[str, Any] = {"output_layouts": Shard(1), "use_local_output": False}
@@ -82,7 +80,7 @@ def cut(module: Any, mesh: Any, how: Shard) -> None:
         module.register_parameter(name, torch.nn.Parameter(part, requires_grad=p.requires_grad))
 
 
-def share_tokens(model: Any, method: Method, architecture: Architecture, setup: Setup) -> Any:
+def share_tokens(model: Any, method: Method, architecture: Architecture, mesh: Any) -> Any:
     """A rank's part of a model with the method on it."""
     if isinstance(method, Lora):
         model.requires_grad_(False)
@@ -105,7 +103,7 @@ def share_tokens(model: Any, method: Method, architecture: Architecture, setup: 
         "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    model = parallelize_module(model, init_device_mesh("cpu", (setup.tp,), mesh_dim_names=("tp",)), plan)
+    model = parallelize_module(model, mesh, plan)
     for name, p in model.named_parameters():  # a norm's are made anew, and would train
         p.requires_grad = trains[name]
     return model

@@ -14,16 +14,15 @@ HEAD = {"lm_head": "colwise_gather_output"}  # `_tp_plan` of the classes with a 
 ROWS = re.compile(r".*(o_proj|down_proj)\.lora_A\.default")
 
 
-def cut_model(model: Any, setup: Setup) -> Any:
-    """The base model, a part of whose layers lies on this rank of the current group."""
-    from torch.distributed.device_mesh import init_device_mesh
+def cut_model(model: Any, setup: Setup, mesh: Any) -> Any:
+    """The base model, a part of whose layers lies on this rank of a mesh of those that share them."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     styles = {**{f"model.{name}": style for name, style in model.config.base_model_tp_plan.items()}, **HEAD}
     found = {name: styles[style] for name, _ in model.named_modules() if (style := _of_any_block(name)) in styles}
     modules = dict(model.named_modules())
     plan = {f"{name}.{p}": how for name, how in found.items() for p, _ in modules[name].named_parameters(recurse=False)}
-    model._device_mesh = mesh = init_device_mesh("cpu", (setup.tp,), mesh_dim_names=("tp",))
+    model._device_mesh = mesh
     model._tp_plan = styles  # what peft cuts adapters by
     model.config.distributed_config = SimpleNamespace(tp_size=setup.tp)
     return apply_tensor_parallelism(model, mesh, {**plan, **found})

@@ -127,7 +127,7 @@ def check_form(setup: Setup, method: Method) -> None:
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
         )
     if setup.shard_group is not None:
-        _check_groups(setup)
+        _check_groups(setup, setup.shard_group)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.sequence_parallel:
@@ -138,12 +138,11 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
 
 
-def _check_groups(setup: Setup) -> None:
+def _check_groups(setup: Setup, group: int) -> None:
     """Raise `UserError` where shards over groups of GPUs are not modelled with the rest of a setup."""
     if setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(f"shard_group: {setup.parallel} has no shards in groups; use --parallel fsdp2, or leave it out")
-    for name in ("tp", "cp"):
-        if getattr(setup, name) > 1:
-            raise UserError(f"shard_group: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
+    if group % setup.cp:
+        raise UserError(f"shard_group {group}: cp {setup.cp} GPUs share a sequence; use a multiple of them")
     if setup.objective != "sft":
         raise UserError(f"shard_group: not modelled with objective {setup.objective}; leave it out")

@@ -1,8 +1,8 @@
 """Context parallelism: ranks that share every sequence, as accelerate runs it over FSDP2 (`cp_size`).
 
-Each has an earlier and a later part of the tokens (`tape.packages.ring`), and all layers; shards of weights and sums
-of gradients are over all ranks, those with other samples included. Cutting ids, labels and positions, a few small
-copies before the model runs, is left out.
+Each has an earlier and a later part of the tokens (`tape.packages.ring`), and all layers, or with tensor parallel its
+part of them; shards of weights and sums of gradients are over all ranks, those with other samples included. Cutting
+ids, labels and positions, a few small copies before the model runs, is left out.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from ...setup import Setup
 from ...tape.packages.ring import SharedSequence
 
 ALONE: dict[str, Any] = {
-    "tp": 1, "pp": 1, "parallel": "fsdp2", "attention": "sdpa", "kernels": "torch", "packing": "none",
+    "pp": 1, "parallel": "fsdp2", "attention": "sdpa", "kernels": "torch", "packing": "none",
     "padded": False, "lengths": None, "offload": "none", "objective": "sft",
 }  # fmt: skip
 
 
 def ring_of(setup: Setup) -> SharedSequence | None:
     """The ranks that share a sequence with one; None where there are no others."""
-    return SharedSequence(Ranks(setup.cp), setup.cp_rotate == "allgather") if setup.cp > 1 else None
+    return SharedSequence(Ranks(setup.cp, setup.tp), setup.cp_rotate == "allgather") if setup.cp > 1 else None
 
 
 def check_ring(setup: Setup, architecture: Architecture) -> None:

@@ -24,7 +24,7 @@ def sharing(ranks: Ranks, setup: Setup) -> tuple[Ranks, Ranks | None]:
     group = setup.shard_group
     if group is None or decide(ranks.size <= group):
         return ranks, None
-    return Ranks(group), Ranks(ranks.size // group, group)
+    return Ranks(group, ranks.stride), Ranks(ranks.size // group, group * ranks.stride)
 
 
 def predivided(ranks: Dim) -> Dim:
