@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 from ..errors import UserError
-from ..program.dims import Dim
+from ..program.dims import Dim, decide
 from ..program.part import Part
 from ..program.ranks import Ranks
 from ..setup import Setup
@@ -15,7 +15,7 @@ from ..tape.checkpoint import checkpoint
 from ..tape.core import tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
-from ..tape.packages.sequence import SequenceCut, SharedTokens
+from ..tape.packages.sequence import SharedWords
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -39,8 +39,7 @@ class Architecture(Compared):
         layers, vocab: number of identical blocks, rows of the embedding.
         hidden, intermediate: widths of the residual stream and of the MLP.
         heads, kv_heads, head_dim: query heads, key/value heads (GQA), width of one head.
-        max_positions: rows of a learned position table, None where positions are rotary.
-        tied: whether the output head has the embedding's weight.
+        max_positions, tied: rows of a learned position table, None if rotary; whether the head has the words' weight.
         attention_cap, logit_cap: soft caps of attention scores and of logits, c·tanh(x/c); None where there is none.
         note: what an answer has to say of the config (`Config.note`) and of the model type.
         classifier: the head that is there in the place of a language model's.
@@ -159,9 +158,11 @@ class Build:
     received: Tensor | None = None
 
     @property
-    def sequence(self) -> SharedTokens | None:
-        """How tensor-parallel ranks share the tokens between layers, None where each has all."""
-        return SharedTokens(Ranks(self.setup.tp)) if self.setup.sequence_parallel else None
+    def shared(self) -> SharedWords | None:
+        """How tensor-parallel ranks share what is there, None where each has all."""
+        s, tied = self.setup, self.architecture.tied
+        settles = tied or (s.parallel != "fsdp2" and decide(s.replicas > 1))
+        return SharedWords(Ranks(s.tp), s.sequence_parallel, settles) if s.tp > 1 else None
 
     @property
     def ends(self) -> bool:
@@ -190,9 +191,8 @@ class Linear(NamedTuple):
     @property
     def cut(self) -> Cut:
         """How tensor-parallel ranks share it."""
-        build, ranks = self.scope.build, self.scope.build.setup.tp
-        of = Cut if build.sequence is None else SequenceCut
-        return of(build.architecture.cuts(self.name), Ranks(ranks)) if ranks > 1 else WHOLE
+        build = self.scope.build
+        return WHOLE if build.shared is None else build.shared.cut(build.architecture.cuts(self.name))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The base layer: y = x·Wᵀ (+ b)."""
@@ -298,7 +298,7 @@ class Scope:
     def norm(self, name: str, x: Tensor) -> Tensor:
         """A norm over the last dim, in the architecture's form."""
         tape().part.host.modules += 1
-        shares = self.build.sequence
+        shares = self.build.shared
 
         def parameter(which: str) -> Parameter:
             made = self.parameter(f"{name}.{which}", (x.shape[-1],), "norm")
@@ -315,7 +315,7 @@ class Scope:
         """
         tape().part.host.modules += 1
         method, words = self.build.method, name.endswith((*WORDS, "shared"))  # T5's
-        shares, size = self.build.sequence, (rows, width)
+        shares, size = self.build.shared, (rows, width)
 
         def run(ids: Tensor) -> Tensor:
             weight = self.parameter(f"{name}.weight", size if shares is None else shares.rows(*size), "embedding")

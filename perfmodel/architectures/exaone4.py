@@ -39,9 +39,12 @@ class Exaone4(Llama):
         listed = config.values.get("layer_types") is not None  # then the pattern may be a string, which nothing reads
         return alternating(config, 4 if listed else config.count("sliding_window_pattern", default=4), 4096)
 
-    def split_heads(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
-        y = super().split_heads(layer, name, y, heads)
-        return y if name == "v_proj" else layer.norm(f"self_attn.{name[0]}_norm", y)
+    def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
+        """Queries and keys pass norms of each head behind all three projections."""
+        q, k, v = super().projected(layer, x)
+        q = self.head_norm(layer, "q_proj", q)
+        k = self.head_norm(layer, "k_proj", k)
+        return [q, k, v]
 
     def rotated(self, layer: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         turns = self.window is None or self.reach(layer.index) == SLIDING

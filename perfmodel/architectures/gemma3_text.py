@@ -38,6 +38,9 @@ class Gemma3Text(TwoTables, Gemma2):
     def windows(cls, config: Config) -> dict[str, Any]:
         return alternating(config, config.count("sliding_window_pattern", default=6), 4096)
 
-    def split_heads(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
-        y = super().split_heads(layer, name, y, heads)
-        return y if name == "v_proj" else layer.norm(f"self_attn.{name[0]}_norm", y)
+    def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
+        """Queries and keys pass norms of each head behind all three projections."""
+        q, k, v = super().projected(layer, x)
+        q = self.head_norm(layer, "q_proj", q)
+        k = self.head_norm(layer, "k_proj", k)
+        return [q, k, v]

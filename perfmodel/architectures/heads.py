@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from ..errors import UserError
 from ..program.dims import decide, product, same
-from ..program.ranks import Ranks
 from ..tape.attention import soft_capped
 from ..tape.bus import gathered_over
 from ..tape.core import emit, tape
@@ -86,15 +85,18 @@ def lm_head(model: Scope, hidden: Tensor, embedding: str, vocab: int, *, bias: b
     setup = model.build.setup
 
     def run(hidden: Tensor) -> Tensor:
-        if model.build.sequence is not None:
-            hidden = model.build.sequence.gathered(hidden)
+        shared = model.build.shared
+        hidden = hidden if shared is None else shared.gathered(hidden)
         if not model.build.architecture.tied:
             logits = model.linear("lm_head", hidden, vocab // setup.tp, bias=bias)
-            return gathered_over(logits, Ranks(setup.tp)) if setup.tp > 1 else logits
+            return logits if shared is None else gathered_over(logits, shared.ranks)
         own = model.parameter("lm_head.bias", (vocab,), "bias") if bias else None
         weight = model.tied_weight(embedding)
         if group := setup.qat_group:
             return fake_quantised(hidden, weight, own, group)
+        if shared is not None:
+            hidden = shared.cut("columns").given(hidden)
+            return gathered_over(model.build.method.head(model, hidden, weight, own), shared.ranks)
         return model.build.method.head(model, hidden, weight, own)
 
     logits = model.wrapped("lm_head", run, hidden)

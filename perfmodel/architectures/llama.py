@@ -5,10 +5,13 @@ Source: transformers/models/llama/modeling_llama.py.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from ..errors import UserError
 from ..program.dims import product
+from ..program.ranks import Ranks
+from ..tape.bus import summed_in_place
 from ..tape.core import tape
 from ..tape.nn import shifted_labels
 from ..tape.packages.liger import gated, linear_cross_entropy, rope
@@ -166,7 +169,7 @@ class Llama(Architecture):
         return "columns" if name == "lm_head" or name in self.linear_names() else ""
 
     def part_of(self, ranks: int) -> Self:
-        if self.model_type not in CUT or self.tied or self.output_bias or self.mlp_bias or self.classifier:
+        if self.model_type not in CUT or self.output_bias or self.mlp_bias or self.classifier:
             return super().part_of(ranks)
         for what in ("heads", "kv_heads", "intermediate", "vocab"):
             if getattr(self, what) % ranks:
@@ -298,6 +301,14 @@ class Llama(Architecture):
         """A projection (q_proj, k_proj, v_proj) of (batch, seq, heads · d) as (batch, heads, seq, d)."""
         return transpose(view(y, (*y.shape[:-1], heads, self.head_dim)), 1, 2)
 
+    def head_norm(self, layer: Scope, name: str, y: Tensor) -> Tensor:
+        """A norm of each head of a projection (q_proj, k_proj), whose gradient ranks with other heads sum."""
+        norm, ranks = f"self_attn.{name[0]}_norm", layer.build.setup.tp
+        y = layer.norm(norm, y)
+        if ranks > 1:
+            layer.made[f"{norm}.weight"].arrived = partial(summed_in_place, ranks=Ranks(ranks))
+        return y
+
     def activation(self, x: Tensor) -> Tensor:
         """What the MLP's gate passes through."""
         return silu(x)
@@ -327,7 +338,13 @@ class Llama(Architecture):
 
 # model types of whose program a stage was compared with the real one (`validate.oracle.pipeline`)
 STAGED = ("llama", "mistral", "qwen2", "qwen3")
-CUT = ("llama", "mistral", "qwen2")  # model types whose `base_model_tp_plan` in transformers is this one
+# Model types whose `base_model_tp_plan` in transformers is this one, of which a rank was compared with the real program
+CUT = (
+    "llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "ministral", "ministral3", "seed_oss", "gemma",
+    "gemma2", "gemma3_text", "exaone4", "cohere", "cohere2",
+)  # fmt: skip
+# Those of them whose blocks have two norms, before attention and before the MLP: NeMo Automodel's plan
+SHARING_TOKENS = ("llama", "mistral", "qwen2", "granite", "smollm3", "ministral", "ministral3", "seed_oss")
 
 
 def _normed(layer: Scope, name: str | None, x: Tensor) -> Tensor:

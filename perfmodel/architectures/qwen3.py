@@ -30,4 +30,4 @@ class Qwen3(Qwen2):
 
     def split_heads(self, layer: Scope, name: str, y: Tensor, heads: int) -> Tensor:
         y = view(y, (*y.shape[:-1], heads, self.head_dim))
-        return transpose(y if name == "v_proj" else layer.norm(f"self_attn.{name[0]}_norm", y), 1, 2)
+        return transpose(y if name == "v_proj" else self.head_norm(layer, name, y), 1, 2)

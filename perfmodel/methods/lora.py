@@ -11,7 +11,7 @@ from ..program.dims import decide
 from ..tape.core import tape
 from ..tape.linalg import linear
 from ..tape.packages.converted import float8_or_plain
-from ..tape.packages.sequence import gathered_along, high_of_rows, low_of_rows
+from ..tape.packages.sequence import SequenceCut, gathered_along, high_of_rows, low_of_rows
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
 from ..values import once
@@ -193,7 +193,7 @@ class Lora(Targeted):
             from ..tape.packages.lora_kernels import unsloth_linear
 
             return unsloth_linear(x, *self._adapted(layer))
-        if layer.scope.build.sequence is not None:
+        if isinstance(layer.cut, SequenceCut):
             return self._beside_tokens(layer, x)
         result = layer(x)
         a, b = self.weights(layer, dtype)

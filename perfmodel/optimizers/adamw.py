@@ -5,7 +5,7 @@ from ..program.part import Part
 from ..tape.tensor import Parameter
 from .parts.lists import ListRecorder, Specs, by_dtype, counters, each, specs_of
 from .parts.ops import advance_counter, in_place, new, read_counter
-from .parts.update import Parameters, Update, gradient, gradients_anew, optimizer
+from .parts.update import Parameters, Update, both_gradients, gradient, gradients_anew, moves, optimizer
 
 
 def _keep_states(update: Update, parameters: Parameters, *, fused: bool = False) -> None:
@@ -37,7 +37,7 @@ def _foreach_group(part: Part, group: Specs, parameters: Parameters, *, decay: b
     del here
     op("_foreach_mul_.Scalar", moments, moments)
     here = gradients_anew(parameters) + gradients_anew(parameters)
-    twice = specs_of([p for p in parameters if p.unsettled is not None])
+    twice = specs_of([p for p in parameters if moves(p)])
     op("_foreach_addcmul_.Scalar", moments + grads + grads, moments, distinct=moments + grads + twice)
     del here
     each(op, steps, lambda one: op("_local_scalar_dense", [one], [], attrs=ON_HOST))
@@ -65,7 +65,7 @@ def _single_tensor(update: Update, run: list[Parameter], *, decay: bool) -> None
         if decay:
             in_place("mul_.Tensor", p)
         in_place("lerp_.Scalar", exp_avg, gradient(p))
-        in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), gradient(p), gradient(p))
+        in_place("addcmul_", in_place("mul_.Tensor", exp_avg_sq), *both_gradients(p))
         read_counter(step)
         denom = in_place("add_.Tensor", new("div.Tensor", new("sqrt", exp_avg_sq)))
         in_place("addcdiv_", p, exp_avg, denom)

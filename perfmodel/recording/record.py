@@ -349,11 +349,11 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
             update = zero.record_zero_update(step, step.optimizer)
         else:
             if clips and objectives.found(step.setup.objective).clips:
-                cut = Ranks(step.setup.tp) if step.setup.sequence_parallel else None  # what is cut are DTensors
-                across = form.ranks if form is not None and form.shares_norm else cut
+                cut = (Ranks(step.setup.tp),) if step.setup.sequence_parallel else ()  # what is cut are DTensors
+                across = (*((form.ranks,) if form is not None and form.shares_norm else ()), *cut)
                 part = tape.begin("clip", "optimizer")
                 trained, dtype = optimizers.trainable(step.parameters), step.method.dtype_of_trained(step.setup.dtype)
-                optimizers.clip_grad_norm(part, trained, across, step.stages, dtype, step.parameters)
+                optimizers.clip_grad_norm(part, trained, across, step.stages, dtype, step.parameters if cut else ())
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
     tape.begin("zero_grad", "optimizer")

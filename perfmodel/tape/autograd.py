@@ -65,6 +65,8 @@ def _accumulate(node: Node, grads: Sequence[Tensor | None]) -> Grads:
     else:
         current.alike = False  # more than one gradient in a micro-batch
         _add_to(parameter.grad, grad, parameter.kind)
+    if parameter.arrived is not None and parameter.grad is not None:
+        parameter.arrived(parameter.grad)
     if current.after_gradient is not None:
         current.after_gradient(parameter)
     return ()

@@ -59,14 +59,20 @@ def coin() -> None:
 
 def summed_over(x: Tensor, ranks: Ranks) -> Tensor:
     """A sum whose parts lie on several ranks (`Partial` to `Replicate`); its gradient is everywhere the same."""
+    if not tape().grad_enabled:
+        return summed_in_place(x, ranks)
     node = differentiate("RedistributeBackward", (x,), _as_it_is)
-    if node is None:  # summed in place where no gradient is wanted
-        record("c10d::allreduce_", (x,), (x,), Attrs(ranks=ranks), runs=BESIDE)
-        record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
-        return x
     out = functional_collective("_c10d_functional::all_reduce", x, x.shape, ranks)
-    node.produces(out)
+    if node is not None:
+        node.produces(out)
     return out
+
+
+def summed_in_place(x: Tensor, ranks: Ranks) -> Tensor:
+    """`dist.all_reduce`, for which the compute stream waits at once."""
+    record("c10d::allreduce_", (x,), (x,), Attrs(ranks=ranks), runs=BESIDE)
+    record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
+    return x
 
 
 def summed_in_backward(x: Tensor, ranks: Ranks) -> Tensor:

@@ -49,8 +49,8 @@ RINGS = [case for case in GRID if case.setup.cp > 1]
 
 CHOSEN = [
     *[case for case in GRID if case.setup.tp == case.setup.cp == 1][::17],
-    *SHARED[::4],
-    *TOKENS[1::4],
+    *SHARED[::7],
+    *TOKENS[1::9],
     *RINGS[3::11],
 ]
 

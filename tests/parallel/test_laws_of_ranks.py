@@ -138,9 +138,12 @@ def test_shards_of_more_gpus_take_less_room(setup: Setup, method: str) -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_tensor_parallel_parts_are_the_whole() -> None:
-    """Ranks that share every layer have its parameters and its work between them."""
-    one, two = (predict(LLAMA, "lora:r=8,targets=all-linear", device="h100-sxm", gpus=n, tp=n, seq=256) for n in (1, 2))
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_parallel_parts_are_the_whole(tied: bool) -> None:
+    """Ranks that share every layer, its words too, have its parameters and its work between them."""
+    model = Config({**LLAMA.values, "tie_word_embeddings": tied}, "llama", "llama")
+    one, two = (predict(model, "lora:r=8,targets=all-linear", device="h100-sxm", gpus=n, tp=n, seq=256) for n in (1, 2))
+    assert two.memory.weights < 0.51 * one.memory.weights
     assert (one.total_params, one.trainable_params) == (two.total_params, two.trainable_params)
     assert one.flops["total"] / 2 < two.flops["total"] < one.flops["total"]
     assert two.tokens_per_second * two.time.phases["total"] == pytest.approx(256)

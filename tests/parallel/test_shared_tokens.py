@@ -34,7 +34,8 @@ def test_shared_tokens_are_all_tokens(method: str, ranks: int, batch: int, check
     how = {"gpus": ranks, "tp": ranks, "batch": batch, "checkpoint": checkpoint, "grad_accum": grad_accum}
     of_all, of_some = (shared(method, **how, sequence_parallel=on) for on in (False, True))
     assert (of_some.total_params, of_some.trainable_params) == (of_all.total_params, of_all.trainable_params)
-    assert of_some.memory.peak < of_all.memory.peak
+    assert of_some.memory.peak <= of_all.memory.peak, "equal where the optimizer needs most"
+    assert of_some.memory.peak < of_all.memory.peak or batch < 8
     if method == "full":
         assert of_some.flops == of_all.flops
     assert of_some.tokens_per_second * of_some.time.phases["total"] == pytest.approx(batch * 256 * grad_accum)
@@ -81,12 +82,14 @@ def test_the_setup_is_told() -> None:
     [
         ("full", {"tp": 1}, "give tp, too"),
         ("full", {"seq": 255}, "tp 4 cuts the tokens of a sequence; use a multiple of it for --seq"),
+        ("full", {"gpus": 8}, "ddp takes no cut layers; use --parallel fsdp2 for replicas"),
         ("full", {"optimizer": "sgd"}, "not modelled with optimizer sgd; use --optimizer adamw"),
         ("full", {"kernels": "liger"}, "not modelled with kernels liger; use --kernels torch"),
         ("full", {"dtype": "fp32", "amp": "bf16"}, "not modelled with amp bf16; use no --amp"),
         ("lora:r=6", {}, "rank 6 is no multiple of tp 4, which cuts it"),
         ("lora:dropout=0.1", {}, "not modelled with dropout of method lora; leave it out"),
         ("lora:adapter_dtype=fp32", {}, "adapter_dtype must be the base's, bf16"),
+        ("lora:modules_to_save=lm_head", {}, "copies of modules that are cut are not modelled"),
         ("dora", {}, "dora on layers that are cut is not modelled"),
     ],
 )

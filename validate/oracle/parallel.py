@@ -137,6 +137,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
             model, find_unused_parameters=setup.ddp == "find-unused", static_graph=setup.ddp == "static-graph",
             process_group=dist.new_group([0], backend="gloo") if fake else None,
         )  # fmt: skip
+    mesh = mesh_of_ranks(setup) if mesh is None else mesh
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
         return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh)

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from perfmodel.architectures import Config, from_config
-from perfmodel.architectures.llama import STAGED
+from perfmodel.architectures.llama import CUT, SHARING_TOKENS, STAGED
 from perfmodel.setup import DDP, Setup
 
 from .cases import MIXTURES, NO_DROPOUT, SMALL, Case, fitting, with_targets
@@ -31,7 +31,6 @@ METHODS = (
     "top_k:k=2,inner=lora",
 )
 VIRTUAL = ("prefix_tuning:tokens=6", "p_tuning:tokens=6")
-TENSOR_MODELS = ("llama", "mistral", "qwen2")
 TENSOR_METHODS = ("full", "lora:r=4", "lora:r=2,targets=all-linear,dropout=0.1,adapter_dtype=bf16")
 SEQUENCE_METHODS = ("full", "lora:r=8,targets=all-linear", "lora:r=4", "lora:r=4,targets=o_proj+down_proj")
 MANY_BUCKETS: dict[str, Any] = {  # DDP fills several (of 1 MiB, then 25)
@@ -116,9 +115,11 @@ def tensor_grid(which: str) -> Iterator[Case]:
 
     PyTorch's fused update and clipping refuse what these models mix, so it is updated parameter by parameter.
     """
-    for i, name in enumerate(TENSOR_MODELS):
-        config = Config({**SMALL[name], "tie_word_embeddings": False}, name, f"{name}-untied")
+    for i, name in enumerate(CUT):
+        heads = {"num_key_value_heads": 2} if name == "gemma" else {}  # which shares one otherwise
         for j, method in enumerate(TENSOR_METHODS):
+            values = {**SMALL[name], **NO_DROPOUT.get(name, {}), **heads, "tie_word_embeddings": (i + j) % 2 == 0}
+            config = Config(values, name, f"{name}-{'un' * ((i + j) % 2)}tied")
             setups = every() if which == "all" else varied(5 * i + 3 * j, 1 if which == "quick" else 5)
             for setup in setups:
                 ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
@@ -133,7 +134,7 @@ def mesh_grid(which: str) -> Iterator[Case]:
         for j, method in enumerate(TENSOR_METHODS):
             for k, setup in enumerate(varied(5 * i + 3 * j, {"quick": 1, "standard": 3, "all": 12}[which])):
                 groups, group, several = MESHES[(2 * i + j + k) % len(MESHES)]
-                if name in TENSOR_MODELS or "tp" not in several:
+                if name in CUT or "tp" not in several:
                     replicas, shared = groups * group, prod(several.values())
                     plain: dict[str, Any] = {"amp": None, "clip_grad": False, "optimizer": "adamw-loop"}
                     plain |= {"dtype": "bf16", "parallel": "fsdp2", "gpus": replicas * several.get("tp", 1)}
@@ -144,14 +145,18 @@ def mesh_grid(which: str) -> Iterator[Case]:
 def sequence_grid(which: str) -> Iterator[Case]:
     """Its part of ranks that share tokens, too: all parameters are DTensors, which lists and clipping take."""
     forms = ("adamw-foreach", "adamw-loop", "adamw-fused")
-    for i, name in enumerate(TENSOR_MODELS):
-        config = Config({**SMALL[name], "tie_word_embeddings": False}, name, f"{name}-untied")
+    for i, name in enumerate(SHARING_TOKENS):
         for j, method in enumerate(SEQUENCE_METHODS):
+            tied = (i + j) % 2 == 0
+            config = Config({**SMALL[name], "tie_word_embeddings": tied}, name, f"{name}-{'un' * (not tied)}tied")
             for k, setup in enumerate(every() if which == "all" else varied(5 * i + 3 * j, {"quick": 1}.get(which, 5))):
                 ranks = 4 if setup.gpus > 3 and config.values["num_key_value_heads"] % 4 == 0 else 2
                 shared: dict[str, Any] = {"gpus": ranks, "tp": ranks, "sequence_parallel": True, "seq": 4 * ranks}
                 casts: dict[str, Any] = {"dtype": ("bf16", "fp32")[(i + j) % 4 == 3], "amp": None, "ddp": "plain"}
                 rest: dict[str, Any] = {"optimizer": forms[(i + j + k) % 3], "batch": 1 + (i + k) % 2}
+                if (i + 2 * j + k) % 3 == 2:  # shards of 2 or 3, one group or two of them
+                    several = {"parallel": "fsdp2", "gpus": ranks * (2, 3, 4)[(j + k) % 3], "reshard": j % 2 == 0}
+                    shared |= several | {"shard_group": 2 if (j + k) % 3 == 2 else None}
                 rest["attention"] = ("sdpa", "eager")[(i + j + k) % 5 == 4]
                 yield _case(config, method, replace(setup, **shared, **casts, **rest))
 

@@ -102,8 +102,11 @@ def share_tokens(model: Any, method: Method, architecture: Architecture, mesh: A
         "model.norm": SequenceParallel(),
         "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     model = parallelize_module(model, mesh, plan)
+    if tied:  # each module's was cut by itself (`ensure_tied_lm_head`)
+        model.lm_head.weight = model.model.embed_tokens.weight
     for name, p in model.named_parameters():  # a norm's are made anew, and would train
         p.requires_grad = trains[name]
     return model

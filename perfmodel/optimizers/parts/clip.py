@@ -13,15 +13,15 @@ SUMMED = Run(COMMUNICATION, after=(COMPUTE,))
 
 
 def clip_grad_norm(
-    part: Part, grads: Specs, across: Ranks | None = None, stages: Ranks | None = None, dtype: str = "fp32",
+    part: Part, grads: Specs, across: Sequence[Ranks] = (), stages: Ranks | None = None, dtype: str = "fp32",
     parameters: Sequence[Parameter] = (),
 ) -> None:  # fmt: skip
     """Per-tensor norms, their norm, and a scaling of every gradient; lists on CUDA and CPU alike.
 
-    Of shards (`across` some ranks) the squares of the norms are summed over ranks first, as DTensor does; what is not
-    cut, or not summed yet, of `parameters` among them is summed before, and its norm divided by the ranks. Of stages of
-    a pipeline the square of the norm is (torchtitan, distributed/utils.py: `clip_grad_norm_`), `dtype` that of a stage
-    in which nothing trains.
+    Of shards (`across` ranks of one dim of a mesh or two) the squares of the norms are summed over ranks first, as
+    DTensor does; what is not cut, or not summed yet, of `parameters` among them is summed before, and its norm divided
+    by the ranks. Of stages of a pipeline the square of the norm is (torchtitan, distributed/utils.py:
+    `clip_grad_norm_`), `dtype` that of a stage in which nothing trains.
     """
     op, unsettled = ListRecorder(part), [p for p in parameters if p.used and p.unsettled is not None]
     if not grads:
@@ -39,10 +39,10 @@ def clip_grad_norm(
     each(op, [Spec(p.dtype, (), p.count) for p in unsettled], lambda norm: op("div.Tensor", [norm], [norm]))
     norms = [Spec(s.dtype, (), s.copies) for s in grads]
     op("stack", norms, [Spec(dtype, (count,))])
-    if across is not None:
-        squares = [Spec(dtype, (count,))]
+    squares = [Spec(dtype, (count,))]
+    for ranks in across:
         op("pow.Tensor_Scalar", squares, squares)
-        op("_c10d_functional::all_reduce", squares, squares, attrs=Attrs(ranks=across), runs=SUMMED)
+        op("_c10d_functional::all_reduce", squares, squares, attrs=Attrs(ranks=ranks), runs=SUMMED)
         op("pow.Tensor_Scalar", squares, squares, runs=Run(after=(COMMUNICATION,)))
     op("linalg_vector_norm", [Spec(dtype, (count,))], [scalar])
     _over_stages(op, scalar, stages)

@@ -161,9 +161,20 @@ def gradient(p: Parameter) -> Tensor:
     return grad if p.unsettled is None else p.unsettled.settled(grad, p.shape)
 
 
+def both_gradients(p: Parameter) -> tuple[Tensor, Tensor]:
+    """The gradient for an op that takes it twice."""
+    grad = gradient(p)
+    return grad, gradient(p) if moves(p) else grad
+
+
 def gradients_anew(parameters: Parameters) -> list[Tensor]:
     """Gradients that an op on lists gets brought to where their parameters lie; they live as long as the result."""
-    return [gradient(p) for p in parameters if p.unsettled is not None for _ in range(p.count)]
+    return [gradient(p) for p in parameters if moves(p) for _ in range(p.count)]
+
+
+def moves(p: Parameter) -> bool:
+    """Whether each use of a parameter's gradient brings it anew to where the parameter lies."""
+    return p.unsettled is not None and p.unsettled.moves
 
 
 def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:

@@ -130,6 +130,8 @@ def check_form(setup: Setup, method: Method) -> None:
         _check_groups(setup, setup.shard_group)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
+    if setup.tp > 1 and getattr(method, "modules_to_save", None):
+        raise UserError("tp: copies of modules that are cut are not modelled; leave out modules_to_save")
     if setup.sequence_parallel:
         check_tokens(setup, method)
     if setup.parallel == "fsdp1" and method.periodic():

@@ -297,6 +297,8 @@ class FullyShard(WholeUnits):
         trained = [(p, s) for p, s in unit.pairs if p.grad is not None]
         if not (self.reduces and trained):
             return
+        for p, _ in trained:
+            _settle(p)
         wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
         dtype = trained[0][0].dtype
@@ -374,6 +376,14 @@ class FrozenShard(FullyShard):
         """What was gathered goes."""
         self.units[ROOT].whole.clear()
         return super().end(outputs)
+
+
+def _settle(p: Parameter) -> None:
+    """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
+    if p.unsettled is not None and p.unsettled.moves and p.grad is not None:
+        grad = p.grad
+        p.grad = p.unsettled.settled(grad, p.shape)
+        grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
 
 
 def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:

@@ -2,13 +2,15 @@
 
 The program is torch's `parallelize_module` on transformers' modules with the plan of NeMo Automodel, all parameters
 DTensors (`tape.packages.sequence`). Adapters are Automodel's, for PEFT's take no DTensors. Gradients of norms are of a
-rank's own tokens, and that of the embedding is of all words: AdamW brings them to where its states lie at each use.
+rank's own tokens, and that of the embedding is of all words: AdamW brings them to where its states lie at each use,
+FSDP2 once, before it reduces them (with the units of accelerate, as for a model without PEFT).
 """
 
 from typing import Any
 
 import numpy as np
 
+from ...architectures.llama import SHARING_TOKENS
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...setup import Setup
@@ -17,9 +19,9 @@ from ...setup import Setup
 BESIDE: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused"),
     "attention": ("sdpa", "eager"), "kernels": ("torch",), "amp": (None,), "packing": ("none", "dense"),
-    "lengths": (None,), "cp": (1,), "replicas": (1,),
+    "lengths": (None,), "cp": (1,),
 }  # fmt: skip
-USE = {"replicas": "--gpus as many as --tp", "amp": "no --amp", "lengths": "no --lengths"}
+USE = {"amp": "no --amp", "lengths": "no --lengths"}
 PLAIN = {"dropout": 0.0, "modules_to_save": ()}  # options of LoRA
 
 
@@ -30,6 +32,11 @@ def check_tokens(setup: Setup, method: Method) -> None:
         if not all(one in known for one in np.atleast_1d(np.asarray(value, dtype=object))):
             use = USE.get(name, f"--{name} {known[0]}")
             raise UserError(f"sequence_parallel: not modelled with {name} {value}; use {use}")
+    if setup.parallel != "fsdp2" and np.any(np.asarray(setup.replicas) > 1):
+        raise UserError(f"sequence_parallel: {setup.parallel} takes no cut layers; use --parallel fsdp2 for replicas")
+    model = method.architecture
+    if model is not None and model.model_type not in SHARING_TOKENS:
+        raise UserError(f"sequence_parallel: not modelled of {model.name}; leave it out")
     for name, usual in PLAIN.items():
         if getattr(method, name, usual) != usual:
             raise UserError(f"sequence_parallel: not modelled with {name} of method {method.name}; leave it out")

@@ -52,6 +52,7 @@ def shard_of(p: Parameter, ranks: Dim, dtype: str, *, flat: bool = False) -> Par
     shard.numel = product(shard.shape)
     shard.nbytes = shard.numel * ITEMSIZE[dtype]
     shard.grad, shard._spec, shard._use, shard.accumulator = None, None, None, None
+    shard.unsettled, shard.arrived = p.unsettled and p.unsettled.in_shards(), None
     return shard
 
 
@@ -172,7 +173,9 @@ class Survey(WholeUnits):
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
         tail: list[tuple[str, ...]] = []
         if setup.parallel == "fsdp2":
-            adapted = any(p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters)
+            adapted = not setup.sequence_parallel and any(
+                p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters
+            )
             first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
             groups = [*first, *groups, *tail]
         found = {group: [p for p in left if p.name.startswith(group)] for group in groups}

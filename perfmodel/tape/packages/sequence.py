@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.ranks import Ranks
 from ..autograd import differentiate
-from ..bus import Cut, functional_collective
+from ..bus import Cut, functional_collective, summed_over
 from ..core import emit, record, tape
 from ..linalg import linear, mm
 from ..pointwise import binary_bool, cat, sub
@@ -35,6 +35,8 @@ class Unsettled:
         ranks: those that the parameter is cut over, or repeated on.
         partial: whether the gradients of the ranks are still to be summed.
         cut: the dim of the parameter that is cut, of which the gradient has all; None where it is whole.
+
+    One that is not partial and of nothing that is cut lies as its parameter does, on all ranks.
     """
 
     ranks: Ranks
@@ -47,8 +49,19 @@ class Unsettled:
             return own
         return tuple(n * self.ranks.size if i == self.cut else n for i, n in enumerate(own))
 
+    @property
+    def moves(self) -> bool:
+        """Whether the gradient lies elsewhere than its parameter."""
+        return self.partial or self.cut is not None
+
+    def in_shards(self) -> "Unsettled | None":
+        """How it lies once FSDP has brought it to where its parameter is: still on all ranks, or on each its own."""
+        return Unsettled(self.ranks, partial=False) if self.cut is None else None
+
     def settled(self, grad: Tensor, own: Shape) -> Tensor:
         """The gradient of what this rank has."""
+        if not self.moves:
+            return grad
         with tape().no_grad():
             if self.cut is None:
                 return functional_collective("_c10d_functional::all_reduce", grad, own, self.ranks)
@@ -80,18 +93,28 @@ class SequenceCut(Cut):
         return scattered_along(y, self.ranks) if self.by == "rows" else y
 
 
-class SharedTokens(NamedTuple):
-    """What ranks do that share the tokens between layers."""
+class SharedWords(NamedTuple):
+    """What tensor-parallel ranks do that share words, and if `tokens` those between layers, too.
+
+    `settles`: whether the gradient of words is cut like their weight at once, because it is added to another one.
+    """
 
     ranks: Ranks
+    tokens: bool
+    settles: bool
+
+    def cut(self, by: str) -> Cut:
+        """How they share a layer."""
+        return SequenceCut(by, self.ranks) if self.tokens else Cut(by, self.ranks)
 
     def gathered(self, x: Tensor) -> Tensor:
         """All tokens of a hidden state."""
-        return gathered_along(x, self.ranks)
+        return gathered_along(x, self.ranks) if self.tokens else x
 
     def repeated(self, p: Parameter) -> Parameter:
-        """A norm's parameter, which all ranks have: each has a gradient of its tokens alone."""
-        p.unsettled = Unsettled(self.ranks)
+        """A norm's parameter, which all ranks have: of shared tokens each has a gradient of its own alone."""
+        if self.tokens:
+            p.unsettled = Unsettled(self.ranks)
         return p
 
     def rows(self, rows: Dim, width: Dim) -> Shape:
@@ -99,10 +122,11 @@ class SharedTokens(NamedTuple):
         return rows // self.ranks.size, width
 
     def words(self, weight: Parameter, ids: Tensor) -> Tensor:
-        """Words of (batch, seq) ids, each rank's own tokens of them: (batch, seq / ranks, width)."""
+        """Words of (batch, seq) ids: (batch, seq, width), or of a rank's own tokens."""
         weight.elements = weight.numel * self.ranks.size
-        weight.unsettled = Unsettled(self.ranks, partial=False, cut=0)
-        return scattered_along(own_words(weight, ids, self.ranks), self.ranks)
+        weight.unsettled = None if self.settles else Unsettled(self.ranks, partial=False, cut=0)
+        words = own_words(weight, ids, self.ranks)
+        return scattered_along(words, self.ranks) if self.tokens else summed_over(words, self.ranks)
 
 
 def gathered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
@@ -128,10 +152,10 @@ def scattered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
 def own_words(weight: Parameter, ids: Tensor, ranks: Ranks) -> Tensor:
     """Rows of a weight (words / ranks, width) that has every rank's own words by (batch, seq) ids, else zeros.
 
-    Its gradient is that of all words: it is looked at as if every rank had them.
+    Its gradient is that of all words, as if every rank had them.
     """
-    rows, width = weight.shape
-    node = differentiate("EmbeddingBackward0", (weight,), _words_backward, ((rows * ranks.size, width),))
+    width, cut = weight.shape[1], ranks if weight.unsettled is None else None
+    node = differentiate("EmbeddingBackward0", (weight,), _words_backward, (weight.shape[0] * ranks.size, width, cut))
     if node is not None:
         node.save(ids)
     with tape().no_grad():
@@ -188,9 +212,10 @@ def _gather(node: Node, grads: Sequence[Tensor | None]) -> Grads:
 
 
 def _words_backward(node: Node, grads: Sequence[Tensor | None]) -> Grads:
-    (shape,), (grad,), (ids,) = node.attrs, grads, node.unpack()
+    (rows, width, cut), (grad,), (ids,) = node.attrs, grads, node.unpack()
     assert grad is not None
-    return (emit("embedding_dense_backward", (grad, ids), shape, grad.dtype),)
+    whole = emit("embedding_dense_backward", (grad, ids), (rows, width), grad.dtype)
+    return (whole if cut is None else clone(_part(whole, cut, 0)),)
 
 
 def low_of_rows(x: Tensor, a: Parameter, ranks: Ranks) -> Tensor:
