@@ -102,7 +102,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     check_ring(step.setup, step.architecture)
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
-    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3  # few ask for several
+    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3_reference  # few ask for several
     from .parallel import zero as stages
 
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
@@ -122,7 +122,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         classifies=step.architecture.classifier is not None,
     )  # fmt: skip
     if step.zero:
-        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
+        return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
         return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
     whole = units.whole_reference(step.parameters, ranks.size, step.setup)

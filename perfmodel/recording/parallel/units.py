@@ -118,21 +118,33 @@ def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -
 
 
 class Survey(WholeUnits):
-    """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls."""
+    """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls.
+
+    Attributes:
+        passes: of the calls of the model in a micro-batch, what runs in each.
+        of: how the names of the model's parameters begin.
+        frozen: that of a reference model, if there was one.
+    """
 
     ranks: Ranks | None = None
+    frozen: "Survey | None" = None
 
     @property
     def reference(self) -> "Survey":
         """Blocks of a frozen model are parts of their own, too."""
-        return Survey()
+        if self.frozen is None:
+            self.frozen = Survey(OF_REFERENCE)
+        return self.frozen
 
-    def __init__(self) -> None:
+    def __init__(self, of: str = "") -> None:
+        self.of = of
         self.paths: list[str] = []
         self.modules: list[str] = []
+        self.passes: list[list[str]] = []
 
     def begin(self) -> None:
         """Nothing is hooked."""
+        self.passes.append([])
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked."""
@@ -141,12 +153,18 @@ class Survey(WholeUnits):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run it."""
         self.paths.append(path)
+        self.passes[-1].append(path)
         return run(x)
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run it."""
         self.modules.append(path)
+        self.passes[-1].append(path)
         return run(x)
+
+    def weight(self, p: Parameter) -> None:
+        """It is used now."""
+        self.passes[-1].append(p.name)
 
     def units(
         self,
@@ -165,18 +183,21 @@ class Survey(WholeUnits):
         (bitsandbytes' `quant_storage`).
         """
         bytes_too = setup.parallel == "fsdp1"
-        left = [
-            p for p in parameters
-            if p.kind != "scale" and (bytes_too or p.dtype in FLOATING) and not p.name.startswith(OF_REFERENCE)
-        ]  # fmt: skip
+        left = {
+            p: p.name.removeprefix(self.of)
+            for p in parameters
+            if p.kind != "scale"
+            and (bytes_too or p.dtype in FLOATING)
+            and p.name.startswith(OF_REFERENCE) is bool(self.of)
+        }
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
         tail: list[tuple[str, ...]] = []
         if setup.parallel == "fsdp2":
             adapted = any(p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters)
             first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
             groups = [*first, *groups, *tail]
-        found = {group: [p for p in left if p.name.startswith(group)] for group in groups}
-        found[(ROOT,)] = [p for p in left if not p.name.startswith(tuple(chain(*groups)))]
+        found = {group: [p for p, name in left.items() if name.startswith(group)] for group in groups}
+        found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         stay = {*tail, *(group for group in groups if HEAD in group)}
         return [
