@@ -124,7 +124,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.zero:
         return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
+        frozen = fsdp1.flat_frozen(survey, step.parameters, ranks, step.setup)
+        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard, frozen=frozen)
     whole = units.whole_reference(step.parameters, ranks.size, step.setup)
     return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
 

@@ -1,4 +1,7 @@
-"""Laws of a reference under ZeRO-3, which need no torch; its messages: tests/oracle/test_zero_reference.py."""
+"""Laws of a reference that GPUs share, which need no torch.
+
+Its messages: tests/oracle/test_zero_reference.py, test_parallel_objectives.py.
+"""
 
 from typing import Any
 
@@ -6,6 +9,7 @@ import pytest
 from helpers import step_of
 
 from perfmodel.recording.parallel.module_trace import Foreseen, foreseen
+from perfmodel.recording.record import held_bytes
 from perfmodel.recording.step import Step
 
 BASE, ADAPTED = ["words.", "block."], ["words.", "a.lora_A.weight", "block."]
@@ -62,3 +66,16 @@ def test_without_adapters_a_model_is_gathered_once_more_forward_and_again_backwa
     assert gathered(kept, "backward") == 0
     assert gathered(lost, "forward") > 2 * gathered(kept, "forward")
     assert gathered(lost, "backward") > 0.9 * gathered(kept, "forward")
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_the_root_of_a_flat_reference_is_never_gathered_again(reshard: bool) -> None:
+    """It has no backward pass that would free it, so it is whole in memory; kept gathered, all of the reference is."""
+    alone, beside = (
+        preferring("full", parallel="fsdp1", objective="dpo", reference=how, reshard=reshard)
+        for how in ("precomputed", "model")
+    )
+    more = gathered(beside, "forward") - gathered(alone, "forward")
+    kept = held_bytes(beside) - held_bytes(alone)
+    assert 2 * more + kept == pytest.approx(2 * beside.total, rel=0.01)
+    assert (more < 100) is not reshard  # what is logged has another dtype

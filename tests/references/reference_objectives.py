@@ -69,8 +69,9 @@ class Run:
         checkpoints = self.inner.is_gradient_checkpointing
         if checkpoints:
             self.inner.gradient_checkpointing_disable()
+        own = self.model if self.setup.parallel == "fsdp1" else self.inner  # what `Trainer.model` is
         with torch.no_grad(), self.inner.disable_adapter() if self.reference is None else nullcontext():
-            yield self.inner if self.reference is None else self.reference
+            yield own if self.reference is None else self.reference
         if checkpoints:
             reentrant = self.setup.checkpoint == "block-reentrant"
             self.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

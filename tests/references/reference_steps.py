@@ -12,6 +12,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from helpers import architecture_of, config_of
 from reference_critic import PolicyAndValue, of_values
 from reference_objectives import Loss, Run
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from perfmodel import methods, objectives
 from perfmodel.architectures import Architecture, Config
@@ -113,6 +114,14 @@ def scaled_loss(found: Prepared, run: Run, losses: dict[str, Loss]) -> torch.Ten
 
 def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> counts.Result:
     """The same of one of several GPUs, with its collectives in their order."""
+    found, real = traced_rank(name, spec, losses, **options)
+    return parallel.judge_rank(found.case, found.step, real)
+
+
+def traced_rank(
+    name: str, spec: str, losses: dict[str, Loss], **options: Any
+) -> tuple[Prepared, parallel.RankRecorder]:
+    """A step on the tape, and what one of several GPUs does in it."""
     found = prepared(name, spec, **options)
     setup, model, reference = found.case.setup, found.model, found.reference
     with parallel.process_group(setup.parallel, setup.gpus):
@@ -124,6 +133,8 @@ def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -
         inner, wrapped = model, parallel.wrapped_for_ranks(model, setup, found.architecture)
         if reference is not None and setup.parallel == "fsdp2":
             _cut_whole(reference, setup)
+        elif reference is not None and setup.parallel == "fsdp1":
+            reference = parallel.wrapped_for_ranks(reference, setup, found.architecture)
         update = updates.make(wrapped, found.step.optimizer, found.method)
         run = Run(wrapped, reference, setup, inner, gathered)
         real = parallel.trace_rank(
@@ -131,7 +142,7 @@ def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -
             () if reference is None else chain(list(reference.parameters()), _left_whole(reference, setup)),
         )  # fmt: skip
         real.trace.total, real.trace.trainable = total, trainable
-        return parallel.judge_rank(found.case, found.step, real)
+        return found, real
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +155,12 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 def _left_whole(reference: Any, setup: Setup) -> Iterator[torch.Tensor]:
     """What stays gathered of a frozen model behind its passes; its shards are other tensors."""
-    if not setup.reshard:
+    if setup.parallel == "fsdp1":
+        for unit in FullyShardedDataParallel.fsdp_modules(reference):
+            whole = unit._handle.flat_param._full_param_padded
+            if whole.untyped_storage().size():
+                yield whole
+    elif not setup.reshard:
         yield from reference.parameters()
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ... import objectives
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
@@ -116,11 +115,6 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
         beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
         raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
-    if setup.parallel == "fsdp1" and objectives.found(setup.objective).passes_reference(setup):
-        raise UserError(
-            f"gpus: the reference of objective {setup.objective} is not modelled with parallel fsdp1; use --parallel "
-            "fsdp2, or --reference precomputed"
-        )
     if not setup.reshard and setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"

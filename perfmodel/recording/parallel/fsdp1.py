@@ -32,13 +32,14 @@ from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
+from ...setup import Setup
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers, predivided
+from .units import ROOT, ShardedUnit, Survey, of_all_layers, predivided
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
 FREED = ("freed", "freed before that")  # when the last units were free, the latest first
@@ -118,14 +119,16 @@ class FlatShard(OfBlocks):
     Attributes:
         across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
+        frozen: the hooks around a reference model, if there is one.
     """
 
     shares_norm = True
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
-        offloads: bool = False, keeps: bool = False,
+        offloads: bool = False, keeps: bool = False, frozen: "FlatFrozen | None" = None,
     ) -> None:  # fmt: skip
+        self.frozen = frozen
         self.ranks = ranks
         self.across = across
         self.offloads = offloads
@@ -144,10 +147,16 @@ class FlatShard(OfBlocks):
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
         self.done: set[str] = set()
 
+    @property
+    def reference(self) -> "FlatFrozen | None":
+        """A frozen model is cut as well."""
+        return self.frozen
+
     def begin(self) -> None:
-        """The root is gathered; hooks follow adapters and gradients."""
-        self.ran.clear()
-        self.done.clear()
+        """The root is gathered, unless it still is; hooks follow adapters and gradients."""
+        if tape().grad_enabled:
+            self.ran.clear()
+            self.done.clear()
         tape().after_gradient = self._reduce_adapter
         wait_event(COMPUTE, COMMUNICATION)
         self._unshard(self.units[ROOT])
@@ -169,14 +178,16 @@ class FlatShard(OfBlocks):
             node.produces(x)
         out = run(x)
         unit.leave(frees=not self.keeps)
-        self.ran.append((path, part))
+        if tape().grad_enabled:
+            self.ran.append((path, part))
         if isinstance(out, tuple):
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The root stays gathered until its backward is done."""
-        self.ran.append((ROOT, tape().part))
+        if tape().grad_enabled:
+            self.ran.append((ROOT, tape().part))
         return [self._before_backward(ROOT, output) for output in outputs]
 
     def end_of_backward(self) -> None:
@@ -195,13 +206,15 @@ class FlatShard(OfBlocks):
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Flat parts in the place of parameters; scales of packed weights stay on every rank."""
-        known = {id(p) for unit in (*self.units.values(), *self.of_adapter.values()) for p in unit.parameters}
-        shards = [s for unit in (*self.units.values(), *self.of_adapter.values()) for s in unit.shards]
+        of_reference = self.frozen.units.values() if self.frozen is not None else ()
+        units = (*self.units.values(), *self.of_adapter.values(), *of_reference)
+        known = {id(p) for unit in units for p in unit.parameters}
+        shards = [s for unit in units for s in unit.shards]
         return [*shards, *(p for p in parameters if id(p) not in known)]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """Nothing: what is gathered dies with its use."""
-        return 0
+        """What is gathered dies with its use, but for what stays of a frozen model."""
+        return self.frozen.kept_bytes if self.frozen is not None else 0
 
     def _unshard(self, unit: FlatUnit) -> None:
         if unit.parameters:
@@ -294,6 +307,38 @@ class FlatShard(OfBlocks):
         shard = unit.shards[0]
         shard.used = True
         shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
+
+
+class FlatFrozen(FlatShard):
+    """The hooks around a reference model, whose blocks are units, too.
+
+    A root is freed behind its backward pass alone (`_post_forward_reshard`), and this one has none: it is gathered once
+    in a training and stays. So does all of it under SHARD_GRAD_OP.
+
+    Source: trl/models/utils.py (1.8: `prepare_fsdp`).
+    """
+
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of it that are there from step to step beside its parts."""
+        staying = (unit for path, unit in self.units.items() if unit.parameters and (self.keeps or path == ROOT))
+        return sum(u.part * ITEMSIZE[u.dtype] * self.ranks.size * u.parameters[0].count for u in staying)
+
+    def begin(self) -> None:
+        """The root is there."""
+        wait_event(COMPUTE, COMMUNICATION)
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block between its hooks."""
+        return run(x) if self.keeps else super().block(path, run, x)
+
+
+def flat_frozen(survey: Survey, parameters: Sequence[Parameter], ranks: Ranks, setup: Setup) -> FlatFrozen | None:
+    """The hooks around the reference that a survey found among all parameters, if there is one."""
+    if survey.frozen is None:
+        return None
+    units = survey.frozen.units(parameters, ranks.size, setup, tied=False)
+    return FlatFrozen(units, ranks, keeps=not setup.reshard)
 
 
 def flat_shard(path: str, parameters: list[Parameter], ranks: Dim) -> Parameter:
