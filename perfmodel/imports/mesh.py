@@ -189,4 +189,4 @@ def with_own_part(setup: Mapping[str, Any], gpus: Sequence[int]) -> tuple[dict[s
 
 def groups_shards(setup: Mapping[str, Any]) -> bool:
     """Whether shards over groups of GPUs are modelled with the rest of a setup."""
-    return setup.get("objective", "sft") == "sft" and setup["tp"] == 1 and "cp" not in setup
+    return setup["tp"] == 1 and "cp" not in setup

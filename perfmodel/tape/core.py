@@ -23,8 +23,8 @@ class Wrapping(Protocol):
     """What runs around a model, its blocks, and its modules beside them: the hooks of a program of several GPUs."""
 
     @property
-    def ranks(self) -> Ranks | None:
-        """The GPUs; None where nothing is exchanged."""
+    def everyone(self) -> Ranks | None:
+        """The GPUs that have samples of their own; None where nothing is exchanged."""
 
     @property
     def inside(self) -> bool:

@@ -31,6 +31,8 @@ CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("kto", "fsdp2", "llama", "lora:r=4", {"checkpoint": "block", "gpus": 4}),
     ("dpo", "fsdp2", "llama", "full", {**MIXED, "reshard": False}),
     ("kto", "fsdp2", "llama", "lora:r=4", {"reshard": False, "grad_accum": 2}),
+    ("dpo", "fsdp2", "llama", "lora:r=4", {"gpus": 4, "shard_group": 2, "grad_accum": 2}),
+    ("kto", "fsdp2", "llama", "full", {**MIXED, "gpus": 6, "shard_group": 3, "reshard": False}),
     ("simpo", "fsdp2", "llama", "full", MIXED),
     ("reward", "ddp", "llama", LORA, {"grad_accum": 2}),
     ("grpo", "ddp", "llama", "full", MIXED),
@@ -41,7 +43,7 @@ CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
 FLAT: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("dpo", "llama", "full", {"reshard": False}),
     ("kto", "gpt2", "full", {"grad_accum": 2, "checkpoint": "block"}),
-    ("grpo", "llama", "full", {"reference": "model", "prompt": 5}),
+    ("grpo", "llama", "full", {"reference": "model", "prompt": 5, "shard_group": 2}),
     ("dpo", "llama", "lora:r=4", {}),
     ("kto", "llama", "lora:r=4", {"reshard": False, "grad_accum": 2, "checkpoint": "block"}),
 )

@@ -96,7 +96,6 @@ def test_advice_leaves_groups_behind_with_fsdp() -> None:
         ({"shard_group": 4, "parallel": "zero3"}, "zero3 has no shards in groups; use --parallel fsdp2"),
         ({"shard_group": 4, "tp": 2}, "not modelled with tp 2; use --tp 1"),
         ({"shard_group": 4, "cp": 2}, "not modelled with cp 2; use --cp 1"),
-        ({"shard_group": 4, "objective": "dpo"}, "not modelled with objective dpo; leave it out"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(options: dict[str, Any], said: str) -> None:

@@ -29,10 +29,10 @@ class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
 
     Attributes:
-        ranks: the GPUs that gradients are reduced over.
+        ranks: the GPUs that gradients are reduced over, or scattered.
         reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
-        inside, reference: as of `tape.core.Wrapping`.
+        everyone, inside, reference: as of `tape.core.Wrapping`.
         offloads: whether the host clips and updates, on what lives in its memory.
     """
 
@@ -41,6 +41,10 @@ class ParallelForm(Protocol):
     shares_norm: bool
     offloads: bool
     inside: bool
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """As of `tape.core.Wrapping`."""
 
     @property
     def reference(self) -> Wrapping | None:
@@ -79,6 +83,13 @@ class OfBlocks:
 
     inside = True
     offloads = False
+    ranks: Ranks
+    across: Ranks | None = None
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """Those of all replicas."""
+        return self.ranks if self.across is None else Ranks(self.ranks.size * self.across.size)
 
     @property
     def reference(self) -> Wrapping | None:
@@ -136,5 +147,3 @@ def _check_groups(setup: Setup) -> None:
     for name in ("tp", "cp"):
         if getattr(setup, name) > 1:
             raise UserError(f"shard_group: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
-    if setup.objective != "sft":
-        raise UserError(f"shard_group: not modelled with objective {setup.objective}; leave it out")

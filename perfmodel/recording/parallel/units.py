@@ -126,8 +126,12 @@ class Survey(WholeUnits):
         frozen: that of a reference model, if there was one.
     """
 
-    ranks: Ranks | None = None
     frozen: "Survey | None" = None
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """Nobody."""
+        return None
 
     @property
     def reference(self) -> "Survey":
