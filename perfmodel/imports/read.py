@@ -19,6 +19,7 @@ from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .trained_for import cut_otherwise
 from .values import read_values, values_alone
 
 # What is said of a setup's field that holds no more where the field has another value
@@ -144,6 +145,7 @@ class Imported:
         kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         said += [ONE_GROUP] if form.shard_group and not setup["shard_group"] and form.group == 1 else []
+        said += cut_otherwise(setup, self.method) if self.tool == FACTORY else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked

@@ -102,7 +102,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     check_ring(step.setup, step.architecture)
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
-    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3_reference  # few ask for several
+    from .parallel import ddp_search, fsdp1, fsdp2, fsdp2_reference, units, zero3_reference  # few ask for several
     from .parallel import zero as stages
 
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
@@ -126,8 +126,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.setup.parallel == "fsdp1":
         frozen = fsdp1.flat_frozen(survey, step.parameters, ranks, step.setup)
         return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard, frozen=frozen)
-    whole = units.whole_reference(step.parameters, ranks.size, step.setup)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
+    beside = fsdp2_reference.frozen_of(survey, step.parameters, ranks, step.setup, tied=step.architecture.tied)
+    return fsdp2.FullyShard(cut, ranks, step.setup.amp, beside, across, offloads=offloads)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:

@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 
 import torch.distributed as dist
 from reference_objectives import LOSSES
+from reference_own_losses import OWN_LOSSES
 from reference_steps import judged_rank, traced_rank
 
 from perfmodel.errors import UserError
@@ -20,6 +21,7 @@ from validate.oracle import parallel
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+ALL = {**LOSSES, **OWN_LOSSES}
 LORA = "lora:r=4,targets=all-linear,dropout=0.1"
 MIXED = {"dtype": "fp32", "amp": "bf16", "checkpoint": "block", "gpus": 3}
 CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
@@ -35,6 +37,10 @@ CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("kto", "fsdp2", "llama", "full", {**MIXED, "gpus": 6, "shard_group": 3, "reshard": False}),
     ("simpo", "fsdp2", "llama", "full", MIXED),
     ("reward", "ddp", "llama", LORA, {"grad_accum": 2}),
+    ("asft", "ddp", "qwen2", "full", {**MIXED, "grad_accum": 2}),
+    ("asft", "fsdp2", "llama", "full", MIXED),
+    ("asft", "fsdp2", "gpt2", "full", {"gpus": 4, "shard_group": 2}),
+    ("asft", "fsdp2", "qwen2", "lora:r=4", {"reference": "model", "reshard": False}),
     ("grpo", "ddp", "llama", "full", MIXED),
     ("grpo", "fsdp2", "llama", "lora:r=4", {"reference": "adapter-off", "checkpoint": "block-reentrant"}),
     ("grpo", "fsdp2", "qwen2", "full", {"reference": "model", "prompt": 5}),
@@ -44,6 +50,7 @@ FLAT: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("dpo", "llama", "full", {"reshard": False}),
     ("kto", "gpt2", "full", {"grad_accum": 2, "checkpoint": "block"}),
     ("grpo", "llama", "full", {"reference": "model", "prompt": 5, "shard_group": 2}),
+    ("asft", "llama", "full", {"reshard": False}),
     ("dpo", "llama", "lora:r=4", {}),
     ("kto", "llama", "lora:r=4", {"reshard": False, "grad_accum": 2, "checkpoint": "block"}),
 )
@@ -55,12 +62,12 @@ def test_a_rank_makes_the_calls_and_collectives_of_a_program_in_torch(
 ) -> None:
     """The reference is gathered again, and what is logged waits for every rank: dozens of small messages a step."""
     asked = {"gpus": 2, **setup}
-    found = judged_rank(name, method, LOSSES, objective=objective, parallel=form, **asked)
+    found = judged_rank(name, method, ALL, objective=objective, parallel=form, **asked)
     assert found.collectives > 0
     assert found.differences == []
 
 
-@pytest.mark.parametrize("objective", ["ppo", "asft", "ebft"])
+@pytest.mark.parametrize("objective", ["ppo", "ebft"])
 def test_what_no_form_has_is_refused(objective: str) -> None:
     """Their trainers prepare models in ways of their own."""
     with pytest.raises(UserError, match=f"several are not modelled with objective {objective}"):
@@ -73,7 +80,7 @@ def test_fsdp1_gathers_and_reduces_what_the_real_one_does(
 ) -> None:
     """A reference's root is gathered once in a training and stays. Adapters' units come in another order, as in SFT."""
     found, real = traced_rank(
-        name, method, LOSSES, objective=objective, parallel="fsdp1", **{"gpus": 4, "clip_grad": False, **setup}
+        name, method, ALL, objective=objective, parallel="fsdp1", **{"gpus": 4, "clip_grad": False, **setup}
     )
     ours = parallel.collectives(found.step)
     theirs = [c._replace(name=c.name.replace("::allgather_", "::_allgather_base_")) for c in real.collectives]

@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 pytest.importorskip("deepspeed")
 
 from reference_objectives import LOSSES
+from reference_own_losses import OWN_LOSSES
 from reference_zero import judged_zero3
 
 from validate.oracle.parallel import PEAK_TOLERANCE
@@ -21,6 +22,7 @@ OWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kto", "llama", {"small": 3000}),
     ("kto", "gpt2", {"checkpoint": "block"}),
     ("grpo", "llama", {"reference": "model", "prompt": 5, "gpus": 3, "small": 1000}),
+    ("asft", "llama", {"checkpoint": "block-reentrant"}),
 )
 OFF: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("dpo", "lora:r=4,targets=all-linear", {"checkpoint": "block-reentrant"}),
@@ -37,7 +39,9 @@ def test_a_reference_of_its_own_is_an_engine_that_gathers(objective: str, name: 
 
     Gathered ahead by default are 5e7 elements of it, which is all of such tiny ones at once: no question of memory.
     """
-    found = judged_zero3(name, "full", LOSSES, objective=objective, **{"gpus": 2, "dtype": "bf16", **options})
+    found = judged_zero3(
+        name, "full", {**LOSSES, **OWN_LOSSES}, objective=objective, **{"gpus": 2, "dtype": "bf16", **options}
+    )
     assert found.differences == []
     assert found.tape == found.real
     assert found.thrown == 0

@@ -131,9 +131,10 @@ def traced_rank(
         if setup.parallel == "ddp":
             _autocast(setup, model, reference)
         inner, wrapped = model, parallel.wrapped_for_ranks(model, setup, found.architecture)
-        if reference is not None and setup.parallel == "fsdp2":
+        by_blocks = setup.parallel == "fsdp1" or (setup.parallel == "fsdp2" and setup.objective == "asft")
+        if reference is not None and setup.parallel == "fsdp2" and not by_blocks:
             _cut_whole(reference, setup)
-        elif reference is not None and setup.parallel == "fsdp1":
+        elif reference is not None and by_blocks:
             reference = parallel.wrapped_for_ranks(reference, setup, found.architecture)
         update = updates.make(wrapped, found.step.optimizer, found.method)
         run = Run(wrapped, reference, setup, inner, gathered)
@@ -160,7 +161,7 @@ def _left_whole(reference: Any, setup: Setup) -> Iterator[torch.Tensor]:
             whole = unit._handle.flat_param._full_param_padded
             if whole.untyped_storage().size():
                 yield whole
-    elif not setup.reshard:
+    elif not setup.reshard or setup.objective == "asft":
         yield from reference.parameters()
 
 

@@ -16,7 +16,7 @@ from .offload import check_offload
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
 # Objectives that several have; of others the trainers prepare models in ways that are not modelled
-OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo")
+OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft")
 
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {

@@ -120,14 +120,14 @@ class FullyShard(WholeUnits):
         units: Sequence[ShardedUnit],
         ranks: Ranks,
         output: str | None,
-        reference: ShardedUnit | None = None,
+        frozen: "FullyShard | None" = None,
         across: Ranks | None = None,
         *,
         offloads: bool = False,
     ) -> None:
         self.ranks = ranks
         self.across = across
-        self.frozen = FrozenShard([reference], ranks, output) if reference is not None else None
+        self.frozen = frozen
         self.output = output
         self.offloads = offloads
         self.units = {unit.path: Gathered(unit, offloads) for unit in units}
@@ -143,9 +143,16 @@ class FullyShard(WholeUnits):
         self.before: str | None = None  # that of the pass before, if there are several before a backward pass
 
     @property
-    def reference(self) -> "FrozenShard | None":
+    def reference(self) -> "FullyShard | None":
         """A frozen model is cut as well."""
         return self.frozen
+
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of a frozen model that are there from step to step beside its shards: what no backward pass frees."""
+        staying = (state.unit for state in self.units.values() if state.unit.stays and state.unit.parameters)
+        alike = ((unit, 1 if unit.path == ROOT else unit.parameters[0].count) for unit in staying)
+        return sum(count * sum(unit.numels) * ITEMSIZE[unit.dtype] * self.ranks.size for unit, count in alike)
 
     # What the recording of a step calls
 
@@ -341,39 +348,6 @@ class FullyShard(WholeUnits):
         set_event(REDUCED, REDUCE if self.offloads or divides or kept != dtype else summed)
         if not self.offloads:
             reduced.storage.copies = trained[0][0].count
-
-
-class FrozenShard(FullyShard):
-    """The hooks around a reference model: it is one unit, gathered whole before its pass and freed behind it.
-
-    Without `Setup.reshard` nothing ever frees it, for it has no backward pass: it is gathered once in a training.
-
-    Source: trl/models/utils.py (1.8: `prepare_fsdp`), which wraps no block.
-    """
-
-    @property
-    def kept_bytes(self) -> Dim:
-        """Bytes of it that are there from step to step beside its shards."""
-        unit = self.units[ROOT].unit
-        itemsize = ITEMSIZE[unit.dtype]
-        return sum(unit.numels) * itemsize * self.ranks.size if unit.stays else 0
-
-    def _unshard(self, state: Gathered, *, forward: bool) -> None:
-        if not state.unit.stays:
-            super()._unshard(state, forward=forward)
-
-    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """A block runs as it would alone."""
-        return run(x)
-
-    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Its parameters are there."""
-        return run(x)
-
-    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What was gathered goes."""
-        self.units[ROOT].whole.clear()
-        return super().end(outputs)
 
 
 def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from ...architectures.base import WORDS
-from ...objectives.parts.base import OF_REFERENCE
+from ...objectives.parts.base import OF_REFERENCE, found
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.dtypes import FLOATING, ITEMSIZE
 from ...program.ranks import Ranks
@@ -66,6 +66,8 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
     """What a shard is kept in: with mixed precision masters of what trains (accelerate's `fsdp2_prepare_model`)."""
     if setup.amp is None:
         return p.dtype
+    if p.name.startswith(OF_REFERENCE) and found(setup.objective).reference_in_amp:
+        return setup.amp
     return "fp32" if p.requires_grad else setup.dtype if p.dtype == setup.amp else p.dtype
 
 
@@ -110,11 +112,11 @@ class ShardedUnit:
         return [(p, shard) for p, shard in self.pairs if p.dtype != shard.dtype]
 
 
-def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -> ShardedUnit | None:
-    """The unit of a frozen model beside the one that trains: all of it, as TRL shards it; None where there is none."""
+def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -> ShardedUnit:
+    """The unit of a frozen model beside the one that trains: all of it, as TRL shards it."""
     shards = {p: shard_of(p, ranks, kept_dtype(p, setup)) for p in parameters if p.name.startswith(OF_REFERENCE)}
     those = [p for p in shards for _ in range(p.count)]
-    return ShardedUnit(ROOT, those, [shards[p] for p in those], stays=not setup.reshard) if those else None
+    return ShardedUnit(ROOT, those, [shards[p] for p in those], stays=not setup.reshard)
 
 
 class Survey(WholeUnits):
