@@ -124,8 +124,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     if step.zero:
         return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
-        frozen = fsdp1.flat_frozen(survey, step.parameters, ranks, step.setup)
-        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard, frozen=frozen)
+        return fsdp1.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
     beside = fsdp2_reference.frozen_of(survey, step.parameters, ranks, step.setup, tied=step.architecture.tied)
     return fsdp2.FullyShard(cut, ranks, step.setup.amp, beside, across, offloads=offloads)
 
@@ -389,6 +388,8 @@ def running(step: Step) -> tuple[Setup, Method]:
     casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
     if step.zero or (several and (casts or setup.parallel in STAGES)):
         setup, method = zero.under_zero(setup, method)
+    elif several and setup.parallel == "fsdp1":
+        setup = replace(setup, dtype=setup.amp or setup.dtype)  # what is gathered, under autocast too
     return setup, method.under(setup.stack, setup.dtype)
 
 

@@ -51,6 +51,8 @@ FLAT: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("kto", "gpt2", "full", {"grad_accum": 2, "checkpoint": "block"}),
     ("grpo", "llama", "full", {"reference": "model", "prompt": 5, "shard_group": 2}),
     ("asft", "llama", "full", {"reshard": False}),
+    ("dpo", "qwen2", "full", {**MIXED, "gpus": 4}),
+    ("kto", "llama", "lora:r=4", {**MIXED, "gpus": 4, "reshard": False}),
     ("dpo", "llama", "lora:r=4", {}),
     ("kto", "llama", "lora:r=4", {"reshard": False, "grad_accum": 2, "checkpoint": "block"}),
 )
@@ -87,5 +89,5 @@ def test_fsdp1_gathers_and_reduces_what_the_real_one_does(
     if method != "full":
         ours, theirs = (sorted(c._replace(products=0) for c in those) for those in (ours, theirs))
     assert ours == theirs
-    if not setup.get("reshard", True):  # what is freed and filled again in place the recorder does not follow
+    if not setup.get("reshard", True) and "amp" not in setup:  # what is freed in place the recorder does not follow
         assert memory.peak_bytes(found.step) == pytest.approx(real.trace.peak, rel=parallel.PEAK_TOLERANCE)

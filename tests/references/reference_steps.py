@@ -128,8 +128,8 @@ def traced_rank(
         total, trainable = parallel.elements(model)
         model.train()
         parallel.checkpointed(model, setup)
-        if setup.parallel == "ddp":
-            _autocast(setup, model, reference)
+        if setup.parallel in ("ddp", "fsdp1"):
+            _autocast(setup, model, reference if setup.parallel == "ddp" else None)
         inner, wrapped = model, parallel.wrapped_for_ranks(model, setup, found.architecture)
         by_blocks = setup.parallel == "fsdp1" or (setup.parallel == "fsdp2" and setup.objective == "asft")
         if reference is not None and setup.parallel == "fsdp2" and not by_blocks:

@@ -138,7 +138,8 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture) -> A
         )  # fmt: skip
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=replicas_by_shards(setup))
+        amp = TORCH_DTYPES[setup.amp] if setup.amp else None
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=replicas_by_shards(setup), amp=amp)
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -217,7 +218,7 @@ def trace_rank(
     ids = torch.zeros(setup.shape, dtype=torch.long)
     attention, more = torch.ones_like(ids), own_tokens(setup, ids)
     recorder = RankRecorder()
-    autocast = setup.parallel == "ddp"  # FSDP2 casts what it gathers instead
+    autocast = setup.parallel in ("ddp", "fsdp1")  # FSDP2 casts what it gathers instead
 
     def own_loss() -> Any:
         with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():

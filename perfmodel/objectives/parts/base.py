@@ -220,6 +220,8 @@ class Passes:
             how, parameters = Frozen(architecture=runs), self.frozen
             if found(self.setup.objective).reference_in_amp and setup.amp:
                 setup = replace(setup, dtype=setup.amp)
+            if tape().wrapping is not None and setup.parallel == "fsdp1":
+                setup = replace(setup, amp=None)  # `prepare_fsdp` puts no autocast around it
 
         def run() -> tuple[Tensor]:
             build = Build(runs, how, setup, parameters, labelled=False, logits_to_keep=keep)

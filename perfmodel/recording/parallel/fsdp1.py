@@ -12,6 +12,11 @@ last adapter of this one: this is what makes LoRA slow under FSDP1.
 What SHARD_GRAD_OP gathers stays until gradients are reduced, over all micro-batches of a step. Under HYBRID_SHARD
 groups of ranks do all this, and reduced gradients are summed across groups.
 
+With mixed precision (accelerate's `set_mixed_precision`) what trains is kept in fp32 and cast to be gathered, and
+gradients are reduced in 16 bits and cast back, all under autocast. An adapter still casts its input to the dtype that
+its weight is kept in; the casts of the weight itself and of its gradient, which FSDP makes of a rank's part, are
+autocast's here.
+
 Offloaded (`CPUOffload`), a unit's part comes from the host's memory before it is gathered, its gradient goes there, and
 the host updates.
 
@@ -50,6 +55,8 @@ class FlatUnit:
     """A flat parameter: those of a block, of one adapter's module, or of what is outside of blocks.
 
     Attributes:
+        dtype: what is gathered.
+        kept: a rank's part; in fp32 with mixed precision if it trains, and cast to be gathered.
         trained: whether it has a gradient, which is of the whole.
         shards: what a rank keeps: its part of what trains, and of what does not.
         whole: its memory while it is gathered.
@@ -60,6 +67,8 @@ class FlatUnit:
     path: str
     parameters: list[Parameter]
     ranks: Ranks
+    dtype: str
+    kept: str
     shards: list[Parameter] = field(default_factory=list)
     whole: Tensor | None = None
     prefetched: bool = False
@@ -69,7 +78,7 @@ class FlatUnit:
         for trains in (True, False):
             those = [p for p in self.parameters if p.requires_grad is trains]
             if those:
-                self.shards.append(flat_shard(self.path, those, self.ranks.size))
+                self.shards.append(flat_shard(self.path, those, self.ranks.size, self.kept))
         keep_on_host(shard for shard in self.shards if self.offloaded)
 
     @property
@@ -78,14 +87,14 @@ class FlatUnit:
         return any(p.requires_grad for p in self.parameters)
 
     @property
-    def dtype(self) -> str:
-        """Of all its parameters: a flat parameter has one."""
-        return self.parameters[0].dtype
+    def casts(self) -> bool:
+        """Whether FSDP casts; of an adapter, which looks at its own dtype, autocast's calls stand for FSDP's."""
+        return self.kept != self.dtype == self.parameters[0].dtype
 
     @property
     def part(self) -> Dim:
-        """Elements of a rank's part, padding included."""
-        return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.dtype] * self.ranks.size))
+        """Elements of a rank's part, padding included; all its parameters have one dtype."""
+        return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.parameters[0].dtype] * self.ranks.size))
 
     def gather(self) -> None:
         """`_unshard`: the host waits for the limiter, then all parts are gathered, unless they still are.
@@ -93,13 +102,16 @@ class FlatUnit:
         What is offloaded comes from the host in any case (`pre_unshard`).
         """
         record("fsdp::limit_all_gathers", (), (), Attrs(host=True, sync=True), runs=Run(FREED[1]))
-        mine = existing((self.part,), self.dtype)
+        mine = existing((self.part,), self.kept if self.casts else self.dtype)
         if self.offloaded:
             mine = to_device(mine, GATHER_COPY)
         if self.whole is not None:
             return
+        if self.casts:  # `_use_low_precision_shard`
+            kept, mine = mine, new_tensor((self.part,), self.dtype)
+            record("copy_", (mine, kept), (mine,), runs=Run(GATHER_COPY))
         self.whole = new_tensor((self.part * self.ranks.size,), self.dtype)
-        after = (GATHER_COPY,) if self.offloaded else ()
+        after = (GATHER_COPY,) if self.offloaded or self.casts else ()
         exchange("c10d::_allgather_base_", mine, self.whole, self.ranks, after=after)
         set_event(GATHERED, COMMUNICATION)
 
@@ -120,13 +132,16 @@ class FlatShard(OfBlocks):
         across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
         frozen: the hooks around a reference model, if there is one.
+
+    Args:
+        amp: the dtype of mixed precision.
     """
 
     shares_norm = True
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
-        offloads: bool = False, keeps: bool = False, frozen: "FlatFrozen | None" = None,
+        offloads: bool = False, keeps: bool = False, frozen: "FlatFrozen | None" = None, amp: str | None = None,
     ) -> None:  # fmt: skip
         self.frozen = frozen
         self.ranks = ranks
@@ -140,10 +155,16 @@ class FlatShard(OfBlocks):
             nested = [p for p in unit.parameters if p.requires_grad and p.kind == "adapter" and unit.path != ROOT]
             if len(nested) == len(unit.parameters):
                 nested = []
+            kept = {id(p): shard.dtype for p, shard in unit.pairs}
             for p in nested:
-                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, offloaded=offloads)
+                sent = amp or p.dtype
+                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, sent, kept[id(p)], offloaded=offloads)
             left = [p for p in unit.parameters if p not in nested]
-            self.units[unit.path] = FlatUnit(unit.path, left, ranks, offloaded=offloads)
+            first = (
+                next((p for p in left if p.requires_grad), left[0]) if left else None
+            )  # if any trains, all are kept so
+            dtypes = (first.dtype, kept[id(first)]) if first is not None else ("", "")
+            self.units[unit.path] = FlatUnit(unit.path, left, ranks, *dtypes, offloaded=offloads)
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
         self.done: set[str] = set()
 
@@ -280,6 +301,8 @@ class FlatShard(OfBlocks):
         assert p.grad is not None
         flat, p.grad.storage.copies = p.grad, 1
         p.grad = None
+        if flat.dtype != unit.dtype:
+            flat = existing((flat.numel,), unit.dtype)
         self._scattered(unit, flat)
 
     def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
@@ -297,12 +320,18 @@ class FlatShard(OfBlocks):
             summed = ACROSS
         if decide(everyone > before):
             record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(summed,)))
+        if unit.casts:  # `_cast_grad_to_param_dtype`
+            low, mine = mine, new_tensor((unit.part,), unit.kept)
+            record("_to_copy", (low,), (mine,), runs=Run(REDUCE, after=(summed,)))
+            del low
+        elif unit.kept != unit.dtype:
+            mine = new_tensor((unit.part,), unit.kept)
         if self.offloads:
             shard = unit.shards[0]
             shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(summed,)))
             set_event(REDUCED, REDUCE)
             return
-        set_event(REDUCED, summed)
+        set_event(REDUCED, REDUCE if unit.casts else summed)
         mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]
         shard.used = True
@@ -333,20 +362,33 @@ class FlatFrozen(FlatShard):
         return run(x) if self.keeps else super().block(path, run, x)
 
 
-def flat_frozen(survey: Survey, parameters: Sequence[Parameter], ranks: Ranks, setup: Setup) -> FlatFrozen | None:
-    """The hooks around the reference that a survey found among all parameters, if there is one."""
-    if survey.frozen is None:
-        return None
-    units = survey.frozen.units(parameters, ranks.size, setup, tied=False)
-    return FlatFrozen(units, ranks, keeps=not setup.reshard)
+def flat_shards(
+    units: Sequence[ShardedUnit],
+    survey: Survey,
+    parameters: Sequence[Parameter],
+    ranks: Ranks,
+    across: Ranks | None,
+    setup: Setup,
+) -> FlatShard:
+    """The hooks around the model that trains, whose units are given, with those around a reference of its own.
+
+    Args:
+        survey: what was found as all passes were run, of `parameters`.
+        across: as of `FlatShard`.
+    """
+    frozen, keeps = None, not setup.reshard
+    if survey.frozen is not None:
+        frozen = FlatFrozen(survey.frozen.units(parameters, ranks.size, setup, tied=False), ranks, keeps=keeps)
+    offloads = setup.offload != "none"
+    return FlatShard(units, ranks, across, offloads=offloads, keeps=keeps, frozen=frozen, amp=setup.amp)
 
 
-def flat_shard(path: str, parameters: list[Parameter], ranks: Dim) -> Parameter:
-    """A rank's part of some parameters behind one another."""
+def flat_shard(path: str, parameters: list[Parameter], ranks: Dim, kept: str) -> Parameter:
+    """A rank's part of some parameters behind one another, in the dtype that it is kept in."""
     first = parameters[0]
     nbytes = sum(p.nbytes for p in parameters)
     shape = (-(-nbytes // (ITEMSIZE[first.dtype] * ranks)),)
-    shard = Parameter(path or "root", shape, first.dtype, kind=first.kind, trainable=first.requires_grad)
+    shard = Parameter(path or "root", shape, kept, kind=first.kind, trainable=first.requires_grad)
     shard.elements = sum(p.elements for p in parameters)
     shard.count, shard.part = first.count, first.part
     return shard
