@@ -102,7 +102,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
     check_ring(step.setup, step.architecture)
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
-    from .parallel import ddp_search, fsdp1, fsdp2, fsdp2_reference, units, zero3_reference  # few ask for several
+    from .parallel import ddp_search, fsdp1, fsdp2_reference, units, zero3_reference  # few ask for several
     from .parallel import zero as stages
 
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
@@ -125,8 +125,7 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
         return fsdp1.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
-    beside = fsdp2_reference.frozen_of(survey, step.parameters, ranks, step.setup, tied=step.architecture.tied)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp, beside, across, offloads=offloads)
+    return fsdp2_reference.full_shards(cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:

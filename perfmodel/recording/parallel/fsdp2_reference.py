@@ -8,7 +8,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard, Gathered
-from .units import ROOT, Survey, whole_reference
+from .units import ROOT, ShardedUnit, Survey, whole_reference
 
 
 class FrozenBlocks(FullyShard):
@@ -44,14 +44,27 @@ class FrozenShard(FrozenBlocks):
         return super().end(outputs)
 
 
-def frozen_of(
-    survey: Survey, parameters: Sequence[Parameter], ranks: Ranks, setup: Setup, *, tied: bool
-) -> FullyShard | None:
-    """The hooks around the reference that a survey found among all parameters, if there is one."""
-    if survey.frozen is None:
-        return None
-    if objectives.found(setup.objective).reference_by_blocks:
-        units = survey.frozen.units(parameters, ranks.size, setup, tied=tied)
-        units[-1].stays = True  # the root
-        return FrozenBlocks(units, ranks, setup.amp)
-    return FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
+def full_shards(
+    units: Sequence[ShardedUnit],
+    survey: Survey,
+    parameters: Sequence[Parameter],
+    ranks: Ranks,
+    across: Ranks | None,
+    setup: Setup,
+    tied: bool,
+) -> FullyShard:
+    """The hooks around the model that trains, whose units are given, with those around a reference of its own.
+
+    Args:
+        survey: what was found as all passes were run, of `parameters`.
+        across: as of `FullyShard`.
+        tied: whether the words and the head are one weight.
+    """
+    frozen: FrozenBlocks | None = None
+    if survey.frozen is not None and objectives.found(setup.objective).reference_by_blocks:
+        alike = survey.frozen.units(parameters, ranks.size, setup, tied=tied)
+        alike[-1].stays = True  # the root
+        frozen = FrozenBlocks(alike, ranks, setup.amp)
+    elif survey.frozen is not None:
+        frozen = FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
+    return FullyShard(units, ranks, setup.amp, frozen, across, offloads=setup.offload != "none")
