@@ -66,6 +66,7 @@ def test_without_adapters_a_model_is_gathered_once_more_forward_and_again_backwa
     assert gathered(kept, "backward") == 0
     assert gathered(lost, "forward") > 2 * gathered(kept, "forward")
     assert gathered(lost, "backward") > 0.9 * gathered(kept, "forward")
+    assert [len(step.form.notes) for step in (kept, lost) if step.form is not None] == [0, 1]
 
 
 @pytest.mark.parametrize("reshard", [True, False])

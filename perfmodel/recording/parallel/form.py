@@ -34,6 +34,7 @@ class ParallelForm(Protocol):
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
         everyone, inside, reference: as of `tape.core.Wrapping`.
         offloads: whether the host clips and updates, on what lives in its memory.
+        notes: what an answer has to say of it.
     """
 
     ranks: Ranks
@@ -41,6 +42,11 @@ class ParallelForm(Protocol):
     shares_norm: bool
     offloads: bool
     inside: bool
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """As above."""
+        return ()
 
     @property
     def everyone(self) -> Ranks | None:
@@ -85,6 +91,11 @@ class OfBlocks:
     offloads = False
     ranks: Ranks
     across: Ranks | None = None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Nothing."""
+        return ()
 
     @property
     def everyone(self) -> Ranks | None:

@@ -38,6 +38,10 @@ from .offload import keep_on_host, to_device
 from .units import HEAD, ROOT, ShardedUnit
 
 LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
+UNTRACED = (
+    "DeepSpeed's trace of modules does not hold where a model is called twice before its backward pass: each pass "
+    "gathers all weights again, and none ahead; --reference precomputed takes a pass away"
+)
 REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
 PERSISTENT = 10  # hidden sizes that a weight has at most if it stays whole
 
@@ -84,6 +88,11 @@ class CutWeights(WholeUnits):
     def reference(self) -> "CutWeights | None":
         """A frozen model is cut as well."""
         return self.frozen
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That the trace of modules does not hold."""
+        return () if self.passes[-1].backward else (UNTRACED,)
 
     @property
     def seen(self) -> Foreseen:
