@@ -269,17 +269,17 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     seed = emit("ones_like", (loss,), (), loss.dtype)
     run_backward(loss, seed)
     del seed
-    if after is not None:
-        tape.begin("statistics", "backward")
-        with tape.no_grad():
-            after()
-            del after
     if step.zero_alone:
         zero.end_of_backward()
     if form is not None:
         tape.begin("exchange", "backward")
         with tape.no_grad():
             form.end_of_backward()
+    if after is not None:
+        tape.begin("statistics", "backward")
+        with tape.no_grad():
+            after()
+            del after
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:

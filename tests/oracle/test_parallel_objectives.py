@@ -38,6 +38,8 @@ CASES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("simpo", "fsdp2", "llama", "full", MIXED),
     ("reward", "ddp", "llama", LORA, {"grad_accum": 2}),
     ("asft", "ddp", "qwen2", "full", {**MIXED, "grad_accum": 2}),
+    ("ppo", "ddp", "qwen2", "full", {"dtype": "fp32", "amp": "bf16", "prompt": 5, "gpus": 3}),
+    ("ppo", "ddp", "llama", "lora:r=4", {"reference": "model", "grad_accum": 2, "checkpoint": "block"}),
     ("asft", "fsdp2", "llama", "full", MIXED),
     ("asft", "fsdp2", "gpt2", "full", {"gpus": 4, "shard_group": 2}),
     ("asft", "fsdp2", "qwen2", "lora:r=4", {"reference": "model", "reshard": False}),
@@ -69,11 +71,19 @@ def test_a_rank_makes_the_calls_and_collectives_of_a_program_in_torch(
     assert found.differences == []
 
 
-@pytest.mark.parametrize("objective", ["ppo", "ebft"])
-def test_what_no_form_has_is_refused(objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "setup"),
+    [
+        ("ppo", {"parallel": "fsdp2"}),
+        ("ppo", {"parallel": "zero2"}),
+        ("ppo", {"parallel": "ddp", "ddp": "find-unused"}),
+        ("ebft", {"parallel": "ddp"}),
+    ],
+)
+def test_what_no_form_has_is_refused(objective: str, setup: dict[str, Any]) -> None:
     """Their trainers prepare models in ways of their own."""
-    with pytest.raises(UserError, match=f"several are not modelled with objective {objective}"):
-        judged_rank("llama", "full", LOSSES, objective=objective, parallel="ddp", gpus=2)
+    with pytest.raises(UserError, match=f"objective {objective}"):
+        judged_rank("llama", "full", LOSSES, objective=objective, gpus=2, **setup)
 
 
 @pytest.mark.parametrize(("objective", "name", "method", "setup"), FLAT)

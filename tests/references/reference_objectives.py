@@ -59,7 +59,7 @@ class Run:
             "advantages": each.clone(), "returns": each.clone(), "outside": each.bool(),
             "values": each.to(TORCH_DTYPES[self.setup.dtype]),
         }  # fmt: skip
-        self.drawn_by = torch.zeros(count, length, self.model.config.vocab_size)
+        self.drawn_by = torch.zeros(count, length, self.inner.config.vocab_size)
         self.statistics = torch.zeros(1, 1, self.setup.grad_accum)
         self.variables: dict[str, Any] = {}
 

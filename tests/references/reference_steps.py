@@ -96,13 +96,18 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     setup, model = found.case.setup, found.model
     _autocast(setup, model, found.reference)
     run = Run(model, found.reference, setup)
-    lying = [*found.lying, *([run.drawn_by] if setup.objective == "ppo" else [])]
+    lying = _lying(found, run)
     make = partial(updates.make, method=found.method)
     trace = trace_step(
         model, setup, found.step.optimizer, make=make, real=True, loss_of=lambda: scaled_loss(found, run, losses),
         after=lambda: run.after(), beside=lying,
     )  # fmt: skip
     return counts.judge_step(found.case, found.step, trace, real=True)
+
+
+def _lying(found: Prepared, run: Run) -> list[torch.Tensor]:
+    """What is in memory beside the model."""
+    return [*found.lying, *([run.drawn_by] if run.setup.objective == "ppo" else [])]
 
 
 def scaled_loss(found: Prepared, run: Run, losses: dict[str, Loss]) -> torch.Tensor:
@@ -136,11 +141,13 @@ def traced_rank(
             _cut_whole(reference, setup)
         elif reference is not None and by_blocks:
             reference = parallel.wrapped_for_ranks(reference, setup, found.architecture)
+        shards = [] if reference is None else list(reference.parameters())
         update = updates.make(wrapped, found.step.optimizer, found.method)
         run = Run(wrapped, reference, setup, inner, gathered)
         real = parallel.trace_rank(
             wrapped, setup, update, lambda: scaled_loss(found, run, losses),
-            () if reference is None else chain(list(reference.parameters()), _left_whole(reference, setup)),
+            chain(_lying(found, run) if setup.parallel == "ddp" else shards, _left_whole(reference, setup)),
+            lambda: run.after(),
         )  # fmt: skip
         real.trace.total, real.trace.trainable = total, trainable
         return found, real
@@ -156,6 +163,8 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 def _left_whole(reference: Any, setup: Setup) -> Iterator[torch.Tensor]:
     """What stays gathered of a frozen model behind its passes; its shards are other tensors."""
+    if reference is None:
+        return
     if setup.parallel == "fsdp1":
         for unit in FullyShardedDataParallel.fsdp_modules(reference):
             whole = unit._handle.flat_param._full_param_padded

@@ -205,7 +205,7 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
 
 def trace_rank(
     model: Any, setup: Setup, update: Any, loss_of: Callable[[], Any] | None = None,
-    beside: Iterable[torch.Tensor] = (),
+    beside: Iterable[torch.Tensor] = (), after: Callable[[], None] = lambda: None,
 ) -> RankRecorder:  # fmt: skip
     """The fourth step of a rank: in the second DDP fills other buckets than in the first, of a static graph in the
     third.
@@ -213,6 +213,7 @@ def trace_rank(
     Args:
         loss_of: the loss of a micro-batch as it goes backward, in the place of the model's own.
         beside: what is in memory beside the model.
+        after: what a trainer does once gradients are there.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
@@ -230,6 +231,7 @@ def trace_rank(
             loss = own_loss() if loss_of is None else loss_of()
         with recorder.observe("backward"):
             loss.backward()
+            after()
 
     def run() -> None:
         for _ in range(setup.grad_accum - 1):

@@ -16,7 +16,7 @@ from .offload import check_offload
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
 # Objectives that several have; of others the trainers prepare models in ways that are not modelled
-OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft")
+OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft", "ppo")
 
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {
@@ -137,6 +137,10 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
         beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
         raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
+    if setup.objective == "ppo" and (setup.parallel != "ddp" or setup.ddp == "find-unused"):
+        raise UserError(
+            "gpus: of objective ppo DDP alone is modelled, plain or with a static graph; use --parallel ddp"
+        )
     if not setup.reshard and setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
