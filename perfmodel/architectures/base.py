@@ -366,6 +366,8 @@ class Scope:
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number
+                    for _, beside in current.flow.hooks.get(id(part), ()):
+                        beside.repeat = count
                 for p in self.build.parameters.values():
                     if p.part is part:
                         p.count = count

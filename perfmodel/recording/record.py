@@ -253,7 +253,8 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     Of a compiled one, those of further micro-batches that are alike (`Tape.alike`) follow; else none.
     """
     setup, method = running(step)
-    tape.flow = Flow() if setup.compile != "none" else None
+    apart = step.form is not None and setup.parallel == "fsdp2"
+    tape.flow = Flow(apart=apart) if setup.compile != "none" else None
     if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")

@@ -54,6 +54,8 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
             node = heapq.heappop(ready)[2]
             if node.name != "AccumulateGrad":  # runs where the last of its gradient arrives
                 current.backward_of(node.part)
+                if current.flow is not None:
+                    current.flow.region = node.region
             current.owner = node.owner
             current.part.host.nodes += 1
             outputs = _call(node, buffers.take(node))

@@ -21,7 +21,7 @@ OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grp
 
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {
-    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
+    "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
     "int8": "none", "qat": "none",
 }  # fmt: skip
 
