@@ -351,8 +351,9 @@ class Scope:
         current, shared = tape(), list(given)
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
         for first, period, times in runs_of_layers(
-            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None
-        ):
+            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None,
+            alone=current.flow.cuts.alone if current.flow is not None and current.flow.cuts is not None else frozenset(),
+        ):  # fmt: skip
             end = first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
@@ -366,6 +367,8 @@ class Scope:
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number
+                    if current.flow.cuts is not None:
+                        current.flow.cuts.runs[id(part)] = period, count
                     for _, beside in current.flow.hooks.get(id(part), ()):
                         beside.repeat = count
                 for p in self.build.parameters.values():
@@ -389,7 +392,12 @@ class Scope:
 
         if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        cuts = flow.cuts if (flow := tape().flow) is not None else None
+        if cuts is not None:
+            cuts.enter(layer, whole=how != "none")
         out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
+        if cuts is not None:
+            cuts.enter(None)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -227,7 +227,7 @@ class Builder:
     def region(self) -> tuple[int, int] | None:
         """What the current op is compiled with, where regions are compiled one by one."""
         region = self.flow.regions.get(self.op)
-        return None if region is None else (region, self.place.copy)
+        return None if region is None else (region, 0 if self.flow.cuts is not None else self.place.copy)
 
     def _beside(self, hook: Part) -> None:
         """A hook, which reads gradients of the model."""

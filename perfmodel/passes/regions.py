@@ -83,6 +83,7 @@ class RegionalEmission(Emission):
         kernels = [*program.forward, *program.backward]
         those = [kernel for kernel in kernels if kernel.prims[0].kind == "hook"]
         self.hooks = dict(zip(map(id, those), hooks, strict=True))
+        self.entered: set[tuple[Region, bool]] = set()
         self.starts: dict[tuple[Region | None, int], int] = {}
         for kernel in kernels:
             where = kernel.prims[0].region, kernel.place
@@ -106,15 +107,17 @@ class RegionalEmission(Emission):
 
     def _place(self, place: Place, kernels: list[FusedKernel]) -> None:
         """The parts of one place."""
-        part, entered = None, set[Region]()
+        part, guarded = None, False
         whole = place.part.name == "blocks"
         for kernel in kernels:
             region, hook = kernel.prims[0].region, self.hooks.get(id(kernel))
             compiled = whole or region is not None
+            enters = region is not None and (region, place.backward) not in self.entered
             if part is None or (hook is None and part.compiled != compiled):
                 part = Part(place.part.name, place.part.phase, place.repeat, compiled=compiled)
                 part.captured = compiled and self.captured
-                part.host.modules = place.part.host.modules if compiled and not entered else 0
+                part.host.modules = place.part.host.modules if compiled and not guarded else 0
+                guarded |= compiled
                 self.parts.append(part)
             if hook is not None:
                 part.ops += hook.ops
@@ -122,9 +125,10 @@ class RegionalEmission(Emission):
                 part.host.gradients += hook.host.gradients
             else:
                 part.ops.append(call_of(kernel))
-                part.host.graphs += region is not None and region not in entered
+                part.host.graphs += enters
                 part.host.nodes += region is None and place.backward
-                entered |= {region} if region is not None else set()
+                if region is not None:
+                    self.entered.add((region, place.backward))
             self.schedule.append((part, place, kernel))
 
     def _beside(self, part: Part, kernel: FusedKernel) -> None:

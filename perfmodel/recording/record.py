@@ -107,7 +107,8 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
 
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
     if setup[0].parallel == "ddp":
-        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late)
+        graphs = _graphs(step, capability) if setup[0].compile != "none" else frozenset()
+        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late, graphs)
     if setup[0].parallel in STAGES:
         late = step.architecture.registers_late
         return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
@@ -127,6 +128,20 @@ def _form(step: Step, capability: str) -> ParallelForm | None:
         return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
     whole = units.whole_reference(step.parameters, ranks.size, step.setup)
     return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
+
+
+def _graphs(step: Step, capability: str) -> frozenset[Any]:
+    """Where DDP cuts the graph of a compiled model: a forward pass tells which parameters are used in which order."""
+    from .parallel.ddp import BUCKET, FIRST_BUCKET
+    from .parallel.ddp_compiled import Uses, cuts_of
+
+    setup, method = running(step)
+    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup.amp)) as tape:
+        uses = Uses()
+        tape.flow = Flow(cuts=uses)
+        tape.begin("inputs", "forward")
+        step.parameters = forward_passes(step, setup, method, {})[0]
+    return cuts_of(uses, FIRST_BUCKET, BUCKET)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -253,12 +268,14 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     Of a compiled one, those of further micro-batches that are alike (`Tape.alike`) follow; else none.
     """
     setup, method = running(step)
-    apart = step.form is not None and setup.parallel == "fsdp2"
-    tape.flow = Flow(apart=apart) if setup.compile != "none" else None
+    form = step.form
+    if setup.compile != "none":
+        tape.flow = Flow(apart=form is not None, cuts=form.cuts() if form is not None else None)
+    else:
+        tape.flow = None
     if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
-    form = step.form
     before = tape.loss.storage if tape.flow is not None and tape.loss is not None else None
     parameters, loss, after = forward_passes(step, setup, method, kept)
     tape.renew(loss)
@@ -387,6 +404,8 @@ def running(step: Step) -> tuple[Setup, Method]:
     setup, method = step.setup, step.method
     several = not decide(setup.gpus == 1) or setup.offload != "none"
     casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
+    if several and setup.compile != "none" and setup.checkpoint == "block-reentrant":
+        setup = replace(setup, checkpoint="block")  # to Dynamo both are one operator
     if step.zero or (several and (casts or setup.parallel in STAGES)):
         setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)

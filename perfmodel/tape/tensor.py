@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
@@ -95,6 +96,22 @@ class Entering(NamedTuple):
 _numbers = count()
 
 
+class Cuts(Protocol):
+    """What cuts a forward pass into regions."""
+
+    runs: dict[int, tuple[int, int]]
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """Blocks that are like no other."""
+
+    def enter(self, layer: int | None, *, whole: bool = False) -> None:
+        """A block begins, `whole` if it is one call; None: it has ended."""
+
+    def use(self, t: "Tensor") -> None:
+        """A call takes a tensor that needs a gradient."""
+
+
 @dataclass(eq=False, repr=False)
 class Flow:
     """What a tape remembers of a pass forward and back for passes that rewrite its ops.
@@ -105,6 +122,7 @@ class Flow:
         twins: for each backward part, by its id, the forward part whose ops it differentiates.
         apart: whether the model falls into regions that are compiled one by one, with eager calls between them.
         region: the one that is being recorded; regions: the one of each op, if it is in any.
+        cuts: what begins a new one as parameters are used; None: a region is what runs inside of `core.region`.
         hooks: what runs beside the model in a part, by its id: behind how many of its ops, and what.
     """
 
@@ -114,14 +132,17 @@ class Flow:
     apart: bool = False
     region: int | None = None
     regions: dict[Op, int] = field(default_factory=dict)
+    cuts: "Cuts | None" = None
     hooks: dict[int, list[tuple[int, Part]]] = field(default_factory=dict)
     first: int = field(default_factory=lambda: next(_numbers))
     _of_hooks: set[int] = field(default_factory=set)
 
-    def hook(self, part: Part) -> Part:
-        """A part for what runs beside the model, behind the ops that a part has so far."""
+    def hook(self, part: Part, at: int | None = None) -> Part:
+        """A part for what runs beside the model, behind so many ops of a part; None: those that it has so far."""
         made = Part(part.name, part.phase, part.repeat)
-        self.hooks.setdefault(id(part), []).append((len(part.ops), made))
+        those = self.hooks.setdefault(id(part), [])
+        those.append((len(part.ops) if at is None else at, made))
+        those.sort(key=itemgetter(0))
         self._of_hooks.add(id(made))
         return made
 

@@ -25,21 +25,25 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.autograd import differentiate
-from ...tape.core import emit, record, tape
+from ...tape.core import emit, hook, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
+from .ddp_compiled import Place
 from .messages import Coming
 from .zero import flat_places
 
 MAP = "i32"  # dtype of the map of parameters that got a gradient
 
 
-def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str]) -> Replicated:
+def ddp_of(
+    setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place] = frozenset()
+) -> Replicated:
     """DDP as a setup has it.
 
     Args:
         late: `Architecture.registers_late`, for the order in which parameters were made.
+        graphs: where the graph of a compiled model is cut.
 
     Raises:
         UserError: PyTorch ends in an error with the rest of the setup.
@@ -49,8 +53,8 @@ def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str]) -> Replicated:
     if setup.ddp == "static-graph" and setup.grad_accum > 1:
         raise UserError("ddp static-graph: DDP cannot learn it from several micro-batches a step; use --ddp plain")
     if setup.ddp == "find-unused":
-        return Searching(ranks, late)
-    return Remembering(ranks) if setup.ddp == "static-graph" else Replicated(ranks)
+        return Searching(ranks, late, graphs)
+    return Remembering(ranks, graphs) if setup.ddp == "static-graph" else Replicated(ranks, graphs)
 
 
 class Remembering(Replicated):
@@ -69,15 +73,15 @@ class Searching(Remembering):
         late: as of `ddp_of`.
     """
 
-    def __init__(self, ranks: Ranks, late: Sequence[str]) -> None:
-        super().__init__(ranks)
+    def __init__(self, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place]) -> None:
+        super().__init__(ranks, graphs)
         self.late = late
         self.trained: Dim = 0
 
     def begin(self) -> None:
         """Gradients are noted even if they are not exchanged."""
         super().begin()
-        tape().after_gradient = self._divide if self.reduces else _note
+        tape().after_gradient = self._divide if self.reduces else hook(_note)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the model gives is copied, and the graph is searched."""
@@ -95,16 +99,19 @@ class Searching(Remembering):
         super().end_of_backward()
         if self.reduces:
             tape().begin("exchange", "backward")
-            emptied = existing((self.trained,), MAP)
-            record("fill_.Scalar", (emptied,), (emptied,), ON_HOST)
+            hook(self._empty)()
+
+    def _empty(self) -> None:
+        emptied = existing((self.trained,), MAP)
+        record("fill_.Scalar", (emptied,), (emptied,), ON_HOST)
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """The buckets, and the map on the device."""
         return super().held_bytes(parameters) + existing((self.trained,), MAP).nbytes
 
-    def _divide(self, p: Parameter) -> None:
+    def _into_bucket(self, p: Parameter) -> None:
         _note(p)
-        super()._divide(p)
+        super()._into_bucket(p)
 
     def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
         self.trained = len(order)

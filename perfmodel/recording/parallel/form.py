@@ -11,7 +11,7 @@ from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.core import Wrapping
-from ...tape.tensor import Parameter, Tensor
+from ...tape.tensor import Cuts, Parameter, Tensor
 from .offload import check_offload
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
@@ -46,6 +46,9 @@ class ParallelForm(Protocol):
     @property
     def reference(self) -> Wrapping | None:
         """As of `tape.core.Wrapping`."""
+
+    def cuts(self) -> Cuts | None:
+        """What cuts a compiled model into graphs, new for each pass; None: hooks do."""
 
     def begin(self) -> None:
         """Before a forward pass."""
@@ -84,6 +87,10 @@ class OfBlocks:
     @property
     def reference(self) -> Wrapping | None:
         """None: a frozen model is whole on every rank."""
+        return None
+
+    def cuts(self) -> Cuts | None:
+        """None: hooks around units do."""
         return None
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
