@@ -349,10 +349,11 @@ class Scope:
         differs from those above it, whose input needs one too. Kinds that alternate are patterns (`runs_of_layers`).
         """
         current, shared = tape(), list(given)
+        cuts = current.flow.cuts if current.flow is not None else None
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
         for first, period, times in runs_of_layers(
             self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None,
-            alone=current.flow.cuts.alone if current.flow is not None and current.flow.cuts is not None else frozenset(),
+            alone=frozenset() if cuts is None else cuts.alone,
         ):  # fmt: skip
             end = first + period * times
             while first < end and (among is None or first in among):
@@ -367,8 +368,8 @@ class Scope:
                 part.repeat = count
                 if current.flow is not None:
                     current.flow.carried[id(part)] = before, x.storage.number
-                    if current.flow.cuts is not None:
-                        current.flow.cuts.runs[id(part)] = period, count
+                    if cuts is not None:
+                        cuts.runs[id(part)] = period, count
                     for _, beside in current.flow.hooks.get(id(part), ()):
                         beside.repeat = count
                 for p in self.build.parameters.values():

@@ -12,14 +12,9 @@ out, and the second order of loops that lets row and column sums share a kernel.
 """
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ..program.dims import Dim, at, decide, summed
-from ..program.op import Attrs, Op, Spec
+from ..program.dims import summed
 from ..program.part import Part
 from ..setup import Setup
 from ..tape.tensor import Flow, Parameter

@@ -15,7 +15,6 @@ from ..methods.parts.periodic import Periodic, PeriodicOps
 from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import Dim, decide, larger
 from ..program.part import Group, Part
-from ..program.ranks import Ranks
 from ..program.software import LONG_ARGUMENTS
 from ..setup import Setup
 from ..tape.core import Tape, emit, recording
@@ -26,15 +25,14 @@ from . import reuse as sharing
 from . import zero
 from .checks import check_step
 from .collector import no_collector
-from .parallel.form import ParallelForm, check_form
-from .parallel.ring import check_ring, ring_of
+from .parallel.form import ParallelForm
+from .parallel.ring import ring_of
 from .reuse import MicroBatches, Shared
 from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
 
-STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
@@ -80,7 +78,10 @@ def build(
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
-    step.form = _form(step, capability)
+    if setup.offload != "none" or not decide(setup.gpus == 1):
+        from .forms import form_of  # few ask for several
+
+        step.form = form_of(step, capability)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -88,60 +89,6 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
-
-
-def _form(step: Step, capability: str) -> ParallelForm | None:
-    """What several GPUs do. The forward pass tells which parameters each block has."""
-    alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
-    if alone and not offloads:
-        return None
-    if step.architecture.recorded:
-        what = "offload: nothing is offloaded in" if offloads else "gpus: several are not modelled by"
-        raise UserError(f"{what} a trace; use --{'offload none' if offloads else 'gpus 1'}")
-    check_form(step.setup, step.method)
-    check_ring(step.setup, step.architecture)
-    if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
-        return None
-    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3  # few ask for several
-    from .parallel import zero as stages
-
-    ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
-    if setup[0].parallel == "ddp":
-        graphs = _graphs(step, capability) if setup[0].compile != "none" else frozenset()
-        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late, graphs)
-    if setup[0].parallel in STAGES:
-        late = step.architecture.registers_late
-        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
-    ranks, across = units.sharing(ranks, step.setup)
-    survey = units.Survey()
-    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
-        tape.wrapping, tape.ring = survey, ring_of(step.setup)
-        tape.begin("inputs", "forward")
-        step.parameters = forward_passes(step, *setup, {})[0]
-    cut = survey.units(
-        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
-        classifies=step.architecture.classifier is not None,
-    )  # fmt: skip
-    if step.zero:
-        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
-    if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
-    whole = units.whole_reference(step.parameters, ranks.size, step.setup)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
-
-
-def _graphs(step: Step, capability: str) -> frozenset[Any]:
-    """Where DDP cuts the graph of a compiled model: a forward pass tells which parameters are used in which order."""
-    from .parallel.ddp import BUCKET, FIRST_BUCKET
-    from .parallel.ddp_compiled import Uses, cuts_of
-
-    setup, method = running(step)
-    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup.amp)) as tape:
-        uses = Uses()
-        tape.flow = Flow(cuts=uses)
-        tape.begin("inputs", "forward")
-        step.parameters = forward_passes(step, setup, method, {})[0]
-    return cuts_of(uses, FIRST_BUCKET, BUCKET)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -406,7 +353,7 @@ def running(step: Step) -> tuple[Setup, Method]:
     casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
     if several and setup.compile != "none" and setup.checkpoint == "block-reentrant":
         setup = replace(setup, checkpoint="block")  # to Dynamo both are one operator
-    if step.zero or (several and (casts or setup.parallel in STAGES)):
+    if step.zero or (several and (casts or setup.parallel in ("zero1", "zero2"))):
         setup, method = zero.under_zero(setup, method)
     return setup, method.under(setup.stack, setup.dtype)
 

@@ -20,7 +20,6 @@ from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Entering, Flow, Node, Parameter, Storage, Tensor
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 _regions = count()

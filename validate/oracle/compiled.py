@@ -9,7 +9,7 @@ its backward is what Inductor's would; how calls share kernels is another oracle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -27,16 +27,7 @@ from . import counts, parallel
 from .cases import Case
 
 
-class Entered(NamedTuple):
-    """A collective, or a graph that is entered (`elements` 0), in the order of both."""
-
-    phase: str
-    name: str
-    elements: int
-    products: int
-
-
-class GraphRecorder(parallel.RankRecorder):
+class GraphRecorder(parallel.RankRecorder):  # type: ignore[no-untyped-call]
     """Also notes graphs. To Dynamo it is one of PyTorch's own modes: under others nothing is compiled."""
 
     supports_higher_order_operators = True
@@ -127,7 +118,7 @@ def judge(case: Case, step: Step, real: GraphRecorder) -> counts.Result:
     )  # fmt: skip
     found = [c._replace(group=case.setup.gpus) if c.group == 1 else c for c in real.collectives]  # DDP's
     result.differences += parallel.in_another_order(parallel.collectives(step), found)
-    graphs = {phase: 0 for phase in PHASES}
+    graphs = dict.fromkeys(PHASES, 0)
     for part, count in step.parts():
         graphs[part.phase] += part.host.graphs * count
     if graphs != real.graphs:
@@ -147,4 +138,4 @@ def kept_bytes(step: Step) -> int:
             if (before, part.phase) == ("forward", "backward"):
                 most = max(most, live)
             live, before = live + part.delta * part.repeat, part.phase
-    return step.weight_bytes + step.state_bytes + held_bytes(step) + most
+    return int(step.weight_bytes + step.state_bytes + held_bytes(step) + most)

@@ -36,9 +36,7 @@ from .zero import flat_places
 MAP = "i32"  # dtype of the map of parameters that got a gradient
 
 
-def ddp_of(
-    setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place] = frozenset()
-) -> Replicated:
+def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place] = frozenset()) -> Replicated:
     """DDP as a setup has it.
 
     Args:
