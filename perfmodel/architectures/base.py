@@ -12,7 +12,7 @@ from ..setup import Setup
 from ..tape import linalg, nn
 from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
-from ..tape.core import tape
+from ..tape.core import region, tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
 from ..tape.packages.varlen import PackedRows
@@ -304,7 +304,7 @@ class Scope:
 
         return self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
 
-    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run = lambda x: x) -> Tensor:
+    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run | None = None) -> Tensor:
         """`nn.Embedding`, and what its module does then; that of the words as the fine-tuning method rewrites it.
 
         With checkpointing transformers makes that a leaf that needs a gradient (`enable_input_require_grads`), so
@@ -315,12 +315,14 @@ class Scope:
 
         def run(ids: Tensor) -> Tensor:
             weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
-            x = then(method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids))
+            x = method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
+            x = x if then is None else then(x)
             if words and self.build.setup.checkpoint != "none" and method.checkpoints(0) and not x.requires_grad:
                 x.requires_grad = True
             return x
 
-        return self.wrapped(name, run, ids) if words else run(ids)
+        made = run if then is None else region(run)  # a class of the model's own
+        return self.wrapped(name, made, ids) if words else made(ids)
 
     def wrapped(self, name: str, run: Run, x: Tensor) -> Tensor:
         """A module between the hooks of a program of several GPUs; those in a block have none of their own."""

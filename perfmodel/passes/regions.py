@@ -123,6 +123,7 @@ class RegionalEmission(Emission):
                 part.ops += hook.ops
                 part.host.units += hook.host.units
                 part.host.gradients += hook.host.gradients
+                part.host.searched += hook.host.searched
             else:
                 part.ops.append(call_of(kernel))
                 part.host.graphs += enters

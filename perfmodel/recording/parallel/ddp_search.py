@@ -85,12 +85,16 @@ class Searching(Remembering):
         """What the model gives is copied, and the graph is searched."""
         outputs = super().end(outputs)
         if self.reduces and tape().grad_enabled:
-            tape().part.host.searched += nodes_behind(outputs)
+            hook(self._search)(outputs)
         node = differentiate("_DDPSinkBackward", outputs, _pass_on)
         copies = [emit("clone", (x,), x.shape, x.dtype, strides=x.strides) for x in outputs]
         if node is not None:
             node.produces(*copies)
         return copies
+
+    def _search(self, outputs: Sequence[Tensor]) -> None:
+        current = tape()
+        current.part.host.searched += nodes_behind(outputs, leaves_alone=current.flow is not None)
 
     def end_of_backward(self) -> None:
         """As without a search; then the map is emptied."""
@@ -161,8 +165,12 @@ def first_buckets(made: Sequence[Coming]) -> list[list[Coming]]:
     return found
 
 
-def nodes_behind(outputs: Sequence[Tensor]) -> int:
-    """Nodes of the graph that a search sees, those of all identical layers."""
+def nodes_behind(outputs: Sequence[Tensor], *, leaves_alone: bool = False) -> int:
+    """Nodes of the graph that a search sees, those of all identical layers.
+
+    Args:
+        leaves_alone: of a compiled model, which is a node or a few.
+    """
     waiting = [t.node for t in outputs if t.node is not None]
     seen = {id(node): node for node in waiting}
     while waiting:
@@ -170,7 +178,7 @@ def nodes_behind(outputs: Sequence[Tensor]) -> int:
             if edge is not None and id(edge[0]) not in seen:
                 seen[id(edge[0])] = edge[0]
                 waiting.append(edge[0])
-    return sum(node.part.repeat for node in seen.values())
+    return sum(node.part.repeat for node in seen.values() if not leaves_alone or node.name == "AccumulateGrad")
 
 
 def _flag() -> Tensor:
