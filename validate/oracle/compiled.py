@@ -89,6 +89,11 @@ class GraphRecorder(parallel.RankRecorder):  # type: ignore[no-untyped-call]
 
 def compare_compiled(case: Case) -> counts.Result:
     """Trace a rank of a compiled program and compare it with the tape."""
+    return judge(case, *traced(case))
+
+
+def traced(case: Case) -> tuple[Step, GraphRecorder]:
+    """The tape of a case, and what a rank of the real program did."""
     setup = replace(case.setup, compile="default")
     architecture = from_config(case.config)
     method = methods.parse(case.method).bind(architecture)
@@ -106,7 +111,7 @@ def compare_compiled(case: Case) -> counts.Result:
             model = torch.compile(model, backend=recorder.compiled)
         parallel.trace_rank(model, setup, updates.make(model, step.optimizer, method), recorder=recorder)
     recorder.trace.total, recorder.trace.trainable = total, trainable
-    return judge(case, step, recorder)
+    return step, recorder
 
 
 def judge(case: Case, step: Step, real: GraphRecorder) -> counts.Result:

@@ -161,8 +161,6 @@ def _check_compiled(setup: Setup, method: Method) -> None:
     for name in ("tp", "cp", "pp"):
         if getattr(setup, name) > 1:
             raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
-    if setup.objective != "sft":
-        raise UserError(f"compile: several GPUs are not modelled with objective {setup.objective}; use --compile none")
     if method.name not in COMPILED_METHODS or getattr(method, "implementation", "peft") != "peft":
         raise UserError(
             f"compile: what Dynamo makes of {method.name} on several GPUs is not modelled, but of "
