@@ -8,8 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..errors import UserError
-from ..recording.parallel.form import ALONE, OBJECTIVES
+from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTIVES
 from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
@@ -179,7 +180,14 @@ class Imported:
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
+        alone |= self.setup.get("compile", "none") != "none" and not self._compiles
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether several GPUs have its compiled step."""
+        method = methods.parse(self.method or "full")
+        return (self.asks().parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]
