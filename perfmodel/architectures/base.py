@@ -351,11 +351,10 @@ class Scope:
         differs from those above it, whose input needs one too. Kinds that alternate are patterns (`runs_of_layers`).
         """
         current, shared = tape(), list(given)
-        cuts = current.flow.cuts if current.flow is not None else None
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
         for first, period, times in runs_of_layers(
             self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None,
-            alone=frozenset() if cuts is None else cuts.alone,
+            alone=current.alone,
         ):  # fmt: skip
             end = first + period * times
             while first < end and (among is None or first in among):
@@ -369,11 +368,7 @@ class Scope:
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:
-                    current.flow.carried[id(part)] = before, x.storage.number
-                    if cuts is not None:
-                        cuts.runs[id(part)] = period, count
-                    for _, beside in current.flow.hooks.get(id(part), ()):
-                        beside.repeat = count
+                    current.flow.carry(part, (before, x.storage.number), period)
                 for p in self.build.parameters.values():
                     if p.part is part:
                         p.count = count
@@ -395,12 +390,9 @@ class Scope:
 
         if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
-        cuts = flow.cuts if (flow := tape().flow) is not None else None
-        if cuts is not None:
-            cuts.enter(layer, whole=how != "none")
+        tape().enter_block(layer, whole=how != "none")
         out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
-        if cuts is not None:
-            cuts.enter(None)
+        tape().enter_block(None)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -10,13 +10,13 @@ from ..tape.core import Tape, recording
 from ..tape.tensor import Flow
 from . import zero
 from .collector import no_collector
+from .forward import forward_passes, running
 from .parallel import ddp_search, fsdp1, fsdp2, units, zero3
 from .parallel import zero as stages
 from .parallel.ddp import BUCKET, FIRST_BUCKET
 from .parallel.ddp_compiled import Uses, cuts_of
 from .parallel.form import ParallelForm, check_form
 from .parallel.ring import check_ring, ring_of
-from .record import forward_passes, running
 from .step import Step
 
 STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
@@ -28,7 +28,7 @@ def check_compiled(architecture: Architecture) -> None:
         raise UserError(f"compile: {architecture.name} on several GPUs is not modelled; language models are")
 
 
-def form_of(step: Step, capability: str) -> ParallelForm | None:
+def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
     if step.architecture.recorded:

@@ -5,14 +5,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import objectives, optimizers
-from ..architectures.base import Architecture, Build, Scope
-from ..architectures.masks import model_buffer
-from ..architectures.runs import Stage
+from ..architectures.base import Architecture
 from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
-from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import Dim, decide, larger
 from ..program.part import Group, Part
 from ..program.software import LONG_ARGUMENTS
@@ -20,11 +17,12 @@ from ..setup import Setup
 from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
-from ..tape.tensor import Flow, Parameter, Tensor
+from ..tape.tensor import Flow
 from . import reuse as sharing
 from . import zero
 from .checks import check_step
 from .collector import no_collector
+from .forward import Kept, forward_passes, running
 from .parallel.form import ParallelForm
 from .parallel.ring import ring_of
 from .reuse import MicroBatches, Shared
@@ -32,8 +30,6 @@ from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
-
-Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
 def build(
@@ -79,9 +75,9 @@ def build(
 
         inner = inside.begin(step, tape)
     if setup.offload != "none" or not decide(setup.gpus == 1):
-        from .forms import form_of  # few ask for several
+        from .forms import parallel_form  # few ask for several
 
-        step.form = form_of(step, capability)
+        step.form = parallel_form(step, capability)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -262,37 +258,6 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     return first, later
 
 
-def forward_passes(
-    step: Step, setup: Setup, method: Method, kept: Kept, stage: Stage | None = None, received: Tensor | None = None
-) -> tuple[list[Parameter], Tensor, Callable[[], None] | None]:
-    """Record the passes of the objective; returns all parameters, the loss, and what is to be done after backward.
-
-    Behind the parameters of the model are those of others, frozen ones last. Of a stage of a pipeline that is not the
-    last one it is the hidden states in the place of the loss.
-    """
-    objective, architecture = objectives.found(setup.objective), step.architecture
-    if objective.quiet:
-        architecture, method = objectives.with_modules_off(architecture), objectives.without_dropout(method)
-    known = {p.name: p for p in step.parameters}
-    critic, frozen = (
-        {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}
-        for of in (OF_CRITIC, OF_REFERENCE)
-    )
-    build = Build(architecture, method, setup, known, labelled=objective.labelled, kept=kept)
-    build.stage, build.received = stage, received
-    if setup.cp > 1:  # the Trainer gives those of a rank's own tokens
-        build.given_positions = model_buffer(setup.shape)
-    passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
-    loss = objective.loss(passes)
-    after, passes.after = passes.after, None  # else it would hold itself
-    for of, others in ((OF_CRITIC, critic), (OF_REFERENCE, frozen)):
-        for p in others.values():
-            p.name = of + p.name.removeprefix(of)
-    for p in frozen.values():
-        p.elements = 0
-    return [*build.parameters.values(), *critic.values(), *frozen.values()], loss, after
-
-
 def _backward_start(tape: Tape) -> Part:
     tape.backward_of(tape.part)
     return tape.part
@@ -344,18 +309,6 @@ def _forget(kept: Kept) -> None:
     for tensor, part in kept.values():
         tensor.storage.copies = part.repeat
     kept.clear()
-
-
-def running(step: Step) -> tuple[Setup, Method]:
-    """Setup and method as the step's engine and the versions of its software run them."""
-    setup, method = step.setup, step.method
-    several = not decide(setup.gpus == 1) or setup.offload != "none"
-    casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
-    if several and setup.compile != "none" and setup.checkpoint == "block-reentrant":
-        setup = replace(setup, checkpoint="block")  # to Dynamo both are one operator
-    if step.zero or (several and (casts or setup.parallel in ("zero1", "zero2"))):
-        setup, method = zero.under_zero(setup, method)
-    return setup, method.under(setup.stack, setup.dtype)
 
 
 def held_bytes(step: Step) -> Dim:

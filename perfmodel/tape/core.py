@@ -105,7 +105,7 @@ class Tape:
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
-        self.beside = False  # whether a hook runs (`hook`)
+        self.beside = False  # whether a hook runs (`hooked`)
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
         self.after_gradient: Callable[[Parameter], None] | None = None
         self.wrapping: Wrapping | None = None
@@ -141,6 +141,16 @@ class Tape:
 
     def _later(self, name: str, phase: str) -> Part | None:
         return Part(name, phase) if self.alike and self.flow is None else None
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """Blocks that are like no other to a compiler."""
+        return frozenset() if self.flow is None or self.flow.cuts is None else self.flow.cuts.alone
+
+    def enter_block(self, layer: int | None, *, whole: bool = False) -> None:
+        """A block begins, to a compiler one call if it is `whole`; None: it has ended."""
+        if self.flow is not None and self.flow.cuts is not None:
+            self.flow.cuts.enter(layer, whole=whole)
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
@@ -254,7 +264,7 @@ def region(run: Callable[P, R]) -> Callable[P, R]:
     return within
 
 
-def hook(run: Callable[P, R]) -> Callable[P, R]:
+def hooked(run: Callable[P, R]) -> Callable[P, R]:
     """A function that is no part of the model: where that is compiled, it stays as it is, beside it (`Flow.hooks`)."""
 
     @wraps(run)

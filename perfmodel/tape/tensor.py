@@ -137,6 +137,14 @@ class Flow:
     first: int = field(default_factory=lambda: next(_numbers))
     _of_hooks: set[int] = field(default_factory=set)
 
+    def carry(self, part: Part, blocks: tuple[int, int], period: int) -> None:
+        """A run of layers is recorded, a pattern of so many: note the blocks of memory that it gets and gives."""
+        self.carried[id(part)] = blocks
+        for _, beside in self.hooks.get(id(part), ()):
+            beside.repeat = part.repeat
+        if self.cuts is not None:
+            self.cuts.runs[id(part)] = period, part.repeat
+
     def hook(self, part: Part, at: int | None = None) -> Part:
         """A part for what runs beside the model, behind so many ops of a part; None: those that it has so far."""
         made = Part(part.name, part.phase, part.repeat)

@@ -34,12 +34,12 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
 def traced(request: pytest.FixtureRequest) -> tuple[Case, Step, compiled.GraphRecorder]:
     """A case with its tape and its trace."""
-    return request.param, *compiled.traced(request.param)
+    return request.param, *compiled.trace_compiled(request.param)
 
 
 def test_the_tape_equals_a_compiled_rank(traced: tuple[Case, Step, compiled.GraphRecorder]) -> None:
     """Graphs that are entered, collectives in their order between products, and what forward keeps for backward."""
-    result = compiled.judge(*traced)
+    result = compiled.judge_compiled(*traced)
     assert result.collectives > 0
     assert result.differences == []
 
@@ -49,7 +49,7 @@ def test_a_program_that_differs_is_reported(traced: tuple[Case, Step, compiled.G
     case, step, real = traced
     wrong = copy.copy(real)
     wrong.graphs, wrong.kept = {**real.graphs, "backward": real.graphs["backward"] - 1}, real.kept * 2
-    found = compiled.judge(case, step, wrong).differences
+    found = compiled.judge_compiled(case, step, wrong).differences
     assert [line.split(":")[0] for line in found] == ["graphs", "kept for backward"]
 
 

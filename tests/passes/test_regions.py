@@ -14,7 +14,7 @@ from perfmodel.calls import costs
 from perfmodel.errors import UserError
 from perfmodel.prediction import memory
 from perfmodel.program.part import Part
-from perfmodel.recording.parallel.ddp_compiled import Used, Uses, cuts_of, heaped
+from perfmodel.recording.parallel.ddp_compiled import ParameterUse, Uses, cuts_of, heaped
 from perfmodel.recording.parallel.messages import Coming
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -90,7 +90,7 @@ def test_every_graph_but_the_first_fills_a_bucket(sizes: list[int], first: int, 
     uses, part = Uses(), Part("blocks", "forward")
     for i, n in enumerate(sizes):
         parameter = Parameter(f"{i}.weight", (n,), "u8", kind="weight", trainable=True)
-        uses.found.append(Used(0, part, (i, 0), parameter))
+        uses.found.append(ParameterUse(0, part, (i, 0), parameter))
     cuts = sorted(layer for layer, _ in cuts_of(uses, first, others) if layer is not None)
     filled = [sum(sizes[a:b]) for a, b in zip(cuts, [*cuts[1:], len(sizes)][: len(cuts)], strict=True)]
     for i, (cut, nbytes) in enumerate(zip(cuts, filled, strict=True)):

@@ -89,10 +89,10 @@ class GraphRecorder(parallel.RankRecorder):  # type: ignore[no-untyped-call]
 
 def compare_compiled(case: Case) -> counts.Result:
     """Trace a rank of a compiled program and compare it with the tape."""
-    return judge(case, *traced(case))
+    return judge_compiled(case, *trace_compiled(case))
 
 
-def traced(case: Case) -> tuple[Step, GraphRecorder]:
+def trace_compiled(case: Case) -> tuple[Step, GraphRecorder]:
     """The tape of a case, and what a rank of the real program did."""
     setup = replace(case.setup, compile="default")
     architecture = from_config(case.config)
@@ -114,7 +114,7 @@ def traced(case: Case) -> tuple[Step, GraphRecorder]:
     return step, recorder
 
 
-def judge(case: Case, step: Step, real: GraphRecorder) -> counts.Result:
+def judge_compiled(case: Case, step: Step, real: GraphRecorder) -> counts.Result:
     """What of the tape differs from what a rank did."""
     kept = kept_bytes(step)
     result = counts.Result(

@@ -20,7 +20,7 @@ from ...program.op import Attrs, Op, Spec
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, Run
-from ...tape.core import hook, record, tape
+from ...tape.core import hooked, record, tape
 from ...tape.tensor import Flow, Parameter, Tensor
 from .collectives import SENT, all_reduce, wait_event
 from .ddp_compiled import Place, Uses, behind_regions, gradients
@@ -88,12 +88,12 @@ class Replicated(WholeUnits):
         else:
             current.parts[:] = self._behind_regions(parts, current.flow)
         current.parts.append(exchange)
-        hook(wait_event)(COMMUNICATION)
+        hooked(wait_event)(COMMUNICATION)
         for count, run in runs([ready.parameter for ready in self.ready]):
             current.begin("exchange", "backward").repeat = count
             self._copy_all(run)
 
-    @hook
+    @hooked
     def _copy_all(self, parameters: Sequence[Parameter]) -> None:
         for p in parameters:
             self._copy_back(p)

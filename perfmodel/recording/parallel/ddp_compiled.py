@@ -25,7 +25,7 @@ from .messages import Coming
 Place = tuple[int | None, int]  # a block, or None beside them, and which use of a trained parameter in it
 
 
-class Used(NamedTuple):
+class ParameterUse(NamedTuple):
     """A call takes a trained parameter; None: what an earlier region has made."""
 
     region: int
@@ -47,7 +47,7 @@ class Uses:
     def __init__(self, cuts: frozenset[Place] = frozenset()) -> None:
         self.cuts = cuts
         self.alone = frozenset(layer for layer, _ in cuts if layer is not None)
-        self.found: list[Used] = []
+        self.found: list[ParameterUse] = []
         self.runs: dict[int, tuple[int, int]] = {}  # of a part, by its id: blocks of a pattern, and how often it comes
         self.layer: int | None = None
         self.counts: dict[int | None, int] = {}
@@ -73,12 +73,12 @@ class Uses:
             self.counts[self.layer] = place[1] + 1
             if not self.whole:
                 self._cut(place)
-            self.found.append(Used(flow.region or 0, current.part, (self.layer, 0) if self.whole else place, t))
+            self.found.append(ParameterUse(flow.region or 0, current.part, (self.layer, 0) if self.whole else place, t))
         elif t.node is not None and t.node.region is not None and t.node.region != flow.region:
             known = id(t.node), t.slot, flow.region or 0
             if known not in self.crossed:
                 self.crossed.add(known)
-                self.found.append(Used(flow.region or 0, current.part, (self.layer, 0), None))
+                self.found.append(ParameterUse(flow.region or 0, current.part, (self.layer, 0), None))
 
     def _cut(self, place: Place) -> None:
         flow = tape().flow
@@ -86,7 +86,7 @@ class Uses:
             flow.region += 1
 
 
-def unrolled(uses: Uses) -> Iterator[tuple[Used, int]]:
+def unrolled(uses: Uses) -> Iterator[tuple[ParameterUse, int]]:
     """Uses of all layers in their order, each with the number of the layer among those of its part."""
     for _, those in groupby(uses.found, key=lambda use: id(use.part)):
         of_part = list(those)

@@ -25,7 +25,7 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.autograd import differentiate
-from ...tape.core import emit, hook, record, tape
+from ...tape.core import emit, hooked, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
@@ -79,13 +79,13 @@ class Searching(Remembering):
     def begin(self) -> None:
         """Gradients are noted even if they are not exchanged."""
         super().begin()
-        tape().after_gradient = self._divide if self.reduces else hook(_note)
+        tape().after_gradient = self._divide if self.reduces else hooked(_note)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the model gives is copied, and the graph is searched."""
         outputs = super().end(outputs)
         if self.reduces and tape().grad_enabled:
-            hook(self._search)(outputs)
+            hooked(self._search)(outputs)
         node = differentiate("_DDPSinkBackward", outputs, _pass_on)
         copies = [emit("clone", (x,), x.shape, x.dtype, strides=x.strides) for x in outputs]
         if node is not None:
@@ -101,7 +101,7 @@ class Searching(Remembering):
         super().end_of_backward()
         if self.reduces:
             tape().begin("exchange", "backward")
-            hook(self._empty)()
+            hooked(self._empty)()
 
     def _empty(self) -> None:
         emptied = existing((self.trained,), MAP)

@@ -36,7 +36,7 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
-from ...tape.core import hook, new_tensor, record, region, tape
+from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, set_event, wait_event
@@ -149,7 +149,7 @@ class FullyShard(WholeUnits):
 
     # What the recording of a step calls
 
-    @hook
+    @hooked
     def begin(self) -> None:
         """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
         if tape().grad_enabled:
@@ -188,7 +188,7 @@ class FullyShard(WholeUnits):
             self.ran.append((path, part))
         return self._before_backward(path, out)
 
-    @hook
+    @hooked
     def _reshard(self, state: Gathered) -> None:
         if not state.unit.stays:
             state.whole.clear()
@@ -203,7 +203,7 @@ class FullyShard(WholeUnits):
         hooked = [self._before_backward(ROOT, output) for output in outputs]
         return [cast(output, self.output) for output in hooked] if self.output else hooked
 
-    @hook
+    @hooked
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
         for path in (ROOT, *self.units):  # as modules are found
@@ -240,7 +240,7 @@ class FullyShard(WholeUnits):
         node.produces(hooked)
         return hooked
 
-    @hook
+    @hooked
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         place = next((i for i, (name, _) in enumerate(self.ran) if name == path), 0)
@@ -259,7 +259,7 @@ class FullyShard(WholeUnits):
             return self.units[below].unit
         return self.units[next(name for name, of in reversed(self.ran) if of is part)].unit
 
-    @hook
+    @hooked
     def _unshard(self, state: Gathered, *, forward: bool) -> None:
         """`unshard` unless it was prefetched, and `wait_for_unshard`: copies out into whole parameters."""
         if state.whole or not state.unit.parameters:
@@ -283,7 +283,7 @@ class FullyShard(WholeUnits):
         state.coming = None
         del before
 
-    @hook
+    @hooked
     def _forget_copied(self) -> None:
         """What was copied out before may be overwritten once that is done."""
         if self.copied is not None:
@@ -292,7 +292,7 @@ class FullyShard(WholeUnits):
 
     # Behind backward
 
-    @hook
+    @hooked
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         self._reduce(path, self.units[path])
