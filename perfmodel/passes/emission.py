@@ -92,9 +92,9 @@ class Emission:
                 if not value.free:
                     written.add(value)
                     at.get((id(self._home(value)), part.compiled), part).allocate(value.nbytes)
-            for value in {*kernel.reads, *kernel.writes} & written - self.graph.results:
+            for value in {*kernel.reads, *kernel.writes} & written:
                 last, place = ends[value]
-                if last != i:
+                if last != i or value in self.graph.results:
                     continue
                 made, freed = self._home(value), self.graph.places[place]
                 copies = 1 if made.run == freed.run or made.repeat == freed.repeat else made.repeat  # they waited

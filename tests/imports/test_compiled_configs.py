@@ -41,7 +41,7 @@ def test_a_compiled_step_is_offered_and_answered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "why"),
-    [({**FSDP_2, "peft_use_dora": True}, "what Dynamo makes of dora"), ({"deepspeed": "zero3.json"}, "parallel zero3")],
+    [({**FSDP_2, "peft_use_dora": True}, "what Dynamo makes of dora"), ({"deepspeed": "zero3.json"}, "eager mode")],
 )
 def test_what_would_be_refused_is_not_offered(tmp_path: Path, values: dict[str, Any], why: str) -> None:
     """A hint that ends in a refusal is worse than none."""
