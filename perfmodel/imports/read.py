@@ -180,14 +180,14 @@ class Imported:
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
-        alone |= self.setup.get("compile", "none") != "none" and not self._compiles
+        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks().parallel)
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
-    @property
-    def _compiles(self) -> bool:
-        """Whether several GPUs have its compiled step."""
-        method = methods.parse(self.method or "full")
-        return (self.asks().parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
+    def compiles(self, parallel: str | None) -> bool:
+        """Whether several GPUs have its step compiled, in such a form."""
+        method, setup = methods.parse(self.method or "full"), self.setup
+        of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
+        return of_sft and (parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]

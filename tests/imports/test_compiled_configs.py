@@ -49,3 +49,32 @@ def test_what_would_be_refused_is_not_offered(tmp_path: Path, values: dict[str, 
     assert ASK not in read(Path(config)).first_line
     result = on_two(config)
     assert (result.exit_code, why in result.stderr) == (2, True)
+
+
+LAUNCHER = {
+    "distributed_type": "FSDP", "num_processes": 8, "num_machines": 1, "mixed_precision": "bf16",
+    "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dynamo", "own", "compiled"),
+    [
+        ({"dynamo_backend": "INDUCTOR"}, {"torch_compile": False}, True),
+        ({"dynamo_backend": "INDUCTOR", "dynamo_use_regional_compilation": True}, {"torch_compile": False}, False),
+        ({"dynamo_backend": "INDUCTOR"}, {"torch_compile": False, "peft_use_dora": True}, False),
+        ({"dynamo_backend": "INDUCTOR"}, {}, True),
+    ],
+)
+def test_a_launcher_compiles_what_its_config_does_not(
+    tmp_path: Path, dynamo: dict[str, Any], own: dict[str, Any], compiled: bool
+) -> None:
+    """accelerate's `dynamo_config` counts where the Trainer says nothing; what is not modelled is left out."""
+    config = written(tmp_path, own)
+    launcher = tmp_path / "accelerate.yaml"
+    launcher.write_text(yaml.safe_dump({**LAUNCHER, "dynamo_config": dynamo}))
+    words = ["predict", "--device", "h100-sxm", "--config", config, "--accelerate", str(launcher)]
+    answer = CliRunner().invoke(main, words)
+    assert answer.exit_code == 0, answer.stderr
+    assert ("torch.compile, fsdp2" in " ".join(answer.stdout.split())) == compiled
+    assert ("without torch.compile (dynamo_config)" in answer.stdout) == (not compiled)
