@@ -1,7 +1,8 @@
 """`torch.compile` of the model: forward and backward become two programs of fused kernels.
 
 What transformers' `torch_compile` compiles is the model: its forward and the backward that follows from it. Clipping
-and the optimizer stay eager, and so does the sum of gradients over micro-batches. One graph without breaks is assumed.
+and the optimizer stay eager, and so does the sum of gradients over micro-batches. One graph without breaks is assumed;
+on several GPUs there are as many as `regions` says.
 
 The pass goes the way of the compiler: the recorded calls become a graph (`graph`, `lowering`), AOTAutograd decides what
 is saved (`partition`), Inductor what shares a kernel (`fusion`). Each kernel reads each tensor in memory once and

@@ -3,10 +3,13 @@
 Where FSDP2 hooks its units, Dynamo ends a graph: each block is a program of its own, forward and backward, and so are
 the last norm, the rotary tables, the mask and the loss. Seen from inside, what comes into a region is an input like any
 other: it may be saved. `nn.Embedding`, `nn.Linear` and `nn.LayerNorm` beside the blocks run as they are, since Dynamo
-skips frames of `torch.nn`.
+skips frames of `torch.nn`. Under DDP regions are the graphs into which one is cut (`recording.parallel.ddp_compiled`).
 
-Source: torch 2.13, _fully_shard/_fsdp_common.py (`compiled_autograd_enabled`, hooks are `torch._dynamo.disable`d),
-_dynamo/trace_rules.py; what falls into which graph was looked at (`validate/oracle/compiled.py`).
+With checkpoints a block is one operator to Dynamo, reentrant or not: its graph's backward runs it again. What one graph
+over several blocks would recompute of the last of them besides, for what reads its output, is not modelled.
+
+Source: torch 2.13, _fully_shard/_fsdp_common.py (`_dynamo_disable`), _dynamo/trace_rules.py;
+what falls into which graph was looked at (`validate/oracle/compiled.py`).
 """
 
 from collections.abc import Iterator
