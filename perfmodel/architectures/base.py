@@ -12,7 +12,7 @@ from ..setup import Setup
 from ..tape import linalg, nn
 from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
-from ..tape.core import tape
+from ..tape.core import region, tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
 from ..tape.packages.varlen import PackedRows
@@ -304,7 +304,7 @@ class Scope:
 
         return self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
 
-    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run = lambda x: x) -> Tensor:
+    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run | None = None) -> Tensor:
         """`nn.Embedding`, and what its module does then; that of the words as the fine-tuning method rewrites it.
 
         With checkpointing transformers makes that a leaf that needs a gradient (`enable_input_require_grads`), so
@@ -315,12 +315,14 @@ class Scope:
 
         def run(ids: Tensor) -> Tensor:
             weight = self.parameter(f"{name}.weight", (rows, width), "embedding")
-            x = then(method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids))
+            x = method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
+            x = x if then is None else then(x)
             if words and self.build.setup.checkpoint != "none" and method.checkpoints(0) and not x.requires_grad:
                 x.requires_grad = True
             return x
 
-        return self.wrapped(name, run, ids) if words else run(ids)
+        made = run if then is None else region(run)  # a class of the model's own
+        return self.wrapped(name, made, ids) if words else made(ids)
 
     def wrapped(self, name: str, run: Run, x: Tensor) -> Tensor:
         """A module between the hooks of a program of several GPUs; those in a block have none of their own."""
@@ -351,8 +353,9 @@ class Scope:
         current, shared = tape(), list(given)
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
         for first, period, times in runs_of_layers(
-            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None
-        ):
+            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None,
+            alone=current.alone,
+        ):  # fmt: skip
             end = first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
@@ -365,7 +368,7 @@ class Scope:
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:
-                    current.flow.carried[id(part)] = before, x.storage.number
+                    current.flow.carry(part, (before, x.storage.number), period)
                 for p in self.build.parameters.values():
                     if p.part is part:
                         p.count = count
@@ -387,7 +390,9 @@ class Scope:
 
         if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        tape().enter_block(layer, whole=how != "none")
         out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
+        tape().enter_block(None)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -134,14 +134,20 @@ def configs(
 @click.option("--images", is_flag=True, help="The benchmark of an image model (needs the diffusion extra).")
 @click.option("--host", default="default", show_default=True, help="Host that dispatches, by name or path.")
 @click.option("--all-rows", is_flag=True, help="List every row, not only the worst.")
+@click.option("--fit-host", is_flag=True, help="Only tell how slow their host was (fitted).")
 @json_option
-def tuners(images: bool, host: str, all_rows: bool, as_json: bool) -> None:
+def tuners(images: bool, host: str, all_rows: bool, fit_host: bool, as_json: bool) -> None:
     """Compare with PEFT's own benchmarks of its tuners.
 
     Llama-3.2-3B on an L40S, or FLUX.2-klein-4B (--images); every configuration is traced, which takes minutes.
     """
     with needed():
-        from validate.published.show_tuners import show_tuners
+        from validate.published.show_tuners import show_host_speed, show_tuners
+    if fit_host:
+        if host != "default" or all_rows:
+            raise UserError("--fit-host goes without --host and --all-rows")
+        show_host_speed(images=images, as_json=as_json)
+        return
     sys.exit(0 if show_tuners(images=images, host=host, all_rows=all_rows, as_json=as_json) else 1)
 
 

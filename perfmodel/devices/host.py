@@ -1,5 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ ENGINE = {  # the same of a training engine
     "fetch": "weights", "release": "returns", "reduce": "gradients", "wrap": "units",
 }  # fmt: skip
 EAGER = PYTHON | ENGINE
+BESIDE = {"node": "nodes", "search": "searched", "reduce": "gradients", "wrap": "units"}  # what compiled code leaves
 
 
 class HostCalls(NamedTuple):
@@ -126,6 +128,10 @@ class Host:
     settle: float = 0.0
     wrap: float = 0.0
 
+    def slower(self, times: float) -> "Host":
+        """A machine on which every cost is so many times as high."""
+        return replace(self, **{cost: getattr(self, cost) * times for cost in COSTS})
+
     def dispatch(self, part: Part, device: str) -> np.ndarray:
         """Host seconds before each op of one run of a part, shape (ops,); Python's share is spread evenly."""
         return self.dispatched(HostCalls.of(part), device)
@@ -142,29 +148,31 @@ class Host:
         else:
             forward = calls.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
-            python = self._python(calls.work)
+            python = self._python(calls.work, EAGER)
         launching = call + (self.launch_call if device == "cuda" else 0.0)
         seconds = np.where(calls.launched, launching, np.where(calls.views, view, call))
         if calls.tensors is not None:
             seconds += self.tensor * calls.tensors
         return seconds + python / max(1, len(seconds))
 
-    def _python(self, work: HostWork) -> float:
+    def _python(self, work: HostWork, costs: Mapping[str, str]) -> float:
         """Seconds of a run of a part besides its calls."""
-        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in EAGER.items())
+        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in costs.items())
         return seconds
 
     def _compiled(self, calls: HostCalls, device: str) -> np.ndarray:
         """The same for compiled code: guards and wrappers first, then the calls one after another.
 
-        A library's kernel costs what it costs in eager mode: `extern_kernels.mm` with its buffer took 0.96 of
-        `torch.mm` where both were measured.
+        What hooks of several GPUs do beside it is Python's work, spread evenly. A library's kernel costs what it costs
+        in eager mode: `extern_kernels.mm` with its buffer took 0.96 of `torch.mm` where both were measured.
         """
         seconds = np.zeros(len(calls.launched))
         on_gpu = device == "cuda"
         if not (calls.captured and on_gpu):
-            launch = self.launch_call if on_gpu else 0.0
-            seconds += np.where(calls.generated, self.compiled_kernel, self.call) + launch
+            launch = np.where(calls.launched, self.launch_call if on_gpu else 0.0, 0.0)
+            call = np.where(calls.views, self.view, self.call)
+            seconds += np.where(calls.generated, self.compiled_kernel, call) + launch
+        seconds += self._python(calls.work, BESIDE) / max(1, len(seconds))
         if calls.phase == "forward":
             seconds[0] += self.guard * calls.work.modules
         captured = self.graph_launch if calls.captured and on_gpu else 0.0
@@ -222,9 +230,7 @@ def _read(path: Path) -> Host:
             raise UserError(f"{path}: like must be a bundled host, got {like!r}: {nearest(like, names())}")
         if isinstance(slower, bool) or not isinstance(slower, (int, float)) or not 0 < slower <= SLOWEST:
             raise UserError(f"{path}: slower must be a number of times above 0 and up to {SLOWEST}, got {slower!r}")
-        bundled = _bundled(like)
-        costs = {cost: getattr(bundled, cost) * slower for cost in COSTS}
-        return replace(bundled, name=name, source=source, **costs)
+        return replace(_bundled(like).slower(slower), name=name, source=source)
     seconds = mapping(values.get("seconds"), f"{path}: [seconds]")
     costs = {}
     for f in COSTS.values():

@@ -8,8 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..errors import UserError
-from ..recording.parallel.form import ALONE, OBJECTIVES
+from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTIVES
 from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
@@ -181,7 +182,14 @@ class Imported:
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
+        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks().parallel)
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
+
+    def compiles(self, parallel: str | None) -> bool:
+        """Whether several GPUs have its step compiled, in such a form."""
+        method, setup = methods.parse(self.method or "full"), self.setup
+        of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
+        return of_sft and (parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]

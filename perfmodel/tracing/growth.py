@@ -8,14 +8,14 @@ shows too). Where it does not, or where little would be saved, the whole model i
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..program.polynomials import NoPolynomial, highest
 from ..recording.program import LiveBytes, Numbers
-from .calls import Calls, Key
+from .calls import Calls, Key, Place
 from .programs.stacks import Stack
 
 Record = Callable[[bool], Calls]  # of whether the program ran before
@@ -24,12 +24,18 @@ Kept = dict[str, list[int]]  # blocks by the path of their stack
 
 @dataclass(frozen=True)
 class Term:
-    """`times` the calls of `counts`, with their host work; `order` has them as they ran, None if that is not known."""
+    """`times` the calls of `counts`, with their host work.
+
+    Attributes:
+        order: the calls as they ran; None if that is not known.
+        behind: by micro-batch and phase, how many calls of the first term run before these.
+    """
 
     times: int
     counts: Counter[Key]
     host: Counter[Any]
     order: Sequence[Key] | None = None
+    behind: Mapping[Place, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
         ops.ops.update(more.ops)
         ops.turns.update(more.turns)
         adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
-        terms.append(Term(len(places), adds, host, _inserted(more.order, base.order, adds)))
+        terms.append(Term(len(places), adds, host, *_inserted(more.order, base.order, adds)))
         traces.append(more)
         for total, part in ((expected, adds), (expected_host, host)):
             _add(total, part, min(2, len(places)))
@@ -129,14 +135,18 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     return Whole(_positive(terms), ops, _live(check, traces, terms), len(plan.check), blocks)
 
 
-def _inserted(more: Sequence[Key], base: Sequence[Key], adds: Counter[Key]) -> list[Key] | None:
-    """The calls of a further block in their order: in each phase they stand in one place among the others."""
+def _inserted(
+    more: Sequence[Key], base: Sequence[Key], adds: Counter[Key]
+) -> tuple[list[Key] | None, dict[Place, int]]:
+    """The calls of a further block in their order, and behind how many others: in each phase they stand together."""
     found: list[Key] = []
+    behind: dict[Place, int] = {}
     for place in dict.fromkeys(key[:2] for key in more):
         all_of, others = ([key for key in keys if key[:2] == place] for keys in (more, base))
         start = next((i for i, (a, b) in enumerate(zip(all_of, others, strict=False)) if a != b), len(others))
         found += all_of[start : start + len(all_of) - len(others)]
-    return found if Counter(found) == adds else None
+        behind[place] = start
+    return found if Counter(found) == adds else None, behind
 
 
 def _live(check: Calls, traces: list[Calls], terms: list[Term]) -> LiveBytes:
@@ -168,7 +178,7 @@ def _positive(terms: list[Term]) -> list[Term]:
         saved = Counter({key: n for key, n in term.counts.items() if n < 0})
         _add(first, saved, term.times)
         counts = Counter({k: n for k, n in term.counts.items() if n > 0})
-        rest.append(Term(term.times, counts, term.host, term.order))
+        rest.append(replace(term, counts=counts))
     if min(first.values(), default=0) < 0:
         raise NotLinear
     return [Term(1, first, terms[0].host, terms[0].order if first == terms[0].counts else None), *rest]

@@ -41,7 +41,7 @@ from ..values import once
 from .regions import Region, region_of
 from .setups import check_setup
 
-TRACER = 2  # raised where a trace of the same program comes out differently: 2, factors of MiCA and places of FourierFT
+TRACER = 3  # raised where a trace of the same program comes out differently: 3, blocks stand among the other calls
 TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
 OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")

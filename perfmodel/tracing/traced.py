@@ -7,10 +7,10 @@ parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and atte
 What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from ..architectures import Config, model_names
@@ -235,18 +235,31 @@ class _At:
 
 
 def program_of(made: Whole, parameters: list[Any], micro_batches: int, size: Size | None) -> Program:
-    """The traced calls as parts: of each micro-batch forward, and backward in the opposite order."""
+    """The traced calls as parts: of each micro-batch forward, and backward."""
     first, *later = (
-        (
-            *(part for term in made.terms for part in _parts(term, made.calls, (micro, "forward"))),
-            *(part for term in reversed(made.terms) for part in _parts(term, made.calls, (micro, "backward"))),
-        )
+        tuple(part for phase in ("forward", "backward") for part in _in_order(made, (micro, phase)))
         for micro in range(micro_batches)
     )
     return Program(
         first=first, later=later[0] if later else (), parameters=tuple(parameters), live=made.live, traced=made.traced,
         blocks=made.blocks, at=size,
     )  # fmt: skip
+
+
+def _in_order(made: Whole, place: Place) -> list[Part]:
+    """The parts of one phase as they run: further blocks among the calls of the first term, if that is known."""
+    first, *blocks = made.terms
+    if first.order is None or any(term.order is None for term in blocks):
+        terms = made.terms if place[1] == "forward" else made.terms[::-1]
+        return [part for term in terms for part in _parts(term, made.calls, place)]
+    cuts = sorted({term.behind.get(place, 0) for term in blocks})
+    found: list[Part] = []
+    for cut, piece in zip([*cuts, None], _pieces(first, made.calls, place, cuts), strict=True):
+        found += piece
+        for term in blocks:
+            if term.behind.get(place, 0) == cut:
+                found += _parts(term, made.calls, place)
+    return found
 
 
 def spread(ops: list[Op]) -> list[Op]:
@@ -260,40 +273,58 @@ def spread(ops: list[Op]) -> list[Op]:
 
 
 def _parts(term: Term, calls: Calls, place: Place) -> list[Part]:
-    """The ops of one phase of a term, as a part that repeats; what turns in a loop is a part of its own.
+    """The ops of one phase of a term, as a part that repeats; what turns in a loop is a part of its own."""
+    if term.order is not None:
+        return _pieces(term, calls, place, ())[0]
+    counted = [(key, n) for key, n in term.counts.items() if key[:2] == place]
+    ops = spread([op for key, n in counted if key not in calls.turns for op in [calls.ops[key]] * n])
+    straight = Part("traced", place[1], term.times, ops)
+    turning = [_turning(calls, key, n * term.times) for key, n in counted if key in calls.turns]
+    _share(term, place, [straight], turning)
+    return [straight, *turning]
 
-    Of its nodes and hooks each part has a share by its calls: those of a loop are as many as its turns.
-    """
-    straight: list[Op] = []
-    found = [Part("traced", place[1], term.times, straight)]
-    if term.order is None:
-        counted = [(key, n) for key, n in term.counts.items() if key[:2] == place]
-        straight += spread([op for key, n in counted if key not in calls.turns for op in [calls.ops[key]] * n])
-        found += [_turning(calls, key, n * term.times) for key, n in counted if key in calls.turns]
-    else:
-        for key, alike in groupby(key for key in term.order if key[:2] == place):
+
+def _pieces(term: Term, calls: Calls, place: Place, cuts: Sequence[int]) -> list[list[Part]]:
+    """The same, in pieces: up to each of `cuts`, as many calls of the phase, and what is left."""
+    assert term.order is not None
+    keys = [key for key in term.order if key[:2] == place]
+    pieces: list[list[Part]] = []
+    straight: list[Part] = []
+    turning: list[Part] = []
+    for start, end in pairwise([0, *cuts, len(keys)]):
+        piece = [Part("traced", place[1], term.times)]
+        for key, alike in groupby(keys[start:end]):
             n = len(list(alike))
             if key in calls.turns:
-                straight = []
-                found += [_turning(calls, key, n * term.times), Part("traced", place[1], term.times, straight)]
+                turning.append(_turning(calls, key, n * term.times))
+                piece += [turning[-1], Part("traced", place[1], term.times)]
             else:
-                straight += [calls.ops[key]] * n
-    for (where, what), n in term.host.items():
-        if where == place:
-            _share(found, what, n, term.times)
-    return [part for part in found if part.ops or part is found[0]]
+                piece[-1].ops += [calls.ops[key]] * n
+        straight += piece[::2]
+        pieces.append(piece)
+    _share(term, place, straight, turning)
+    return [[part for part in piece if part.ops or part is straight[0]] for piece in pieces]
 
 
 def _turning(calls: Calls, key: Key, times: int) -> Part:
     return Part("traced", key[1], times, list(calls.turns[key]))
 
 
-def _share(parts: list[Part], what: str, n: int, times: int) -> None:
-    """Give the first part `n` of a host's work in each of `times` runs, less what loops' turns have of it."""
-    if what in ("nodes", "hooks"):
-        calls = sum(len(part.ops) * part.repeat for part in parts)
-        for part in parts[1:]:
-            each = n * times * len(part.ops) // max(1, calls)
-            setattr(part.host, what, each)
-            n -= each * part.repeat // times
-    setattr(parts[0].host, what, n)
+def _share(term: Term, place: Place, straight: list[Part], turning: list[Part]) -> None:
+    """Give parts their shares of a term's host work, by their calls; of modules and adapters loops' turns have none."""
+    outside = sum(len(part.ops) for part in straight)
+    calls = outside * term.times + sum(len(part.ops) * part.repeat for part in turning)
+    for (where, what), n in term.host.items():
+        if where != place:
+            continue
+        if what in ("nodes", "hooks"):
+            for part in turning:
+                each = n * term.times * len(part.ops) // max(1, calls)
+                setattr(part.host, what, each)
+                n -= each * part.repeat // term.times
+        done = given = 0
+        for part in straight:
+            done += len(part.ops)
+            until = n * done // outside if outside else n
+            setattr(part.host, what, until - given)
+            given = until

@@ -95,12 +95,16 @@ SHORT = {
     ),
     "perfmodel validate layers": Short(says="LoRAFusion"),
     "perfmodel validate tuners": Short(patch=f"{TUNERS}('lora-rank32', 'prompt_tuning-default')]", says="worst"),
+    "perfmodel validate tuners --fit-host": Short(
+        patch=f"{TUNERS}('lora-rank32', 'ia3-default')]", says="times as slow as the usual one"
+    ),
     "perfmodel validate counts --grid quick": Short(
         patch=f"{COUNTS} cases.grid = lambda which: islice(g(which), 0, 140, 70)", says=" 0 cases differ"
     ),
     "perfmodel validate counts --parallel": Short(
         patch="from itertools import islice; from validate.oracle import parallel_cases as cases; g = cases.rank_grid; "
-        "cases.rank_grid = lambda which: islice(g(which), 1); cases.pipeline_grid = lambda which: ()",
+        "cases.rank_grid = lambda which: islice(g(which), 1); cases.pipeline_grid = lambda which: (); "
+        "cases.compiled_grid = lambda which: ()",
         says=" 0 cases differ",
     ),
     "perfmodel validate counts --grid all": Short(

@@ -11,9 +11,19 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 from perfmodel import cli
+from perfmodel.devices import host as hosts
+from perfmodel.devices.host import Host
+from perfmodel.errors import UserError
 from perfmodel.prediction.predict import predict
 from validate.published import tuners
-from validate.published.tuners import TunerOutcome, TunerRow, evaluate_tuner, published_tuners, summarise_tuners
+from validate.published.tuners import (
+    TunerOutcome,
+    TunerRow,
+    evaluate_tuner,
+    host_speed,
+    published_tuners,
+    summarise_tuners,
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +100,46 @@ def test_a_reason_stands_with_the_worst_rows_and_with_all_that_are_far(
     lines = CliRunner().invoke(cli.main, ["validate", "tuners"]).output.splitlines()
     told = [row for row in chosen if any(line.startswith(f"{row.id}, +") for line in lines)]
     assert len(told) == (len(chosen) if all_told else tuners.WORST)
+
+
+def test_how_slow_a_host_was_is_judged_by_the_tuners_that_it_was_not_fitted_to(
+    rows: dict[str, TunerRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One figure says all of a machine only if other tuners say the same one: here two of them do not."""
+    usual, truth = hosts.load(), {"LORA": 1.7}
+
+    def waiting(row: TunerRow, host: Host) -> TunerOutcome:
+        times = host.call / usual.call
+        return outcome(row, row.seconds * (1.0 + truth.get(row.tuner, 2.0)), row.seconds * (1.0 + times))
+
+    monkeypatch.setattr(tuners, "evaluate_tuner", waiting)
+    chosen = [r for r in rows.values() if r.tuner in ("LORA", "IA3")]  # one in each half
+    found = host_speed(chosen)
+    assert found.halves == pytest.approx((1.7, 2.0), abs=0.02)
+    assert found.rows == len(chosen)
+    of_lora = sum(r.tuner == "LORA" for r in chosen) / len(chosen)
+    assert found.before == pytest.approx(of_lora * 0.7 / 2.7 + (1.0 - of_lora) / 3.0)
+    assert found.crossed == pytest.approx(of_lora * 0.3 / 2.7 + (1.0 - of_lora) * 0.3 / 3.0, abs=0.01)
+    assert 1.68 < found.slower < 2.02
+
+
+def test_a_host_is_not_fitted_where_no_tuner_is_left_to_judge_it(rows: dict[str, TunerRow]) -> None:
+    """A figure that nothing checks is a guess."""
+    with pytest.raises(UserError, match="half of the tuners"):
+        host_speed([rows["lora-rank32"]])
+
+
+@pytest.mark.parametrize("beside", [["--host", "half-speed"], ["--all-rows"]])
+def test_what_a_fit_of_the_host_would_ignore_is_refused(beside: list[str]) -> None:
+    """It tells the host and no rows."""
+    result = CliRunner().invoke(cli.main, ["validate", "tuners", "--fit-host", *beside])
+    assert result.exit_code == 2
+    assert "--fit-host goes without" in result.output
+
+
+def test_the_command_tells_how_slow_the_host_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence has the figure that goes into a host's file."""
+    monkeypatch.setattr(tuners, "host_speed", lambda rows, tried: tuners.HostSpeed(2.0, (2.1, 1.9), 44, 0.058, 0.039))
+    told = " ".join(CliRunner().invoke(cli.main, ["validate", "tuners", "--fit-host"]).output.split())
+    assert "a host 2 times as slow as the usual one" in told
+    assert "by 5.8 % beside the usual host, by 3.9 % beside the one that the other half tells" in told

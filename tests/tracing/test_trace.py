@@ -39,16 +39,21 @@ def test_attention_is_causal_where_the_call_says_so(causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "more", "added"), [("ab", "azb", "z"), ("xb", "xab", "a"), ("ab", "abcd", "cd"), ("bc", "abcd", None)]
+    ("base", "more", "added", "start"),
+    [("ab", "azb", "z", 1), ("xb", "xab", "a", 1), ("ab", "abcd", "cd", 2), ("bc", "abcd", None, 0)],
 )
-def test_the_calls_of_a_further_block_are_found_in_one_place(base: str, more: str, added: str | None) -> None:
+def test_the_calls_of_a_further_block_are_found_in_one_place(
+    base: str, more: str, added: str | None, start: int
+) -> None:
     """Their order decides what waits for what; calls that stand in two places have none."""
 
     def keys(text: str) -> list[growth.Key]:
         return [(0, phase, name) for phase in ("forward", "backward") for name in text]
 
     adds = Counter(keys(more)) - Counter(keys(base))
-    assert growth._inserted(keys(more), keys(base), adds) == (None if added is None else keys(added))
+    found, behind = growth._inserted(keys(more), keys(base), adds)
+    assert found == (None if added is None else keys(added))
+    assert behind == {(0, "forward"): start, (0, "backward"): start}
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,8 @@ def fit_gemm(
         kept = rows[~rows.left_out].sort_values(["order", "group"], kind="stable")
         rows_in_all = FIT_ROWS_FP32 if dtype == "fp32" and len(rows_of) > 1 else FIT_ROWS
         count = int(rows_in_all * (shares[slug] if shares else 1.0 / len(rows_of)))
-        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), starting_point(slug, dtype)))
+        own = replace(starting_point(slug, dtype), power_share=begin.power_share)
+        used.append(Used(kept.head(count).reset_index(drop=True), hardware(slug), own))
     return fit_rows(used, dtype, begin)
 
 
@@ -259,7 +260,7 @@ def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Ar
 
 def on_device(found: Found, slug: str, dtype: str) -> Found:
     """Class parameters with the tiles and k step that the library has on the device, and in 16 bit its kind of L2."""
-    shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in searched_bounds(dtype)}
+    shared: dict[str, Any] = {n: getattr(found.parameters, n) for n in (*searched_bounds(dtype), "power_share")}
     if dtype == "bf16" and slug not in IN_HALVES:
         shared |= IN_ONE_PART
     return found._replace(parameters=replace(starting_point(slug, dtype), **shared))
@@ -325,7 +326,11 @@ def donors(slug: str, dtype: str) -> dict[str, float]:
 def leave_out(folder: Path, slug: str, dtype: str) -> FitErrors:
     """Errors of a device priced from its datasheet and the others' rows."""
     shares = donors(slug, dtype)
-    begin = sgemm.limited(starting_point(slug, dtype)) if dtype == "fp32" else starting_point(slug, dtype)
+    begin = starting_point(slug, dtype)
+    if dtype == "fp32":
+        begin = sgemm.limited(begin)
+    elif slug in SYNC:  # what one of these boards throttles would be taken for a lack of efficiency of the other
+        begin = replace(begin, power_share=1.0)
     found = fit_gemm({d: gemm_rows(folder, d, dtype) for d in shares}, dtype, begin, shares)
     return judge_gemms(gemm_rows(folder, slug, dtype), hardware(slug), on_device(found, slug, dtype))["all"]
 

@@ -205,7 +205,7 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
 
 def trace_rank(
     model: Any, setup: Setup, update: Any, loss_of: Callable[[], Any] | None = None,
-    beside: Iterable[torch.Tensor] = (), after: Callable[[], None] = lambda: None,
+    beside: Iterable[torch.Tensor] = (), after: Callable[[], None] = lambda: None, recorder: RankRecorder | None = None,
 ) -> RankRecorder:  # fmt: skip
     """The fourth step of a rank: in the second DDP fills other buckets than in the first, of a static graph in the
     third.
@@ -214,11 +214,12 @@ def trace_rank(
         loss_of: the loss of a micro-batch as it goes backward, in the place of the model's own.
         beside: what is in memory beside the model.
         after: what a trainer does once gradients are there.
+        recorder: what records; None: a new one.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
     attention, more = torch.ones_like(ids), own_tokens(setup, ids)
-    recorder = RankRecorder()
+    recorder = RankRecorder() if recorder is None else recorder
     autocast = setup.parallel in ("ddp", "fsdp1")  # FSDP2 casts what it gathers instead
 
     def own_loss() -> Any:

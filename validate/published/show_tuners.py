@@ -35,6 +35,26 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
     return bool(total.holds)
 
 
+def show_host_speed(*, images: bool, as_json: bool) -> None:
+    """How slow the host of a benchmark must have been; each half of its tuners is judged by what the other tells."""
+    warnings.filterwarnings("ignore")
+    with progress() as bar:
+        task = bar.add_task("tracing", total=None)
+        rows = tuners.published_tuners(tuners.IMAGES if images else tuners.TABLE)
+        found = tuners.host_speed(rows, lambda times: bar.update(task, description=f"{times:.2f} times as slow"))
+    if as_json:
+        print_json(found._asdict())
+        return
+    before, crossed = (units.percent(error, 1) for error in (found.before, found.crossed))
+    one, other = found.halves
+    told = (
+        f"{found.rows} configurations: a host {found.slower:g} times as slow as the usual one fits them best (half "
+        f"of the tuners alone: {one:g}, the others: {other:g}). Step time off by {before} beside the usual host, by "
+        f"{crossed} beside the one that the other half tells"
+    )
+    show(paragraph(told))
+
+
 def _print_tuners(outcomes: list[Any], total: Any, source: str, *, all_rows: bool) -> None:
     traced = [o for o in outcomes if o.prediction]
     cells = (

@@ -6,20 +6,23 @@ method_comparison/image-gen, full fine-tuning (without a config) among them. No 
 """
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from perfmodel.architectures import load as load_model
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
+from perfmodel.devices.host import Host
 from perfmodel.errors import UserError
 from perfmodel.methods.parts.peft_adapter import PeftAdapter
 from perfmodel.prediction.predict import Prediction, of_step
+from perfmodel.recording.step import Step
 from perfmodel.resources import DATA, read_rows
 from perfmodel.setup import Setup
 from perfmodel.tracing import traced
@@ -31,6 +34,7 @@ IMAGES = DATA / "published" / "peft_image_tuners.csv"
 MEAN_LIMIT = 0.12  # mean |relative error| of the step time
 RANK_LIMIT = 0.9  # Spearman's correlation of predicted and measured step times
 WORST = 5
+TIMES = (0.5, 4.0)  # how much slower than the usual host theirs may be in a fit
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def _row(r: dict[str, str]) -> TunerRow:
     )
 
 
-def evaluate_tuner(row: TunerRow, host: str = "default") -> TunerOutcome:
+def evaluate_tuner(row: TunerRow, host: str | Host = "default") -> TunerOutcome:
     """Trace the tuner's program and price it."""
     try:
         return TunerOutcome(
@@ -139,13 +143,17 @@ def evaluate_tuner(row: TunerRow, host: str = "default") -> TunerOutcome:
 
 
 @cache
-def _predict(config: str, model: str, setup: Setup, device: str, host: str) -> Prediction:
+def _predict(config: str, model: str, setup: Setup, device: str, host: str | Host) -> Prediction:
+    on = profile.load(device)
+    return of_step(_built(config, model, setup, device), on, hosts.host_of(host, on))
+
+
+@cache
+def _built(config: str, model: str, setup: Setup, device: str) -> Step:
     """Some rows differ in what changes no op (learning rate, random start), so a program is traced once."""
     values = json.loads(config)
-    on = profile.load(device)
     method = PeftAdapter.of(values) if values else "full"
-    built, _ = traced.of_method(load_model(model), method, setup, on)
-    return of_step(built, on, hosts.host_of(host, on))
+    return traced.of_method(load_model(model), method, setup, profile.load(device))[0]
 
 
 def evaluate_tuners(
@@ -157,6 +165,58 @@ def evaluate_tuners(
         outcomes.append(evaluate_tuner(row, host))
         progress(row.id)
     return outcomes
+
+
+class HostSpeed(NamedTuple):
+    """How slow the host of a benchmark was.
+
+    Attributes:
+        slower: times as slow as the usual host, by the least mean error of the step time over all rows.
+        halves: the same of each half of the tuners.
+        rows: how many.
+        before: mean error beside the usual host.
+        crossed: mean error of each half's rows beside the host that the other half tells.
+    """
+
+    slower: float
+    halves: tuple[float, float]
+    rows: int
+    before: float
+    crossed: float
+
+
+def host_speed(rows: Sequence[TunerRow], tried: Callable[[float], None] = lambda times: None) -> HostSpeed:
+    """Fit one figure, how slow the host was, to all rows, and to each half of the tuners, to judge it on the other.
+
+    Raises:
+        UserError: a half is empty, or a row could not be traced.
+    """
+    from scipy.optimize import minimize_scalar
+
+    halves: tuple[list[TunerRow], list[TunerRow]] = [], []
+    for row in rows:
+        halves[zlib.crc32(row.tuner.encode()) % 2].append(row)
+    if not all(halves):
+        raise UserError("a host is fitted to half of the tuners at a time: too few of them are here")
+    usual = hosts.load()
+
+    def error(row: TunerRow, times: float) -> float:
+        outcome = evaluate_tuner(row, usual.slower(times))
+        if outcome.prediction is None:
+            raise UserError(f"{row.id}: {outcome.reason}")
+        return abs(outcome.error)
+
+    def mean(some: Sequence[TunerRow], times: float) -> float:
+        tried(times)
+        return float(np.mean([error(row, times) for row in some]))
+
+    def least(some: Sequence[TunerRow]) -> float:
+        found = minimize_scalar(lambda times: mean(some, times), bounds=TIMES, options={"xatol": 0.01})
+        return round(float(found.x), 2)
+
+    one, other = map(least, halves)
+    crossed = [error(row, times) for half, times in zip(halves, (other, one), strict=True) for row in half]
+    return HostSpeed(least(rows), (one, other), len(rows), mean(rows, 1.0), float(np.mean(crossed)))
 
 
 def summarise_tuners(outcomes: Sequence[TunerOutcome]) -> TunerSummary:

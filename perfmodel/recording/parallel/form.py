@@ -10,7 +10,7 @@ from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.core import Wrapping
-from ...tape.tensor import Parameter, Tensor
+from ...tape.tensor import Cuts, Parameter, Tensor
 from .offload import check_offload
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
@@ -18,9 +18,12 @@ CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is mod
 # Objectives that several have; of others the trainers prepare models in ways that are not modelled
 OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft", "ppo")
 
+# Forms and methods whose compiled program is that of PyTorch: others were not compared, or Dynamo breaks their graphs
+COMPILED, COMPILED_METHODS = ("ddp", "fsdp2"), ("full", "lora", "top_k", "bitfit", "norm")
+
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {
-    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
+    "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
     "int8": "none", "qat": "none",
 }  # fmt: skip
 
@@ -55,6 +58,9 @@ class ParallelForm(Protocol):
     @property
     def reference(self) -> Wrapping | None:
         """As of `tape.core.Wrapping`."""
+
+    def cuts(self) -> Cuts | None:
+        """What cuts a compiled model into graphs, new for each pass; None: hooks do."""
 
     def begin(self) -> None:
         """Before a forward pass."""
@@ -107,6 +113,10 @@ class OfBlocks:
         """None: a frozen model is whole on every rank."""
         return None
 
+    def cuts(self) -> Cuts | None:
+        """None: hooks around units do."""
+        return None
+
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Its parameters are there."""
         return run(x)
@@ -147,12 +157,35 @@ def check_form(setup: Setup, method: Method) -> None:
         )
     if setup.shard_group is not None:
         _check_groups(setup)
+    if setup.compile != "none":
+        _check_compiled(setup, method)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.parallel == "fsdp1" and method.periodic():
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
+
+
+def _check_compiled(setup: Setup, method: Method) -> None:
+    """Raise `UserError` where the compiled program of several GPUs is not modelled with the rest of a setup."""
+    if setup.offload != "none":
+        raise UserError(f"offload: not modelled with compile {setup.compile}; use --offload none")
+    if setup.compile == "reduce-overhead":
+        raise UserError("compile reduce-overhead: CUDA graphs of several GPUs are not modelled; use --compile default")
+    if setup.parallel not in COMPILED:
+        where = "graphs break at its hooks" if setup.parallel in ("fsdp1", "zero3") else "DeepSpeed compiles by itself"
+        raise UserError(
+            f"compile: not modelled with parallel {setup.parallel}, {where}; use --parallel {' or '.join(COMPILED)}"
+        )
+    for name in ("tp", "cp", "pp"):
+        if getattr(setup, name) > 1:
+            raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
+    if method.name not in COMPILED_METHODS or getattr(method, "implementation", "peft") != "peft":
+        raise UserError(
+            f"compile: what Dynamo makes of {method.name} on several GPUs is not modelled, but of "
+            f"{', '.join(COMPILED_METHODS)}; use --compile none"
+        )
 
 
 def _check_groups(setup: Setup) -> None:

@@ -36,7 +36,7 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
-from ...tape.core import new_tensor, record, tape
+from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, set_event, wait_event
@@ -156,6 +156,7 @@ class FullyShard(WholeUnits):
 
     # What the recording of a step calls
 
+    @hooked
     def begin(self) -> None:
         """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
         if tape().grad_enabled:
@@ -168,7 +169,7 @@ class FullyShard(WholeUnits):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block between its hooks."""
         part = tape().part
-        out = run(self._enter(path, x))
+        out = region(run)(self._enter(path, x))
         if isinstance(out, tuple):
             return (self._leave(path, out[0], part), *out[1:])
         return self._leave(path, out, part)
@@ -188,13 +189,16 @@ class FullyShard(WholeUnits):
         return x
 
     def _leave(self, path: str, out: Tensor, part: Part) -> Tensor:
-        state = self.units[path]
-        if not state.unit.stays:
-            state.whole.clear()
+        self._reshard(self.units[path])
         self.last = path
         if tape().grad_enabled:
             self.ran.append((path, part))
         return self._before_backward(path, out)
+
+    @hooked
+    def _reshard(self, state: Gathered) -> None:
+        if not state.unit.stays:
+            state.whole.clear()
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
@@ -206,6 +210,7 @@ class FullyShard(WholeUnits):
         hooked = [self._before_backward(ROOT, output) for output in outputs]
         return [cast(output, self.output) for output in hooked] if self.output else hooked
 
+    @hooked
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
         for path in (ROOT, *self.units):  # as modules are found
@@ -242,6 +247,7 @@ class FullyShard(WholeUnits):
         node.produces(hooked)
         return hooked
 
+    @hooked
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         place = next((i for i, (name, _) in enumerate(self.ran) if name == path), 0)
@@ -260,6 +266,7 @@ class FullyShard(WholeUnits):
             return self.units[below].unit
         return self.units[next(name for name, of in reversed(self.ran) if of is part)].unit
 
+    @hooked
     def _unshard(self, state: Gathered, *, forward: bool) -> None:
         """`unshard` unless it was prefetched, and `wait_for_unshard`: copies out into whole parameters."""
         if state.whole or not state.unit.parameters:
@@ -283,6 +290,7 @@ class FullyShard(WholeUnits):
         state.coming = None
         del before
 
+    @hooked
     def _forget_copied(self) -> None:
         """What was copied out before may be overwritten once that is done."""
         if self.copied is not None:
@@ -291,6 +299,7 @@ class FullyShard(WholeUnits):
 
     # Behind backward
 
+    @hooked
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         self._reduce(path, self.units[path])
