@@ -9,17 +9,17 @@ from ..program.dims import Dim, decide
 from ..program.part import Part
 from ..program.ranks import Ranks
 from ..setup import Setup
-from ..tape import linalg, nn
+from ..tape import nn
 from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
-from ..tape.core import tape
+from ..tape.core import region, tape
 from ..tape.inplace import add_to_output
-from ..tape.packages.converted import fake_quantised, float8_or_plain, in_int8
 from ..tape.packages.sequence import SharedWords
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
 from .config import Config
+from .linear import base_product
 from .rewrites import Rewrites
 from .runs import Stage, runs_of_layers
 from .stacks import block_path
@@ -204,19 +204,12 @@ class Linear(NamedTuple):
         weight = cut.counted(self.scope.parameter(f"{self.name}.weight", shape, "weight"))
         bias = cut.counted(self.scope.parameter(f"{self.name}.bias", (self.n_out,), "bias")) if self.has_bias else None
         with tape().belonging_to("base"):
-            if self.conv1d:
-                assert bias is not None
-                return linalg.conv1d(x, weight, bias)
-            setup, layer = self.scope.build.setup, self.scope.layer
-            if setup.qat_group is not None:
-                return fake_quantised(x, weight, bias, setup.qat_group)
-            if setup.int8 != "none" and layer is not None:
-                return in_int8(x, weight, bias)
-            if self.by_matmul:
-                return linalg.matmul_linear(x, weight)
-            first = layer == 0 and self.name == self.scope.build.architecture.first_linear()
-            # accelerate leaves a model's first layer and its head out of a conversion to float8
-            return float8_or_plain(x, weight, bias, "none" if first or layer is None else setup.fp8)
+            build, layer = self.scope.build, self.scope.layer
+            first = layer == 0 and self.name == build.architecture.first_linear()
+            return base_product(
+                x, weight, bias, build.setup, conv1d=self.conv1d, by_matmul=self.by_matmul, inside=layer is not None,
+                first=first,
+            )  # fmt: skip
 
     def add_to(self, result: Tensor, other: Tensor) -> Tensor:
         """`result += other` on this layer's output: a view of a matrix where the product has a bias."""
@@ -307,7 +300,7 @@ class Scope:
         out = self.wrapped(name, lambda x: self.build.architecture.traits.norm(parameter, x, self.build.setup), x)
         return out if shares is None or self.layer is None else shares.gathered(out)
 
-    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run = lambda x: x) -> Tensor:
+    def embedding(self, name: str, rows: int, width: int, ids: Tensor, then: Run | None = None) -> Tensor:
         """`nn.Embedding`, and what its module does then; that of the words as the fine-tuning method rewrites it.
 
         With checkpointing transformers makes that a leaf that needs a gradient (`enable_input_require_grads`), so
@@ -319,13 +312,17 @@ class Scope:
 
         def run(ids: Tensor) -> Tensor:
             weight = self.parameter(f"{name}.weight", size if shares is None else shares.rows(*size), "embedding")
-            look_up = method.words if name.endswith(WORDS) else lambda _, *given: nn.embedding(*given)
-            x = then(look_up(self, weight, ids) if shares is None else shares.words(weight, ids))
+            if shares is not None:
+                x = shares.words(weight, ids)
+            else:
+                x = method.words(self, weight, ids) if name.endswith(WORDS) else nn.embedding(weight, ids)
+            x = x if then is None else then(x)
             if words and self.build.setup.checkpoint != "none" and method.checkpoints(0) and not x.requires_grad:
                 x.requires_grad = True
             return x
 
-        return self.wrapped(name, run, ids) if words else run(ids)
+        made = run if then is None else region(run)  # a class of the model's own
+        return self.wrapped(name, made, ids) if words else made(ids)
 
     def wrapped(self, name: str, run: Run, x: Tensor) -> Tensor:
         """A module between the hooks of a program of several GPUs; those in a block have none of their own."""
@@ -356,8 +353,9 @@ class Scope:
         current, shared = tape(), list(given)
         of_stage = self.build.stage.blocks if self.build.stage is not None else None
         for first, period, times in runs_of_layers(
-            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None
-        ):
+            self.build.architecture, self.build.method, of_stage, ends_apart=current.wrapping is not None,
+            alone=current.alone,
+        ):  # fmt: skip
             end = first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
@@ -370,7 +368,7 @@ class Scope:
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
                 if current.flow is not None:
-                    current.flow.carried[id(part)] = before, x.storage.number
+                    current.flow.carry(part, (before, x.storage.number), period)
                 for p in self.build.parameters.values():
                     if p.part is part:
                         p.count = count
@@ -392,7 +390,9 @@ class Scope:
 
         if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        tape().enter_block(layer, whole=how != "none")
         out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
+        tape().enter_block(None)
         return out if isinstance(out, tuple) else (out, *shared)
 
     def begin(self, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..program.dims import Dim, Shape, contiguous_strides, decide, product, same
 from ..program.lengths import Documents
-from ..tape.core import emit, record, tape
+from ..tape.core import emit, record, region, tape
 from ..tape.packages.varlen import PackedRows
 from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, sub, unary, where
 from ..tape.shape import clone, expand, narrow, unsqueeze, view, view_as
@@ -42,6 +42,7 @@ def read_scalar(x: Tensor) -> None:
     record("_local_scalar_dense", (x,), ())
 
 
+@region
 def causal_mask(
     attention: Tensor, seq: Dim, implementation: str, dtype: str, window: int | None, *, padded: bool,
     skip: bool = True, packed: PackedRows | None = None,
@@ -159,6 +160,7 @@ def bidirectional_mask(attention: Tensor, implementation: str, dtype: str, *, pa
     return _expanded(mask, (batch, 1, seq, seq), implementation, dtype)
 
 
+@region
 def rotary_tables(
     position_ids: Tensor, half: int, dtype: str, *, longrope: bool = False, layout: str = "halves"
 ) -> tuple[Tensor, Tensor]:

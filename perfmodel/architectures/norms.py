@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ..setup import Setup
 from ..tape import nn
+from ..tape.core import region
 from ..tape.packages import liger
 from ..tape.pointwise import add, cast, mean_last, mul, power, rsqrt, sub
 from ..tape.tensor import Parameter, Tensor
@@ -11,6 +12,7 @@ from ..tape.tensor import Parameter, Tensor
 Norm = Callable[[Callable[[str], Parameter], Tensor, Setup], Tensor]
 
 
+@region
 def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Llama's RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
     weight = parameter("weight")
@@ -23,6 +25,7 @@ def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> 
     return mul(weight, cast(x, dtype))
 
 
+@region
 def t5_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """T5's RMSNorm: x itself is scaled by statistics in fp32, the weight applied in its own dtype, if it has 16 bit."""
     weight = parameter("weight")
@@ -33,6 +36,7 @@ def t5_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> T
     return mul(weight, x)
 
 
+@region
 def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """OLMo 2's and gpt-oss's RMSNorm: the weight applied in fp32 too."""
     weight = parameter("weight")
@@ -43,6 +47,7 @@ def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup
     return cast(mul(weight, x), dtype)
 
 
+@region
 def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Gemma's RMSNorm: the weight is an offset from 1, and all of it is computed in fp32; in Liger's form Gemma 2's."""
     weight = parameter("weight")
@@ -54,6 +59,7 @@ def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Set
     return cast(mul(out, add(cast(weight, "fp32"), 1.0)), x.dtype)
 
 
+@region
 def centred_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Cohere's LayerNorm: written out in fp32, without a bias."""
     weight = parameter("weight")

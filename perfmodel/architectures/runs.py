@@ -51,8 +51,9 @@ Run = tuple[int, int, int]
 
 
 def runs_of_layers(
-    architecture: HasKinds, method: HasKeys, blocks: range | None = None, *, ends_apart: bool = False
-) -> list[Run]:
+    architecture: HasKinds, method: HasKeys, blocks: range | None = None, *, ends_apart: bool = False,
+    alone: frozenset[int] = frozenset(),
+) -> list[Run]:  # fmt: skip
     """Layers that come again alike, in their order: (first layer, layers of a pattern, times that it comes in a row).
 
     The first block stands alone in any case: what all blocks share (its input, masks, rotary tables) is allocated
@@ -61,11 +62,14 @@ def runs_of_layers(
     Args:
         blocks: those of a stage of a pipeline; None: all. So does the last block of one that is not the last: the
             gradient of its output comes from elsewhere.
+        alone: blocks that are like no other.
         ends_apart: whether either end of a run is a run of its own, as hooks see what lies beyond.
     """
     blocks = range(architecture.layers) if blocks is None else blocks
     apart = blocks.stop < architecture.layers and len(blocks) > 1
-    keys = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(blocks.stop - apart)]
+    keys: list[Hashable] = [(architecture.layer_kind(i), method.layer_key(i)) for i in range(blocks.stop - apart)]
+    for i in alone:
+        keys[i] = i
     found = [(blocks.start, 1, 1)]
     first = blocks.start + 1
     while first < len(keys):

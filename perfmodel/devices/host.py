@@ -1,5 +1,6 @@
 """What the host spends on dispatching a step: Python, autograd and the launch, in seconds."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ ENGINE = {  # the same of a training engine
     "fetch": "weights", "release": "returns", "reduce": "gradients", "wrap": "units",
 }  # fmt: skip
 EAGER = PYTHON | ENGINE
+BESIDE = {"node": "nodes", "search": "searched", "reduce": "gradients", "wrap": "units"}  # what compiled code leaves
 
 
 class HostCalls(NamedTuple):
@@ -146,29 +148,31 @@ class Host:
         else:
             forward = calls.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)
-            python = self._python(calls.work)
+            python = self._python(calls.work, EAGER)
         launching = call + (self.launch_call if device == "cuda" else 0.0)
         seconds = np.where(calls.launched, launching, np.where(calls.views, view, call))
         if calls.tensors is not None:
             seconds += self.tensor * calls.tensors
         return seconds + python / max(1, len(seconds))
 
-    def _python(self, work: HostWork) -> float:
+    def _python(self, work: HostWork, costs: Mapping[str, str]) -> float:
         """Seconds of a run of a part besides its calls."""
-        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in EAGER.items())
+        seconds: float = sum(getattr(self, cost) * getattr(work, count) for cost, count in costs.items())
         return seconds
 
     def _compiled(self, calls: HostCalls, device: str) -> np.ndarray:
         """The same for compiled code: guards and wrappers first, then the calls one after another.
 
-        A library's kernel costs what it costs in eager mode: `extern_kernels.mm` with its buffer took 0.96 of
-        `torch.mm` where both were measured.
+        What hooks of several GPUs do beside it is Python's work, spread evenly. A library's kernel costs what it costs
+        in eager mode: `extern_kernels.mm` with its buffer took 0.96 of `torch.mm` where both were measured.
         """
         seconds = np.zeros(len(calls.launched))
         on_gpu = device == "cuda"
         if not (calls.captured and on_gpu):
-            launch = self.launch_call if on_gpu else 0.0
-            seconds += np.where(calls.generated, self.compiled_kernel, self.call) + launch
+            launch = np.where(calls.launched, self.launch_call if on_gpu else 0.0, 0.0)
+            call = np.where(calls.views, self.view, self.call)
+            seconds += np.where(calls.generated, self.compiled_kernel, call) + launch
+        seconds += self._python(calls.work, BESIDE) / max(1, len(seconds))
         if calls.phase == "forward":
             seconds[0] += self.guard * calls.work.modules
         captured = self.graph_launch if calls.captured and on_gpu else 0.0

@@ -20,6 +20,7 @@ MARKS = ("distributed_type", "compute_environment", "num_processes")
 # `DistributedType` of accelerate; its others are no GPUs of NVIDIA, or Megatron
 TYPES = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 PRECISIONS = {"no": None, "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
+UNCOMPILED = "without torch.compile (dynamo_config)"  # data/configs/accelerate.toml
 DEFAULT_STAGE = 2  # `DeepSpeedPlugin.zero_stage` of accelerate/utils/dataclasses.py
 NAMES = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP"}
 # Of accelerate's short form of DeepSpeed's config: what changes neither speed nor memory
@@ -74,8 +75,13 @@ class Launch:
                 own = replace(own, besides=(*own.besides, f"products in {dtype}, not in {amp} under autocast"))
         if found.setup.get("checkpoint", "none") != "none":
             own.setup.pop("checkpoint", None)
-        asked = found.asks()
+        asked, compiles = found.asks(), own.setup.pop("compile", "none")
         form = asked.under(own).as_typed(parallel, cp)
+        asks = found.setup.get("compile", "none") != "none"
+        if several and compiles != "none" and not asks and found.compiles(form.parallel):
+            form = replace(form, setup={**form.setup, "compile": compiles})
+        if asks or "compile" in form.setup:  # the Trainer's own word comes first
+            form = replace(form, besides=tuple(words for words in form.besides if words != UNCOMPILED))
         if several:
             return found.on_several(form)
         if asked.parallel is not None or form.parallel in (None, "ddp"):
@@ -143,7 +149,7 @@ def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Lau
     nodes = keys.count("num_machines", 1)
     asked: dict[str, Any] = {MESH: keys.get(MESH)}
     sections = {name: _section(keys, f"{name}_config") for name in ("fsdp", "deepspeed")}
-    setup: dict[str, Any] = {"amp": _precision(keys)}
+    setup: dict[str, Any] = {"amp": _precision(keys), "compile": _compiled(keys.values.get("dynamo_config"))}
     if kind == "FSDP":
         options = {"fsdp_auto_wrap_policy": "NO_WRAP", **sections["fsdp"]}
         asked["fsdp_config"] = options
@@ -186,6 +192,14 @@ def _precision(keys: Keys) -> str | None:
     if word == "fp8":
         keys.differ(NOT_FP8, "mixed_precision")
     return PRECISIONS[word]
+
+
+def _compiled(dynamo: object) -> str | None:
+    """What of `dynamo_config` is modelled: the whole model compiled by Inductor, not blocks or with tuned kernels."""
+    given = dynamo if isinstance(dynamo, dict) else {}
+    said = {str(key).removeprefix("dynamo_"): str(value).lower() for key, value in given.items()}
+    plain = said.get("backend") == "inductor" and said.get("mode", "default") == "default"
+    return "default" if plain and said.get("use_regional_compilation", "false") == "false" else None
 
 
 def _section(keys: Keys, key: str) -> dict[str, Any]:

@@ -20,7 +20,9 @@ ENDS = {  # what is answered where PyTorch ends in an error with what a file ask
 
 
 def asked(tool: str, keys: Keys, setup: dict[str, Any]) -> str:
-    """What a file tells DDP."""
+    """What a file tells DDP: nothing where TRL's PPO makes its own `Accelerator` (experimental/ppo/ppo_trainer.py)."""
+    if setup.get("objective") == "ppo":
+        return "plain"
     if keys.values.get("ddp_static_graph"):
         return "static-graph"
     searches = tool in SEARCHES and SEARCHES[tool](keys, setup)

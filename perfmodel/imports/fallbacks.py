@@ -72,6 +72,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
     for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
         if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
             yield Fallback(option, "none", f"{said} ({option})")
+    if found.setup.get("compile", "none") != "none" and architecture.stacked_names():
+        yield Fallback("compile", "none", "without torch.compile, which is not modelled for mixtures of experts")
     if part := in_part(architecture.note):
         yield Fallback("model", found.model, part)
     if kept := as_kept(found):

@@ -189,4 +189,5 @@ def with_own_part(setup: Mapping[str, Any], gpus: Sequence[int]) -> tuple[dict[s
 
 def groups_shards(setup: Mapping[str, Any]) -> bool:
     """Whether shards over groups of GPUs are modelled with the rest of a setup."""
-    return bool(setup.get("objective", "sft") == "sft")
+    alone = setup["tp"] == 1 and "cp" not in setup
+    return alone or setup.get("objective", "sft") == "sft"

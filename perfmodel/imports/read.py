@@ -8,8 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..errors import UserError
-from ..recording.parallel.form import ALONE, OBJECTIVES
+from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTIVES
 from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
@@ -19,6 +20,7 @@ from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
+from .trained_for import cut_otherwise
 from .values import read_values, values_alone
 
 # What is said of a setup's field that holds no more where the field has another value
@@ -144,6 +146,7 @@ class Imported:
         kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
         said += [ONE_GROUP] if form.shard_group and not setup["shard_group"] and form.group == 1 else []
+        said += cut_otherwise(setup, self.method) if self.tool == FACTORY else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
         if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked
@@ -179,7 +182,14 @@ class Imported:
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
+        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks().parallel)
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
+
+    def compiles(self, parallel: str | None) -> bool:
+        """Whether several GPUs have its step compiled, in such a form."""
+        method, setup = methods.parse(self.method or "full"), self.setup
+        of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
+        return of_sft and (parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]

@@ -1,5 +1,6 @@
 """What a training config trains for: an objective and its reference, by the keys that only its trainer has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -53,6 +54,7 @@ EMPTIED_TWICE = "the allocator's cache is never emptied; Axolotl's EBFT does it 
 NOT_KEPT = "the frozen network's logits alone; Axolotl's EBFT has it return what lies between its blocks, too"
 # `create_ref_model`: what does not train stays in the dtype of its checkpoint, or in the bits that a key names
 REFERENCE_IN_FP32 = "a reference in fp32 like what trains, not in 16 bit as LLaMA-Factory loads it"
+AS_ONE = "a reference that FSDP gathers as a whole, as TRL has it, not block by block as LLaMA-Factory does"
 IN_16_BIT = "a reference that is not quantised"
 # Of a model that has adapters already, as Axolotl hands it to this trainer (grpo_trainer.py, `add_adapter("ref", ...)`)
 COPIED = "a reference without adapters, not with the copy of them that TRL keeps as it"
@@ -307,6 +309,12 @@ def _differ_in_reference(keys: Keys) -> None:
         keys.differ(IN_16_BIT, "ref_model_quantization_bit")
     elif keys.text("finetuning_type") == "full" and not _set(keys, "pure_bf16", "use_badam"):
         keys.differ(REFERENCE_IN_FP32)
+
+
+def cut_otherwise(setup: Mapping[str, Any], method: str | None) -> list[str]:
+    """What is said of LLaMA-Factory's reference on several GPUs (train/dpo/trainer.py, by `fsdp2_prepare_model`)."""
+    own = setup.get("reference") == "model" or method in (None, "full")
+    return [AS_ONE] if setup["parallel"] == "fsdp2" and setup.get("objective") in ("dpo", "kto") and own else []
 
 
 def _asft(keys: Keys) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Asft(Objective):
     compares = "always"
     scaled = False
     reference_in_amp = True
+    reference_by_blocks = True
 
     def loss(self, passes: Passes) -> Tensor:
         input_ids, attention_mask, labels = (passes.tensor() for _ in range(3))

@@ -126,17 +126,20 @@ def _forward(passes: Passes, query_responses: Tensor) -> tuple[Tensor, Tensor]:
     if not headed.traits.packs:
         raise UserError(f"objective ppo: {headed.name} with positions that come with the tokens is not modelled")
     critic = Build(headed, Full(), replace(setup, checkpoint="none"), passes.critic, labelled=False)
-    with tape().autocasting():
-        outputs = []
-        for build in (critic, policy):
-            build.given_positions, build.collects = position_ids, True
-            model = passes.model if build is policy else Scope(build)
-            outputs.append(build.architecture.forward(model, input_ids, attention_mask, input_ids))
-        values, logits = outputs
-        del outputs
-        release(critic.held)
-    if setup.amp:
-        logits, values = cast(logits, "fp32"), cast(values, "fp32")
+
+    def run() -> tuple[Tensor, Tensor]:
+        with tape().autocasting():
+            outputs = []
+            for build in (critic, policy):
+                build.given_positions, build.collects = position_ids, True
+                model = passes.model if build is policy else Scope(build)
+                outputs.append(build.architecture.forward(model, input_ids, attention_mask, input_ids))
+            values, logits = outputs
+            del outputs
+            release(critic.held)
+        return (cast(logits, "fp32"), cast(values, "fp32")) if setup.amp else (logits, values)
+
+    logits, values = passes.called(run)[:2]
     _hold(policy, "output", [*policy.held, (logits, None)])
     policy.held.clear()
     passes.frozen.update(passes.frozen or _resident(passes))

@@ -44,6 +44,9 @@ class Prim:
         place: where it was recorded, an index of `Graph.places`.
         recomputable, fusible: what AOTAutograd's partitioner allows.
         op: the call itself, of an extern.
+        at: behind how many ops of its part it was recorded.
+        region: what is compiled with it: a region and a copy of its part; None where nothing is, it stays as it is.
+        hook: what runs beside the model, of kind "hook".
     """
 
     name: str
@@ -59,6 +62,9 @@ class Prim:
     recomputable: bool = True
     fusible: bool = True
     op: Op | None = None
+    at: int = 0
+    region: tuple[int, int] | None = None
+    hook: Part | None = None
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Graph:
         results: values that outlive the pass (loss, gradients, what modules keep).
         tail: accumulations into gradients that were there before: they run after the compiled backward.
         additions: the tail of further passes that do the same (`Tape.alike`).
+        apart: whether regions are compiled one by one (`Flow.apart`).
     """
 
     places: list[Place]
@@ -87,6 +94,7 @@ class Graph:
     results: set[Value] = field(default_factory=set)
     tail: list[Prim] = field(default_factory=list)
     additions: list[Prim] = field(default_factory=list)
+    apart: bool = False
 
     @property
     def outside(self) -> set[Value]:
@@ -96,7 +104,7 @@ class Graph:
     def later(self) -> "Graph":
         """A further pass: its gradients are added to those that are there, and gone after it."""
         added = {value for prim in self.additions for value, _ in prim.reads}
-        return Graph(self.places, self.prims, self.results - added, self.additions)
+        return Graph(self.places, self.prims, self.results - added, self.additions, apart=self.apart)
 
 
 def places(parts: list[Part], flow: Flow) -> list[Place]:
@@ -178,7 +186,7 @@ class Builder:
     """Takes ops one by one, gives the graph; the meaning of each op is `lower`'s (`passes.lowering`)."""
 
     def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
-        self.graph = Graph(places(parts, flow))
+        self.graph = Graph(places(parts, flow), apart=flow.apart)
         self.names = Names(parts, flow, parameters)
         self.parameters = parameters
         self.flow = flow
@@ -190,6 +198,7 @@ class Builder:
         self.index, self.backward = 0, False
         self.keys: dict[int, Key] = {}  # of the blocks that the current place's ops use
         self.op = Op("", (), (), 0, 0)
+        self.at = 0  # behind how many ops of its part it is
 
     @property
     def place(self) -> Place:
@@ -200,10 +209,33 @@ class Builder:
         """Every op of every copy."""
         for index, place in enumerate(self.graph.places):
             self.index, self.keys, self.backward = index, {}, place.backward
-            for op in place.part.ops:
+            hooks = iter(self.flow.hooks.get(id(place.part), ()))
+            following = next(hooks, None)
+            for self.at, op in enumerate(place.part.ops):
+                while following is not None and following[0] <= self.at:
+                    self._beside(following[1])
+                    following = next(hooks, None)
                 if not op.view:
                     self.op = op
                     yield op
+            self.at = len(place.part.ops)
+            while following is not None:
+                self._beside(following[1])
+                following = next(hooks, None)
+
+    @property
+    def region(self) -> tuple[int, int] | None:
+        """What the current op is compiled with, where regions are compiled one by one."""
+        region = self.flow.regions.get(self.op)
+        return None if region is None else (region, 0 if self.flow.cuts is not None else self.place.copy)
+
+    def _beside(self, hook: Part) -> None:
+        """A hook, which reads gradients of the model."""
+        used = {self.key(use.storage): use for op in hook.ops for use in op.reads}
+        reads = [(value, value.nbytes) for key in used if (value := self.values.get(key)) is not None and value.maker]
+        prim = Prim("hook", "hook", reads, 0, self.index, self.backward, "base", at=self.at, hook=hook)
+        prim.recomputable = prim.fusible = False
+        self.graph.prims.append(prim)
 
     def key(self, storage: int) -> Key:
         """The name of a block of memory that the current op uses."""
@@ -277,11 +309,11 @@ class Builder:
         known: list[Value] = []
         if layouts is not None:
             same_reads = tuple([(id(value), nbytes) for value, nbytes in reads])
-            known = _entry(self.known, (name, kind, dtype, same_reads, points, self.op.recompute, layouts))
+            known = _entry(self.known, (name, kind, dtype, same_reads, points, self.op.recompute, layouts, self.region))
             if known:
                 return known[0]
         prim = Prim(name, kind, reads, points, self.index, self.backward, self.op.owner, **more)
-        prim.recompute = self.op.recompute
+        prim.recompute, prim.at, prim.region = self.op.recompute, self.at, self.region
         value = Value(dtype, points if holds is None else holds, prim)
         prim.outs.append(value)
         self.graph.prims.append(prim)
@@ -295,6 +327,7 @@ class Numbering:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.number: dict[Value, int] = {}
+        self.regions: dict[Any, int] = {None: 0}
         number = self.number
         for prim in graph.prims:
             for value, _ in prim.reads:
@@ -312,14 +345,15 @@ class Numbering:
         prims = tuple([self._of_prim(prim) for prim in self.graph.prims])
         values = tuple([(v.dtype, v.points, v.free, v in outside) for v in self.number])
         places = tuple([(place.copy, place.repeat, place.backward) for place in self.graph.places])
-        return _frozen((prims, values, places))
+        return _frozen((prims, values, places, self.graph.apart))
 
     def _of_prim(self, p: Prim) -> Any:
         reads = tuple([(self.number[value], nbytes) for value, nbytes in p.reads])
         outs = tuple([self.number[value] for value in p.outs])
         call = (p.op.inputs, p.op.outputs, p.op.attrs) if p.op is not None else ()
         flags = p.backward, p.recompute, p.recomputable, p.fusible
-        return p.name, p.kind, reads, outs, p.points, p.length, p.place, p.owner, flags, call
+        region = self.regions.setdefault(p.region, len(self.regions)), p.at if self.graph.apart else 0
+        return p.name, p.kind, reads, outs, p.points, p.length, p.place, p.owner, flags, call, region
 
     def renamed(self, g: Graph, values: list[Value]) -> Graph:
         """Results and tail of the graph, or of one with its values, in the values of another of the same signature."""

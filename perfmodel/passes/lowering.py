@@ -40,9 +40,11 @@ def lowered(parameters: Sequence[Parameter], parts: list[Part], flow: Flow) -> G
         if name == "add_" and op.attrs.later:
             _add_later(builder)
         elif name == "add_" and op.writes and builder.existed(op.writes[0]):
-            _accumulate(builder)
+            (_eager if flow.apart else _accumulate)(builder)
         elif name == "ones_like" and not op.outputs[0].shape:
             _seed(builder)
+        elif flow.apart and builder.region is None:
+            _eager(builder)
         elif name in _RULES:
             _RULES[name](builder)
         else:
@@ -60,7 +62,8 @@ def _without_dead_code(graph: Graph) -> None:
     needed = graph.outside
     kept = []
     for prim in reversed(graph.prims):
-        if not prim.outs or not needed.isdisjoint(prim.outs):
+        stays = graph.apart and prim.region is None
+        if stays or not prim.outs or not needed.isdisjoint(prim.outs):
             needed.update([value for value, _ in prim.reads])
             kept.append(prim)
     graph.prims = kept[::-1]
@@ -82,6 +85,7 @@ def _seed(b: Builder) -> None:
     """The gradient of the loss, which `loss.backward()` makes outside of the compiled code."""
     out = b.op.outputs[0]
     prim = Prim(b.op.name, "extern", [], 0, b.index, True, b.op.owner, op=b.op, recomputable=False, fusible=False)
+    prim.at = b.at
     prim.outs.append(Value(out.dtype, out.numel, prim))
     b.graph.prims.append(prim)
     b.write(b.op.writes[0], prim.outs[0])
@@ -115,10 +119,25 @@ def _extern(b: Builder) -> None:
     op, reads = b.op, b.reads()
     prim = Prim(op.name, "extern", reads, 0, b.index, b.backward, op.owner, op=op)
     prim.recompute, prim.recomputable, prim.fusible = op.recompute, False, False
+    prim.at, prim.region = b.at, b.region
     for use, spec in zip(op.writes, op.outputs, strict=True):
         value = Value(spec.dtype, spec.numel, prim)
         prim.outs.append(value)
         b.write(use, value)
+    b.graph.prims.append(prim)
+
+
+def _eager(b: Builder) -> None:
+    """A call outside of all regions; what it writes over stays the same block."""
+    op, reads = b.op, b.reads()
+    prim = Prim(op.name, "eager", reads, 0, b.index, b.backward, op.owner, op=op, at=b.at)
+    prim.recompute, prim.recomputable, prim.fusible = op.recompute, False, False
+    over = {use.storage for use in op.reads}
+    for use, spec in zip(op.writes, op.outputs, strict=True):
+        if use.storage not in over:
+            value = Value(spec.dtype, spec.numel, prim)
+            prim.outs.append(value)
+            b.write(use, value)
     b.graph.prims.append(prim)
 
 

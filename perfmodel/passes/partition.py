@@ -191,13 +191,13 @@ def _split(graph: Graph, saved: set[Value]) -> Halves:
     halves = Halves([], [], set(saved))
     again: dict[Value, Value] = {}
 
-    def available(value: Value, place: int) -> Value:
+    def available(value: Value, before: Prim) -> Value:
         maker = value.maker
         if maker is None or maker.backward or value in saved:
             return value
         if value not in again:
-            reads = [(available(v, place), nbytes) for v, nbytes in maker.reads]
-            copy = replace(maker, reads=reads, backward=True, place=place, outs=[])
+            reads = [(available(v, before), nbytes) for v, nbytes in maker.reads]
+            copy = replace(maker, reads=reads, backward=True, place=before.place, at=before.at, outs=[])
             for out in maker.outs:
                 again[out] = Value(out.dtype, out.points, copy)
                 copy.outs.append(again[out])
@@ -208,6 +208,6 @@ def _split(graph: Graph, saved: set[Value]) -> Halves:
         if not prim.backward:
             halves.forward.append(prim)
             continue
-        prim.reads = [(available(value, prim.place), nbytes) for value, nbytes in prim.reads]
+        prim.reads = [(available(value, prim), nbytes) for value, nbytes in prim.reads]
         halves.backward.append(prim)
     return halves

@@ -60,7 +60,9 @@ def notes_before(architecture: Architecture, method: Method, setup: Setup) -> li
     """What is known before a step is recorded: of the model, of how its layers run, of what it is trained for."""
     notes = [architecture.note] if architecture.note else []
     if setup.compile != "none":
-        notes.append(passes.OF_SDPA if setup.attention == "sdpa" else passes.NOTE)
+        several = {"fsdp2": passes.BETWEEN_HOOKS, "ddp": passes.AT_BUCKETS}
+        graphs = several.get(setup.parallel, passes.NOTE) if np.max(setup.gpus) > 1 else passes.NOTE
+        notes.append(f"{graphs}, and {passes.OF_SDPA}" if setup.attention == "sdpa" else graphs)
     notes += converted.product_notes(setup)
     return notes + _head_notes(architecture, method, setup)
 

@@ -183,7 +183,7 @@ class StepWork:
             zero=built.zero,
             paged_bytes=built.paged_bytes,
             periodic=built.periodic,
-            notes=built.notes,
+            notes=[*built.notes, *(built.form.notes if built.form is not None else ())],
         )
 
     @property

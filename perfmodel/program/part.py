@@ -97,6 +97,11 @@ class Part:
         if self.later is not None:
             self.later.free(nbytes)
 
+    def passes_through(self, other: "Part") -> None:
+        """What another part does to live bytes happens here, within this one."""
+        self.highest = larger(self.peak, self.delta + other.peak)
+        self.delta = self.delta + other.delta
+
     def take_turns(self, times: int) -> None:
         """What is recorded from here to the next call of this runs `times` times in a row."""
         if self.turn is not None:

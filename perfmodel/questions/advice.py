@@ -165,7 +165,8 @@ class _Space:
 
         A round goes over the knobs from the last to the first and keeps the best choice of each: what makes a step
         faster comes before what trades time for memory. So most knobs are settled when the dearest is turned, and after
-        the round that changes nothing every setup that is one choice away has been tried.
+        the round that changes nothing every setup that is one choice away has been tried. A round that ends behind what
+        was tried on the way (a choice that others are refused beside) goes on from there.
         """
         if self.size <= EXHAUSTIVE:
             for positions in product(*(range(len(knob)) for knob in self.knobs)):
@@ -180,6 +181,7 @@ class _Space:
             before = here
             for k in reversed(range(len(self.knobs))):
                 here = min([here, *self.turned(here, k)], key=self._order)
+            here = min([here, *self.known], key=self._order)
 
     def turned(self, here: Positions, k: int) -> Iterator[Positions]:
         """The other choices of one knob."""

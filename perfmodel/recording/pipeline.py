@@ -28,11 +28,12 @@ from ..tape.engine import run_backward
 from ..tape.tensor import Tensor
 from .checks import check_step
 from .collector import no_collector
+from .forward import Kept, forward_passes, running
 from .parallel import ddp
 from .parallel.collectives import SENT
 from .parallel.form import check_form
 from .parallel.schedules import BACKWARD, FORWARD, Action, Pass, Post, Reduce, Schedule
-from .record import Kept, forward_passes, record_update, running
+from .record import record_update
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled

@@ -5,14 +5,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import objectives, optimizers
-from ..architectures.base import Architecture, Build, Scope
-from ..architectures.masks import model_buffer
-from ..architectures.runs import Stage
+from ..architectures.base import Architecture
 from ..calls.launches import launch_for
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..methods.parts.periodic import Periodic, PeriodicOps
-from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import Dim, decide, larger
 from ..program.part import Group, Part
 from ..program.ranks import Ranks
@@ -21,21 +18,19 @@ from ..setup import Setup
 from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
-from ..tape.tensor import Flow, Parameter, Tensor
+from ..tape.tensor import Flow
 from . import reuse as sharing
 from . import zero
 from .checks import check_step
 from .collector import no_collector
-from .parallel.form import ParallelForm, check_form
-from .parallel.ring import check_ring, ring_of
+from .forward import Kept, forward_passes, running
+from .parallel.form import ParallelForm
+from .parallel.ring import ring_of
 from .reuse import MicroBatches, Shared
 from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
-
-STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
-Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
 
 
 def build(
@@ -80,7 +75,10 @@ def build(
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
-    step.form = _form(step, capability)
+    if setup.offload != "none" or not decide(setup.gpus == 1):
+        from .forms import parallel_form  # few ask for several
+
+        step.form = parallel_form(step, capability)
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -88,45 +86,6 @@ def build(
         step.groups.append(Group(list(tape.parts)))
     step.periodic = [_besides(step, work, capability) for work in method.periodic()]
     return step
-
-
-def _form(step: Step, capability: str) -> ParallelForm | None:
-    """What several GPUs do. The forward pass tells which parameters each block has."""
-    alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
-    if alone and not offloads:
-        return None
-    if step.architecture.recorded:
-        what = "offload: nothing is offloaded in" if offloads else "gpus: several are not modelled by"
-        raise UserError(f"{what} a trace; use --{'offload none' if offloads else 'gpus 1'}")
-    check_form(step.setup, step.method)
-    check_ring(step.setup, step.architecture)
-    if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
-        return None
-    from .parallel import ddp_search, fsdp1, fsdp2, units, zero3  # few ask for several
-    from .parallel import zero as stages
-
-    ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
-    if setup[0].parallel == "ddp":
-        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late)
-    if setup[0].parallel in STAGES:
-        late = step.architecture.registers_late
-        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
-    ranks, across = units.sharing(ranks, step.setup)
-    survey = units.Survey()
-    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
-        tape.wrapping, tape.ring = survey, ring_of(step.setup)
-        tape.begin("inputs", "forward")
-        step.parameters = forward_passes(step, *setup, {})[0]
-    cut = survey.units(
-        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
-        classifies=step.architecture.classifier is not None,
-    )  # fmt: skip
-    if step.zero:
-        return zero3.CutWeights(cut, ranks, step.architecture.hidden, step.setup.checkpoint, step.setup.offload)
-    if step.setup.parallel == "fsdp1":
-        return fsdp1.FlatShard(cut, ranks, across, offloads=offloads, keeps=not step.setup.reshard)
-    whole = units.whole_reference(step.parameters, ranks.size, step.setup)
-    return fsdp2.FullyShard(cut, ranks, step.setup.amp, whole, across, offloads=offloads)
 
 
 def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tuple[Architecture, Method]:
@@ -253,11 +212,14 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     Of a compiled one, those of further micro-batches that are alike (`Tape.alike`) follow; else none.
     """
     setup, method = running(step)
-    tape.flow = Flow() if setup.compile != "none" else None
+    form = step.form
+    if setup.compile != "none":
+        tape.flow = Flow(apart=form is not None, cuts=form.cuts() if form is not None else None)
+    else:
+        tape.flow = None
     if step.zero_alone:
         tape.on_gradient = zero.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
-    form = step.form
     before = tape.loss.storage if tape.flow is not None and tape.loss is not None else None
     parameters, loss, after = forward_passes(step, setup, method, kept)
     tape.renew(loss)
@@ -270,17 +232,17 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     seed = emit("ones_like", (loss,), (), loss.dtype)
     run_backward(loss, seed)
     del seed
-    if after is not None:
-        tape.begin("statistics", "backward")
-        with tape.no_grad():
-            after()
-            del after
     if step.zero_alone:
         zero.end_of_backward()
     if form is not None:
         tape.begin("exchange", "backward")
         with tape.no_grad():
             form.end_of_backward()
+    if after is not None:
+        tape.begin("statistics", "backward")
+        with tape.no_grad():
+            after()
+            del after
     for p in step.parameters:
         p.accumulator = None
         if p.grad is not None:
@@ -295,37 +257,6 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     tape.parts.clear()
     tape.twins.clear()
     return first, later
-
-
-def forward_passes(
-    step: Step, setup: Setup, method: Method, kept: Kept, stage: Stage | None = None, received: Tensor | None = None
-) -> tuple[list[Parameter], Tensor, Callable[[], None] | None]:
-    """Record the passes of the objective; returns all parameters, the loss, and what is to be done after backward.
-
-    Behind the parameters of the model are those of others, frozen ones last. Of a stage of a pipeline that is not the
-    last one it is the hidden states in the place of the loss.
-    """
-    objective, architecture = objectives.found(setup.objective), step.architecture
-    if objective.quiet:
-        architecture, method = objectives.with_modules_off(architecture), objectives.without_dropout(method)
-    known = {p.name: p for p in step.parameters}
-    critic, frozen = (
-        {name.removeprefix(of): known.pop(name) for name in list(known) if name.startswith(of)}
-        for of in (OF_CRITIC, OF_REFERENCE)
-    )
-    build = Build(architecture, method, setup, known, labelled=objective.labelled, kept=kept)
-    build.stage, build.received = stage, received
-    if setup.cp > 1:  # the Trainer gives those of a rank's own tokens
-        build.given_positions = model_buffer(setup.shape)
-    passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
-    loss = objective.loss(passes)
-    after, passes.after = passes.after, None  # else it would hold itself
-    for of, others in ((OF_CRITIC, critic), (OF_REFERENCE, frozen)):
-        for p in others.values():
-            p.name = of + p.name.removeprefix(of)
-    for p in frozen.values():
-        p.elements = 0
-    return [*build.parameters.values(), *critic.values(), *frozen.values()], loss, after
 
 
 def _backward_start(tape: Tape) -> Part:
@@ -380,16 +311,6 @@ def _forget(kept: Kept) -> None:
     for tensor, part in kept.values():
         tensor.storage.copies = part.repeat
     kept.clear()
-
-
-def running(step: Step) -> tuple[Setup, Method]:
-    """Setup and method as the step's engine and the versions of its software run them."""
-    setup, method = step.setup, step.method
-    several = not decide(setup.gpus == 1) or setup.offload != "none"
-    casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
-    if step.zero or (several and (casts or setup.parallel in STAGES)):
-        setup, method = zero.under_zero(setup, method)
-    return setup, method.under(setup.stack, setup.dtype)
 
 
 def held_bytes(step: Step) -> Dim:

@@ -28,6 +28,9 @@ def differentiate(name: str, inputs: Sequence[Tensor], backward: Backward, attrs
 
 
 def _edge(t: Tensor) -> Edge:
+    flow = tape().flow
+    if flow is not None and flow.cuts is not None:
+        flow.cuts.use(t)
     if t.node is not None:
         return t.node, t.slot
     if isinstance(t, Parameter):

@@ -105,7 +105,7 @@ def of_all_ranks(x: Tensor) -> Tensor:
     Source: accelerate 1.15, utils/operations.py (`_gpu_gather`).
     """
     wrapping = tape().wrapping
-    ranks = None if wrapping is None else wrapping.ranks
+    ranks = None if wrapping is None else wrapping.everyone
     if ranks is None:
         return x
     with tape().no_grad():

@@ -7,7 +7,9 @@ follows without any bookkeeping by hand.
 from _thread import RLock  # as functools has it: all of `threading` takes a millisecond of a cold start
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import wraps
+from itertools import count
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import ITEMSIZE
@@ -18,13 +20,17 @@ from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
 from .tensor import Entering, Flow, Node, Parameter, Storage, Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_regions = count()
+
 
 class Wrapping(Protocol):
     """What runs around a model, its blocks, and its modules beside them: the hooks of a program of several GPUs."""
 
     @property
-    def ranks(self) -> Ranks | None:
-        """The GPUs; None where nothing is exchanged."""
+    def everyone(self) -> Ranks | None:
+        """The GPUs that have samples of their own; None where nothing is exchanged."""
 
     @property
     def inside(self) -> bool:
@@ -99,6 +105,7 @@ class Tape:
         self.part = Part("start", "forward")
         self.twins: dict[int, Part] = {}
         self.flow: Flow | None = None
+        self.beside = False  # whether a hook runs (`hooked`)
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
         self.after_gradient: Callable[[Parameter], None] | None = None
         self.wrapping: Wrapping | None = None
@@ -134,6 +141,16 @@ class Tape:
 
     def _later(self, name: str, phase: str) -> Part | None:
         return Part(name, phase) if self.alike and self.flow is None else None
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """Blocks that are like no other to a compiler."""
+        return frozenset() if self.flow is None or self.flow.cuts is None else self.flow.cuts.alone
+
+    def enter_block(self, layer: int | None, *, whole: bool = False) -> None:
+        """A block begins, to a compiler one call if it is `whole`; None: it has ended."""
+        if self.flow is not None and self.flow.cuts is not None:
+            self.flow.cuts.enter(layer, whole=whole)
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
@@ -230,6 +247,43 @@ def _references(storage: Storage) -> int:
     return sys.getrefcount(storage) - 2  # the argument and this frame's own reference
 
 
+def region(run: Callable[P, R]) -> Callable[P, R]:
+    """A function that is compiled as a program of its own where a compiled model falls apart (`Flow.apart`)."""
+
+    @wraps(run)
+    def within(*args: P.args, **options: P.kwargs) -> R:
+        flow = _current[-1].flow
+        if flow is None or not flow.apart or flow.region is not None:
+            return run(*args, **options)
+        flow.region = next(_regions)
+        try:
+            return run(*args, **options)
+        finally:
+            flow.region = None
+
+    return within
+
+
+def hooked(run: Callable[P, R]) -> Callable[P, R]:
+    """A function that is no part of the model: where that is compiled, it stays as it is, beside it (`Flow.hooks`)."""
+
+    @wraps(run)
+    def beside(*args: P.args, **options: P.kwargs) -> R:
+        current = _current[-1]
+        if current.flow is None or current.beside:
+            return run(*args, **options)
+        part, current.part, current.beside = current.part, current.flow.hook(current.part), True
+        if id(part) in current.entering:
+            current.entering[id(current.part)] = current.entering[id(part)]
+        region, current.flow.region = current.flow.region, None
+        try:
+            return run(*args, **options)
+        finally:
+            current.part, current.beside, current.flow.region = part, False, region
+
+    return beside
+
+
 # Held by the thread that records or traces, or has changed what a process has once (the cycle collector, PyTorch's
 # modules), until all is as it was: others wait.
 ONE_AT_A_TIME = RLock()
@@ -302,6 +356,8 @@ def append_op(op: Op, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> No
     if current.flow is not None:
         op.reads = tuple([t._use or t.use for t in inputs])
         op.writes = tuple([t._use or t.use for t in outputs])
+        if current.flow.region is not None:
+            current.flow.regions[op] = current.flow.region
     current.part.ops.append(op)
 
 

@@ -54,6 +54,8 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
             node = heapq.heappop(ready)[2]
             if node.name != "AccumulateGrad":  # runs where the last of its gradient arrives
                 current.backward_of(node.part)
+                if current.flow is not None:
+                    current.flow.region = node.region
             current.owner = node.owner
             current.part.host.nodes += 1
             outputs = _call(node, buffers.take(node))
@@ -90,6 +92,7 @@ class Buffers:
     def __init__(self) -> None:
         self.grads: dict[int, list[Tensor | None]] = {}
         self.adapters_only: set[tuple[int, int]] = set()  # places where only gradients of adapters wait
+        self.regions: dict[tuple[int, int], int | None] = {}  # of the gradients that wait (`Flow.regions`)
 
     def deliver(self, target: Node, slot: int, grad: Tensor) -> None:
         """Keep a gradient for an output of `target`, or add it to the one that waits there."""
@@ -98,13 +101,26 @@ class Buffers:
         waiting = buffer[slot]
         if waiting is None:
             buffer[slot] = grad
+            if current.flow is not None:
+                self.regions[place] = current.flow.region
             if current.owner == "adapter":
                 self.adapters_only.add(place)
             return
         with current.belonging_to("adapter" if place in self.adapters_only else current.owner):
-            buffer[slot] = add(waiting, grad)
+            if current.flow is None:
+                buffer[slot] = add(waiting, grad)
+            else:
+                here, current.flow.region = current.flow.region, self._region(place, target, current.flow.region)
+                buffer[slot] = add(waiting, grad)
+                current.flow.region = here
         if current.owner != "adapter":
             self.adapters_only.discard(place)
+
+    def _region(self, place: tuple[int, int], target: Node, here: int | None) -> int | None:
+        """That of a sum: where both come from one region it is made there, else where the tensor was, or in neither."""
+        if self.regions[place] == here:
+            return here
+        return here if target.region == here and target.name != "AccumulateGrad" else None
 
     def take(self, node: Node) -> list[Tensor | None]:
         """Hand a node its gradients."""

@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import UserError
 from ..program.dims import contiguous_strides, product
 from .autograd import differentiate
-from .core import emit, new_tensor, record, tape
+from .core import emit, new_tensor, record, region, tape
 from .pointwise import autocast_fp32, cast
 from .shape import contiguous, narrow, view, view_as
 from .tensor import Grads, Node, Tensor
@@ -127,6 +127,7 @@ def _nll_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (emit("nll_loss_backward", (g, log_probs, labels, weight), log_probs.shape, log_probs.dtype),)
 
 
+@region
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """transformers' `ForCausalLMLoss`: fp32 logits, labels shifted by one; in old versions the logits were.
 

@@ -8,11 +8,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from ..program.dims import Dim, Shape, contiguous_strides, product
 from ..program.dtypes import FLOATING, ITEMSIZE
-from ..program.op import Spec, Use
+from ..program.op import Op, Spec, Use
 from ..program.part import Part
 
 Grads = tuple["Tensor | None", ...]
@@ -61,7 +62,9 @@ class Storage:
         tape = self.tape
         if tape is not None:
             part = tape.part if self.heir is None else tape.part.later
-            if tape.part.repeat > 1 and self._of_all(tape.part):
+            if tape.flow is not None and tape.flow.apart:
+                part = tape.flow.where_freed(self, tape.part)
+            if part is not None and tape.part.repeat > 1 and self._of_all(tape.part):
                 last = Storage(self.nbytes, tape)
                 last.copies, last.heir, last.home, last.number = self.copies, self.heir, self.home, self.number
                 tape.lingering.append(last)
@@ -93,6 +96,22 @@ class Entering(NamedTuple):
 _numbers = count()
 
 
+class Cuts(Protocol):
+    """What cuts a forward pass into regions."""
+
+    runs: dict[int, tuple[int, int]]
+
+    @property
+    def alone(self) -> frozenset[int]:
+        """Blocks that are like no other."""
+
+    def enter(self, layer: int | None, *, whole: bool = False) -> None:
+        """A block begins, `whole` if it is one call; None: it has ended."""
+
+    def use(self, t: "Tensor") -> None:
+        """A call takes a tensor that needs a gradient."""
+
+
 @dataclass(eq=False, repr=False)
 class Flow:
     """What a tape remembers of a pass forward and back for passes that rewrite its ops.
@@ -101,11 +120,48 @@ class Flow:
         live: blocks of memory that are in use.
         carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
         twins: for each backward part, by its id, the forward part whose ops it differentiates.
+        apart: whether the model falls into regions that are compiled one by one, with eager calls between them.
+        region: the one that is being recorded; regions: the one of each op, if it is in any.
+        cuts: what begins a new one as parameters are used; None: a region is what runs inside of `core.region`.
+        hooks: what runs beside the model in a part, by its id: behind how many of its ops, and what.
     """
 
     live: set[int] = field(default_factory=set)
     carried: dict[int, tuple[int, int]] = field(default_factory=dict)
     twins: dict[int, Part] = field(default_factory=dict)
+    apart: bool = False
+    region: int | None = None
+    regions: dict[Op, int] = field(default_factory=dict)
+    cuts: "Cuts | None" = None
+    hooks: dict[int, list[tuple[int, Part]]] = field(default_factory=dict)
+    first: int = field(default_factory=lambda: next(_numbers))
+    _of_hooks: set[int] = field(default_factory=set)
+
+    def carry(self, part: Part, blocks: tuple[int, int], period: int) -> None:
+        """A run of layers is recorded, a pattern of so many: note the blocks of memory that it gets and gives."""
+        self.carried[id(part)] = blocks
+        for _, beside in self.hooks.get(id(part), ()):
+            beside.repeat = part.repeat
+        if self.cuts is not None:
+            self.cuts.runs[id(part)] = period, part.repeat
+
+    def hook(self, part: Part, at: int | None = None) -> Part:
+        """A part for what runs beside the model, behind so many ops of a part; None: those that it has so far."""
+        made = Part(part.name, part.phase, part.repeat)
+        those = self.hooks.setdefault(id(part), [])
+        those.append((len(part.ops) if at is None else at, made))
+        those.sort(key=itemgetter(0))
+        self._of_hooks.add(id(made))
+        return made
+
+    def where_freed(self, block: Storage, part: Part) -> Part | None:
+        """The part in which the death of a block counts: of what hooks or a pass before have made in one of hooks.
+
+        None where it is the model's and made in this pass: a compiled program has other blocks in its place.
+        """
+        if block.number > self.first and id(block.home) not in self._of_hooks:
+            return None
+        return part if id(part) in self._of_hooks else self.hook(part)
 
 
 class Tensor:
@@ -213,11 +269,12 @@ class Node:
         edges: for every input that does, the node that its gradient goes to and which of its outputs it is.
         owner: on whose account the forward op ran, and so the rule runs.
         frames: the checkpoints around the op (`tape.checkpoint`), innermost last.
+        region: that of the op (`Flow.regions`).
     """
 
     __slots__ = (
-        "__weakref__", "attrs", "backward", "edges", "frames", "name", "needs", "outputs", "owner", "part", "saved",
-        "sequence",
+        "__weakref__", "attrs", "backward", "edges", "frames", "name", "needs", "outputs", "owner", "part", "region",
+        "saved", "sequence",
     )  # fmt: skip
 
     def __init__(
@@ -234,6 +291,7 @@ class Node:
         self.part: Part = tape.part
         self.owner = tape.owner
         self.frames = tape.frames
+        self.region = tape.flow.region if tape.flow is not None else None
         tape.sequence += 1
         self.sequence: float = tape.sequence
 

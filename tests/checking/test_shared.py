@@ -141,7 +141,7 @@ REASONS: list[tuple[Change, str]] = [
     (old, "measured before calls of ranks were counted: measure again"),
     (on_one_core, "2 processes of 1 thread shared 1 core: measure again with cores for all"),
     (other_torch, "measured under torch 2.9.1 (mirrored: 2.13): what ranks call there is not modelled"),
-    (compiled, "several are not modelled with compile default"),
+    (compiled, "calls of compiled ranks are not counted as they run: measure without compile"),
 ]
 
 

@@ -54,7 +54,8 @@ HYBRID: dict[str, Any] = {**AXOLOTL, "fsdp_config": {"version": 2}, "dp_replicat
         ({**V1, "dist_config": {"name": "fsdp2"}, "mp_replicate_size": 4, "mp_shard_size": 2}, 2, False),
         (HYBRID, None, True),  # the rest of however many there are
         ({**HYBRID, "dp_shard_size": 2, "tensor_parallel_size": 2}, 2, False),
-        ({**HYBRID, "dp_shard_size": 4, "rl": "dpo"}, None, True),
+        ({**HYBRID, "dp_shard_size": 4, "rl": "dpo"}, 4, False),
+        ({**HYBRID, "dp_shard_size": 2, "tensor_parallel_size": 2, "rl": "dpo"}, None, True),
         ({**AXOLOTL, "dp_replicate_size": 2}, None, False),  # DDP
         ({**AXOLOTL, "dp_shard_size": 8, "fsdp_config": {"version": 2}}, 8, False),
     ],

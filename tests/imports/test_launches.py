@@ -177,7 +177,7 @@ def test_a_step_that_several_cannot_run_is_not_offered_to_them(tmp_path: Path) -
     """A hint that ends in a refusal is worse than none."""
     config = written(tmp_path, "config.yml", {**AXOLOTL, "deepspeed": "zero2.json", "torch_compile": True})
     assert ASK not in read(config).first_line
-    assert ask("--config", config, "--gpus", "2").stderr.splitlines()[-1].endswith("use --gpus 1")
+    assert ask("--config", config, "--gpus", "2").stderr.splitlines()[-1].endswith("use --parallel ddp or fsdp2")
 
 
 @pytest.mark.parametrize(

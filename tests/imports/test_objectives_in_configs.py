@@ -10,6 +10,7 @@ import yaml
 from perfmodel import UserError
 from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.trained_for import (
+    AS_ONE,
     BY_TRL,
     COPIED,
     DENSE,
@@ -340,3 +341,23 @@ def test_trl_under_zero3(tmp_path: Path) -> None:
     file.write_text(json.dumps(asked | {"deepspeed": None}))
     assert read(file).setup["checkpoint"] == "block"
     assert "adapter_dtype" not in str(read(file).method)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"finetuning_type": "full", "stage": "dpo"}, True),
+        ({"finetuning_type": "lora", "stage": "kto"}, False),
+        ({"finetuning_type": "lora", "stage": "dpo", "ref_model": "gpt2"}, True),
+        ({"finetuning_type": "full", "stage": "sft", "use_asft_loss": True}, False),  # as it is cut there
+    ],
+)
+def test_a_reference_is_cut_as_its_tool_does_it(tmp_path: Path, values: dict[str, Any], said: bool) -> None:
+    """Gathered as a whole it needs far more memory than block by block; under DeepSpeed all tools have it alike."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**FACTORY, "bf16": True, **values}))
+    found = read(path)
+    several = {form: found.on_several(found.asks().as_typed(form)) for form in ("fsdp2", "zero3")}
+    assert (AS_ONE in several["fsdp2"].differences) is said
+    assert AS_ONE not in several["zero3"].differences
+    assert Setup(**several["zero3"].setup, gpus=8).parallel == "zero3"

@@ -2,7 +2,7 @@
 
 On a CPU PyTorch gathers parts into views of one buffer (`all_gather`, not `all_gather_into_tensor`) and divides
 gradients in other calls, so only collectives are compared, and memory where nothing is freed and filled again in place,
-which the recorder does not follow.
+as shards in 16 bits are: the recorder does not follow that.
 """
 
 from collections import Counter
@@ -34,6 +34,9 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora:r=4", {"reshard": False}),
     ("lora:r=4", {"reshard": False, "checkpoint": "block", "grad_accum": 2}),
     ("top_k:k=1", {"reshard": False, "gpus": 3}),
+    ("full", {"amp": "bf16"}),
+    ("full", {"dtype": "bf16", "amp": "bf16", "grad_accum": 2, "checkpoint": "block", "shard_group": 2}),
+    ("lora:r=4", {"amp": "bf16", "reshard": False}),
     ("full", {"shard_group": 2}),
     ("lora:r=4", {"shard_group": 2, "reshard": False, "grad_accum": 2, "gpus": 6}),
 )
@@ -55,5 +58,5 @@ def test_units_are_gathered_and_reduced_as_the_real_ones(method: str, options: d
         assert Counter(ours) == Counter(theirs)
     if method != "lora:r=4" or not setup.reshard:
         assert ours == theirs
-    if not setup.reshard and setup.grad_accum == 1:
+    if not setup.reshard and setup.grad_accum == 1 and setup.amp is None:
         assert memory.peak_bytes(step) == pytest.approx(real.trace.peak, rel=parallel.PEAK_TOLERANCE)

@@ -166,7 +166,8 @@ def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever changed a form reads in the table how much of it was compared."""
     found = counts.Result(GRID[0], 7, 0, 3, 1.0, [], collectives=12345)
     monkeypatch.setattr(parallel_cases, "rank_grid", lambda which: GRID[:1])
-    monkeypatch.setattr(parallel_cases, "pipeline_grid", lambda which: [])
+    for grid in ("pipeline_grid", "compiled_grid"):
+        monkeypatch.setattr(parallel_cases, grid, lambda which: [])
     monkeypatch.setattr(parallel, "compare_rank", lambda case: found)
     words = CliRunner().invoke(main, ["validate", "counts", "--parallel"])
     assert words.exit_code == 0

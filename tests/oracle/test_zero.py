@@ -8,10 +8,12 @@ pytest.importorskip("deepspeed")
 from validate.oracle import parallel_cases, zero
 from validate.oracle.cases import Case
 
-GRID = list(parallel_cases.zero_grid("quick"))
+GRID = [c for c in parallel_cases.zero_grid("quick") if c.setup.offload == "none" or c.config.name.startswith("llama")]
 
 
-@pytest.mark.parametrize("case", GRID[::7], ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel}")
+@pytest.mark.parametrize(
+    "case", GRID[::5], ids=lambda c: f"{c.config.name} {c.method} {c.setup.parallel} {c.setup.offload}"
+)
 def test_the_tape_has_the_messages_of_deepspeed(case: Case) -> None:
     """Buckets, their order among the products, and what is gathered decide what of a step the network hides."""
     result = zero.compare_collectives(case)

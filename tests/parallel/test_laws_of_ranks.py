@@ -156,7 +156,7 @@ def test_tensor_parallel_parts_are_the_whole(tied: bool) -> None:
         ({"gpus": 4, "nodes": 8}, "nodes 8 are more than the 4 GPUs"),
         ({"gpus": 6, "tp": 6}, "tp 6 does not divide the heads"),
         ({"gpus": 4, "node": "dgx-h10"}, "did you mean 'dgx-h100'?"),
-        ({"gpus": 4, "compile": "default"}, "not modelled with compile default"),
+        ({"gpus": 4, "cuda_graphs": True}, "not modelled with cuda_graphs True"),
         ({"gpus": 12, "nodes": 1}, "do not spread evenly over 1 nodes of 8"),
         ({"gpus": 3, "device": CPU}, "torchrun --nproc-per-node 3 -m perfmodel calibrate --network --device cpu"),
         ({"gpus": 2, "device": CPU, "node": "dgx-spark"}, f"dgx-spark is a node of GPUs, and {CPU} is a CPU"),

@@ -226,7 +226,7 @@ def test_what_lies_below_all_that_trains_goes_back_nowhere() -> None:
         ({"amp": "bf16"}, "not modelled with amp bf16"),
         ({"kernels": "liger"}, "not modelled with kernels liger"),
         ({"checkpoint": "block-reentrant"}, "use --checkpoint block"),
-        ({"compile": "default"}, "not modelled with compile default"),
+        ({"compile": "default"}, "compile: not modelled with pp 4"),
     ],
 )
 def test_what_is_not_modelled_ends_in_one_line(options: dict[str, Any], said: str) -> None:

@@ -104,9 +104,12 @@ def test_advice_lays_fsdp_out_as_memory_allows() -> None:
     """On links that hold a step up the fastest layout is the one that just fits: none is left untried."""
     setup = Setup(gpus=4, batch=1, seq=256, parallel="fsdp2", optimizer="adamw-fused", clip_grad=False)
     model, layouts = "pythia-410m", set()
-    every = product(FSDP, (True, False), (None, 2), ("none", "block"), ("adamw-fused", "adamw-8bit"))
-    names = ("parallel", "reshard", "shard_group", "checkpoint", "optimizer")
-    tried = [predict(model, "full", replace(setup, **dict(zip(names, how, strict=True))), "l40s") for how in every]
+    every = product(
+        FSDP, (True, False), (None, 2), ("none", "block"), ("adamw-fused", "adamw-8bit"), ("none", "default")
+    )
+    names = ("parallel", "reshard", "shard_group", "checkpoint", "optimizer", "compile")
+    layouts_of_all = [dict(zip(names, how, strict=True)) for how in every if how[0] == "fsdp2" or how[-1] == "none"]
+    tried = [predict(model, "full", replace(setup, **how), "l40s") for how in layouts_of_all]
     for limit in (1.6e9, 2.1e9, 4e9):
         fastest = min(p.time.phases["total"] for p in tried if memory.fits(p.memory.peak, limit, "cuda"))
         found = advise(model, "full", setup, "l40s", memory_bytes=limit).best
@@ -126,7 +129,6 @@ def test_advice_lays_fsdp_out_as_memory_allows() -> None:
         ({"shard_group": 6, "tp": 2}, "the 8 GPUs of the job \\(of 2 that share layers\\) are no groups of so many"),
         ({"shard_group": 2, "cp": 4}, "shard_group 2: cp 4 GPUs share a sequence; use a multiple of them"),
         ({"cp": 4, "tp": 8}, "tp 8, cp 4 do not divide the 16 GPUs of the job together"),
-        ({"shard_group": 4, "objective": "dpo"}, "not modelled with objective dpo; leave it out"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(options: dict[str, Any], said: str) -> None:

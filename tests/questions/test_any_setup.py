@@ -90,6 +90,8 @@ def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> 
 @example(Question("llama-3.2-1b", "prefix_tuning", {**LONG, "gpus": 4, "parallel": "ddp"}))
 @example(Question("flan-t5-small", "reslora", LONG))
 @example(Question("gemma-2-2b", "top_k:k=5", {**LONG, "compile": "default"}))
+@example(Question("llama-3.2-1b", "lora:r=64", {**LONG, "gpus": 4, "parallel": "fsdp2", "compile": "default"}))
+@example(Question("qwen2.5-0.5b", "full", {**LONG, "gpus": 4, "parallel": "ddp", "compile": "default"}))
 def test_a_run_of_layers_stands_for_each_of_them(question: Question) -> None:
     """Layers that are alike are recorded once: every count, and memory, is what recording them one by one gives.
 
@@ -111,8 +113,9 @@ def test_a_run_of_layers_stands_for_each_of_them(question: Question) -> None:
 
 
 def one_by_one(
-    architecture: Architecture, method: Method, blocks: range | None = None, *, ends_apart: bool = False
-) -> list[tuple[int, int, int]]:
+    architecture: Architecture, method: Method, blocks: range | None = None, *, ends_apart: bool = False,
+    alone: frozenset[int] = frozenset(),
+) -> list[tuple[int, int, int]]:  # fmt: skip
     """`runs_of_layers` of layers that have nothing in common."""
     return [(layer, 1, 1) for layer in (range(architecture.layers) if blocks is None else blocks)]
 

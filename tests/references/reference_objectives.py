@@ -59,7 +59,7 @@ class Run:
             "advantages": each.clone(), "returns": each.clone(), "outside": each.bool(),
             "values": each.to(TORCH_DTYPES[self.setup.dtype]),
         }  # fmt: skip
-        self.drawn_by = torch.zeros(count, length, self.model.config.vocab_size)
+        self.drawn_by = torch.zeros(count, length, self.inner.config.vocab_size)
         self.statistics = torch.zeros(1, 1, self.setup.grad_accum)
         self.variables: dict[str, Any] = {}
 
@@ -69,8 +69,9 @@ class Run:
         checkpoints = self.inner.is_gradient_checkpointing
         if checkpoints:
             self.inner.gradient_checkpointing_disable()
+        own = self.model if self.setup.parallel == "fsdp1" else self.inner  # what `Trainer.model` is
         with torch.no_grad(), self.inner.disable_adapter() if self.reference is None else nullcontext():
-            yield self.inner if self.reference is None else self.reference
+            yield own if self.reference is None else self.reference
         if checkpoints:
             reentrant = self.setup.checkpoint == "block-reentrant"
             self.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

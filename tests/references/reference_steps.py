@@ -12,6 +12,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from helpers import architecture_of, config_of
 from reference_critic import PolicyAndValue, of_values
 from reference_objectives import Loss, Run
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from perfmodel import methods, objectives
 from perfmodel.architectures import Architecture, Config
@@ -95,13 +96,18 @@ def judged(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> cou
     setup, model = found.case.setup, found.model
     _autocast(setup, model, found.reference)
     run = Run(model, found.reference, setup)
-    lying = [*found.lying, *([run.drawn_by] if setup.objective == "ppo" else [])]
+    lying = _lying(found, run)
     make = partial(updates.make, method=found.method)
     trace = trace_step(
         model, setup, found.step.optimizer, make=make, real=True, loss_of=lambda: scaled_loss(found, run, losses),
         after=lambda: run.after(), beside=lying,
     )  # fmt: skip
     return counts.judge_step(found.case, found.step, trace, real=True)
+
+
+def _lying(found: Prepared, run: Run) -> list[torch.Tensor]:
+    """What is in memory beside the model."""
+    return [*found.lying, *([run.drawn_by] if run.setup.objective == "ppo" else [])]
 
 
 def scaled_loss(found: Prepared, run: Run, losses: dict[str, Loss]) -> torch.Tensor:
@@ -113,25 +119,38 @@ def scaled_loss(found: Prepared, run: Run, losses: dict[str, Loss]) -> torch.Ten
 
 def judged_rank(name: str, spec: str, losses: dict[str, Loss], **options: Any) -> counts.Result:
     """The same of one of several GPUs, with its collectives in their order."""
+    found, real = traced_rank(name, spec, losses, **options)
+    return parallel.judge_rank(found.case, found.step, real)
+
+
+def traced_rank(
+    name: str, spec: str, losses: dict[str, Loss], **options: Any
+) -> tuple[Prepared, parallel.RankRecorder]:
+    """A step on the tape, and what one of several GPUs does in it."""
     found = prepared(name, spec, **options)
     setup, model, reference = found.case.setup, found.model, found.reference
     with parallel.process_group(setup.parallel, setup.gpus):
         total, trainable = parallel.elements(model)
         model.train()
         parallel.checkpointed(model, setup)
-        if setup.parallel == "ddp":
-            _autocast(setup, model, reference)
+        if setup.parallel in ("ddp", "fsdp1"):
+            _autocast(setup, model, reference if setup.parallel == "ddp" else None)
         inner, wrapped = model, parallel.wrapped_for_ranks(model, setup, found.architecture)
-        if reference is not None and setup.parallel == "fsdp2":
+        by_blocks = setup.parallel == "fsdp1" or (setup.parallel == "fsdp2" and setup.objective == "asft")
+        if reference is not None and setup.parallel == "fsdp2" and not by_blocks:
             _cut_whole(reference, setup)
+        elif reference is not None and by_blocks:
+            reference = parallel.wrapped_for_ranks(reference, setup, found.architecture)
+        shards = [] if reference is None else list(reference.parameters())
         update = updates.make(wrapped, found.step.optimizer, found.method)
         run = Run(wrapped, reference, setup, inner, gathered)
         real = parallel.trace_rank(
             wrapped, setup, update, lambda: scaled_loss(found, run, losses),
-            () if reference is None else chain(list(reference.parameters()), _left_whole(reference, setup)),
+            chain(_lying(found, run) if setup.parallel == "ddp" else shards, _left_whole(reference, setup)),
+            lambda: run.after(),
         )  # fmt: skip
         real.trace.total, real.trace.trainable = total, trainable
-        return parallel.judge_rank(found.case, found.step, real)
+        return found, real
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +163,14 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 def _left_whole(reference: Any, setup: Setup) -> Iterator[torch.Tensor]:
     """What stays gathered of a frozen model behind its passes; its shards are other tensors."""
-    if not setup.reshard:
+    if reference is None:
+        return
+    if setup.parallel == "fsdp1":
+        for unit in FullyShardedDataParallel.fsdp_modules(reference):
+            whole = unit._handle.flat_param._full_param_padded
+            if whole.untyped_storage().size():
+                yield whole
+    elif not setup.reshard or setup.objective == "asft":
         yield from reference.parameters()
 
 
@@ -154,4 +180,5 @@ def _cut_whole(reference: Any, setup: Setup) -> None:
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
     policy = MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp)
-    fully_shard(reference, reshard_after_forward=setup.reshard, mp_policy=policy)
+    mesh = parallel.replicas_by_shards(setup)
+    fully_shard(reference, reshard_after_forward=setup.reshard, mp_policy=policy, mesh=mesh)

@@ -66,6 +66,8 @@ class Sharing:
             raise UserError(f"{self.kind} of {self.processes} process shares nothing: measure without --parallel")
         if machine.others:
             raise UserError(f"measured under {', '.join(machine.others)}: what ranks call there is not modelled")
+        if alone.compile != "none":
+            raise UserError("calls of compiled ranks are not counted as they run: measure without compile")
         if self.nodes is None:
             raise UserError("measured before calls of ranks were counted: measure again")
         if 0 < self.cores < self.processes * machine.threads:

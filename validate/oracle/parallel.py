@@ -140,7 +140,8 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
     mesh = mesh_of_ranks(setup) if mesh is None else mesh
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
     if setup.parallel == "fsdp1":
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh)
+        amp = TORCH_DTYPES[setup.amp] if setup.amp else None
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp)
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
@@ -209,7 +210,7 @@ def not_reducing(model: Any, setup: Setup) -> Iterator[None]:
 
 def trace_rank(
     model: Any, setup: Setup, update: Any, loss_of: Callable[[], Any] | None = None,
-    beside: Iterable[torch.Tensor] = (),
+    beside: Iterable[torch.Tensor] = (), after: Callable[[], None] = lambda: None, recorder: RankRecorder | None = None,
 ) -> RankRecorder:  # fmt: skip
     """The fourth step of a rank: in the second DDP fills other buckets than in the first, of a static graph in the
     third.
@@ -217,12 +218,14 @@ def trace_rank(
     Args:
         loss_of: the loss of a micro-batch as it goes backward, in the place of the model's own.
         beside: what is in memory beside the model.
+        after: what a trainer does once gradients are there.
+        recorder: what records; None: a new one.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(setup.shape, dtype=torch.long)
     attention, more = torch.ones_like(ids), own_tokens(setup, ids)
-    recorder = RankRecorder()
-    autocast = setup.parallel == "ddp"  # FSDP2 casts what it gathers instead
+    recorder = RankRecorder() if recorder is None else recorder
+    autocast = setup.parallel in ("ddp", "fsdp1")  # FSDP2 casts what it gathers instead
 
     def own_loss() -> Any:
         with torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp and autocast else nullcontext():
@@ -234,6 +237,7 @@ def trace_rank(
             loss = own_loss() if loss_of is None else loss_of()
         with recorder.observe("backward"):
             loss.backward()
+            after()
 
     def run() -> None:
         for _ in range(setup.grad_accum - 1):

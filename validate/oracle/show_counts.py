@@ -13,7 +13,7 @@ from perfmodel.program.installed import unmirrored
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
-from . import cases, counts, parallel, parallel_cases, pipeline, zero
+from . import cases, compiled, counts, parallel, parallel_cases, pipeline, zero
 
 
 def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) -> bool:
@@ -26,7 +26,10 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     for text in unmirrored(counts.MIRRORED):
         show(f"installed: {text}: differences may be theirs", colour="yellow")
     if several:
-        chosen = [*parallel_cases.rank_grid(grid), *parallel_cases.pipeline_grid(grid), *_of_deepspeed(grid)]
+        chosen = [
+            *parallel_cases.rank_grid(grid), *parallel_cases.compiled_grid(grid), *parallel_cases.pipeline_grid(grid),
+            *_of_deepspeed(grid),
+        ]  # fmt: skip
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
     compare = _compared if several else partial(counts.compare_case, cuda_forward=cuda_forward, fakes=True)
@@ -61,6 +64,8 @@ def _of_deepspeed(grid: str) -> list[cases.Case]:
 def _compared(case: cases.Case) -> counts.Result:
     if case.setup.pp > 1:
         return pipeline.compare_pipeline(case)
+    if case.setup.compile != "none":
+        return compiled.compare_compiled(case)
     deepspeed = case.setup.parallel in parallel_cases.ZERO
     return zero.compare_collectives(case) if deepspeed else parallel.compare_rank(case)
 
@@ -74,6 +79,7 @@ def _changed(result: Any) -> str:
 
 def _form(setup: Any) -> str:
     stages = f"pp {setup.pp_schedule}" if setup.pp > 1 else f"cp {setup.cp_rotate}" if setup.cp > 1 else ""
+    stages = stages or ("compiled" if setup.compile != "none" else "")
     return " ".join(filter(None, [stages, setup.parallel if setup.replicas > 1 else ""])) or "tp"
 
 

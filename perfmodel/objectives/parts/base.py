@@ -64,6 +64,7 @@ class Objective:
     Attributes:
         compares: whether it needs the log-probabilities of a reference: "" never, "always", or "if named" in the setup.
         reference_in_amp: whether a reference of its own lies in memory in the dtype of autocast, if there is one.
+        reference_by_blocks: whether FSDP2 cuts such a reference as it cuts the model, not as one unit.
         labelled: whether the model gets labels and gives its own loss alone.
         scaled: whether the loss is divided by the number of micro-batches.
         clips: whether its trainer clips gradients where the setup says so.
@@ -77,6 +78,7 @@ class Objective:
     quiet: bool
     compares: ClassVar[str] = ""
     reference_in_amp: ClassVar[bool] = False
+    reference_by_blocks: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     scaled: ClassVar[bool] = True
     clips: ClassVar[bool] = True
@@ -218,6 +220,8 @@ class Passes:
             how, parameters = Frozen(architecture=runs), self.frozen
             if found(self.setup.objective).reference_in_amp and setup.amp:
                 setup = replace(setup, dtype=setup.amp)
+            if tape().wrapping is not None and setup.parallel == "fsdp1":
+                setup = replace(setup, amp=None)  # `prepare_fsdp` puts no autocast around it
 
         def run() -> tuple[Tensor]:
             build = Build(runs, how, setup, parameters, labelled=False, logits_to_keep=keep)

@@ -20,9 +20,10 @@ from ...program.op import Attrs, Op, Spec
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, Run
-from ...tape.core import record, tape
-from ...tape.tensor import Parameter, Tensor
+from ...tape.core import hooked, record, tape
+from ...tape.tensor import Flow, Parameter, Tensor
 from .collectives import SENT, all_reduce, wait_event
+from .ddp_compiled import Place, Uses, behind_regions, gradients
 from .form import WholeUnits
 from .messages import Coming, Ready, coming, interleaved
 
@@ -36,8 +37,9 @@ class Replicated(WholeUnits):
     shares_norm = False
     inside = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, graphs: frozenset[Place] = frozenset()) -> None:
         self.ranks = ranks
+        self.graphs = graphs  # where the graph of a compiled model is cut
         self.reduces = True
         self.synchronised = True  # whether the last micro-batch exchanged gradients: then buffers are to be broadcast
         self.ready: list[Ready] = []
@@ -50,6 +52,12 @@ class Replicated(WholeUnits):
         current.buffers.clear()
         self.before = current.part, len(current.part.ops)
         current.after_gradient = self._divide if self.reduces else None
+        if current.flow is not None:
+            current.flow.region = 0
+
+    def cuts(self) -> Uses | None:
+        """Where the graph of a compiled model is cut, and what is used in which."""
+        return Uses(self.graphs)
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block runs as it would alone."""
@@ -58,6 +66,8 @@ class Replicated(WholeUnits):
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked; the buffers are known now that went out before the pass."""
         current = tape()
+        if current.flow is not None:
+            current.flow.region = None
         if self.synchronised:
             assert self.before is not None
             part, place = self.before
@@ -73,13 +83,36 @@ class Replicated(WholeUnits):
         current.after_gradient = None
         exchange = current.parts.pop()
         parts = list(current.parts)
-        current.parts[:] = interleaved(parts, self.ready, self._sent(coming(parts, self.ready)), self._ops_of)
+        if current.flow is None:
+            current.parts[:] = interleaved(parts, self.ready, self._sent(coming(parts, self.ready)), self._ops_of)
+        else:
+            current.parts[:] = self._behind_regions(parts, current.flow)
         current.parts.append(exchange)
-        wait_event(COMMUNICATION)
+        hooked(wait_event)(COMMUNICATION)
         for count, run in runs([ready.parameter for ready in self.ready]):
             current.begin("exchange", "backward").repeat = count
-            for p in run:
-                self._copy_back(p)
+            self._copy_all(run)
+
+    @hooked
+    def _copy_all(self, parameters: Sequence[Parameter]) -> None:
+        for p in parameters:
+            self._copy_back(p)
+
+    def _behind_regions(self, parts: list[Part], flow: Flow) -> list[Part]:
+        """What is done about gradients goes behind the backward of the region that they come from."""
+        assert isinstance(flow.cuts, Uses)
+        arriving = gradients(flow.cuts)
+        order = [gradient for those in arriving.values() for gradient in those]
+        sent = self._sent(order)
+        number = {gradient: i for i, gradient in enumerate(order)}
+
+        def exchanged(those: Sequence[Coming]) -> None:
+            for gradient in those:
+                self._into_bucket(gradient.parameter)
+                for bucket in sent.get(number[gradient], ()):
+                    tape().part.ops += self._ops_of(bucket)
+
+        return behind_regions(parts, flow, arriving, exchanged)
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Every rank updates all."""
@@ -107,6 +140,12 @@ class Replicated(WholeUnits):
         return part.ops
 
     def _divide(self, p: Parameter) -> None:
+        """Into its bucket, in a compiled model once its region is through."""
+        if tape().flow is None:
+            self._into_bucket(p)
+        self.ready.append(Ready(tape().part, len(tape().part.ops), p))
+
+    def _into_bucket(self, p: Parameter) -> None:
         """`mul_out(bucket_view, grad, 1 / ranks)`."""
         assert p.grad is not None
         current = tape()
@@ -114,7 +153,6 @@ class Replicated(WholeUnits):
         with current.belonging_to("accumulation"):
             in_bucket = existing(p.shape, p.grad.dtype)
             record("mul.out", (p.grad, in_bucket), (in_bucket,))
-        self.ready.append(Ready(current.part, len(current.part.ops), p))
 
     def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
         """The buckets that go out behind each gradient, by its number in the order in which they come."""

@@ -25,21 +25,23 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.autograd import differentiate
-from ...tape.core import emit, record, tape
+from ...tape.core import emit, hooked, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
+from .ddp_compiled import Place
 from .messages import Coming
 from .zero import flat_places
 
 MAP = "i32"  # dtype of the map of parameters that got a gradient
 
 
-def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str]) -> Replicated:
+def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place] = frozenset()) -> Replicated:
     """DDP as a setup has it.
 
     Args:
         late: `Architecture.registers_late`, for the order in which parameters were made.
+        graphs: where the graph of a compiled model is cut.
 
     Raises:
         UserError: PyTorch ends in an error with the rest of the setup.
@@ -49,8 +51,8 @@ def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str]) -> Replicated:
     if setup.ddp == "static-graph" and setup.grad_accum > 1:
         raise UserError("ddp static-graph: DDP cannot learn it from several micro-batches a step; use --ddp plain")
     if setup.ddp == "find-unused":
-        return Searching(ranks, late)
-    return Remembering(ranks) if setup.ddp == "static-graph" else Replicated(ranks)
+        return Searching(ranks, late, graphs)
+    return Remembering(ranks, graphs) if setup.ddp == "static-graph" else Replicated(ranks, graphs)
 
 
 class Remembering(Replicated):
@@ -69,42 +71,49 @@ class Searching(Remembering):
         late: as of `ddp_of`.
     """
 
-    def __init__(self, ranks: Ranks, late: Sequence[str]) -> None:
-        super().__init__(ranks)
+    def __init__(self, ranks: Ranks, late: Sequence[str], graphs: frozenset[Place]) -> None:
+        super().__init__(ranks, graphs)
         self.late = late
         self.trained: Dim = 0
 
     def begin(self) -> None:
         """Gradients are noted even if they are not exchanged."""
         super().begin()
-        tape().after_gradient = self._divide if self.reduces else _note
+        tape().after_gradient = self._divide if self.reduces else hooked(_note)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the model gives is copied, and the graph is searched."""
         outputs = super().end(outputs)
         if self.reduces and tape().grad_enabled:
-            tape().part.host.searched += nodes_behind(outputs)
+            hooked(self._search)(outputs)
         node = differentiate("_DDPSinkBackward", outputs, _pass_on)
         copies = [emit("clone", (x,), x.shape, x.dtype, strides=x.strides) for x in outputs]
         if node is not None:
             node.produces(*copies)
         return copies
 
+    def _search(self, outputs: Sequence[Tensor]) -> None:
+        current = tape()
+        current.part.host.searched += nodes_behind(outputs, leaves_alone=current.flow is not None)
+
     def end_of_backward(self) -> None:
         """As without a search; then the map is emptied."""
         super().end_of_backward()
         if self.reduces:
             tape().begin("exchange", "backward")
-            emptied = existing((self.trained,), MAP)
-            record("fill_.Scalar", (emptied,), (emptied,), ON_HOST)
+            hooked(self._empty)()
+
+    def _empty(self) -> None:
+        emptied = existing((self.trained,), MAP)
+        record("fill_.Scalar", (emptied,), (emptied,), ON_HOST)
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """The buckets, and the map on the device."""
         return super().held_bytes(parameters) + existing((self.trained,), MAP).nbytes
 
-    def _divide(self, p: Parameter) -> None:
+    def _into_bucket(self, p: Parameter) -> None:
         _note(p)
-        super()._divide(p)
+        super()._into_bucket(p)
 
     def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
         self.trained = len(order)
@@ -156,8 +165,12 @@ def first_buckets(made: Sequence[Coming]) -> list[list[Coming]]:
     return found
 
 
-def nodes_behind(outputs: Sequence[Tensor]) -> int:
-    """Nodes of the graph that a search sees, those of all identical layers."""
+def nodes_behind(outputs: Sequence[Tensor], *, leaves_alone: bool = False) -> int:
+    """Nodes of the graph that a search sees, those of all identical layers.
+
+    Args:
+        leaves_alone: of a compiled model, which is a node or a few.
+    """
     waiting = [t.node for t in outputs if t.node is not None]
     seen = {id(node): node for node in waiting}
     while waiting:
@@ -165,7 +178,7 @@ def nodes_behind(outputs: Sequence[Tensor]) -> int:
             if edge is not None and id(edge[0]) not in seen:
                 seen[id(edge[0])] = edge[0]
                 waiting.append(edge[0])
-    return sum(node.part.repeat for node in seen.values())
+    return sum(node.part.repeat for node in seen.values() if not leaves_alone or node.name == "AccumulateGrad")
 
 
 def _flag() -> Tensor:

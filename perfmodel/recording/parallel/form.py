@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ... import objectives
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
@@ -11,18 +10,21 @@ from ...program.dims import Dim
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.core import Wrapping
-from ...tape.tensor import Parameter, Tensor
+from ...tape.tensor import Cuts, Parameter, Tensor
 from .offload import check_offload
 from .tokens import check_tokens
 
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
 # Objectives that several have; of others the trainers prepare models in ways that are not modelled
-OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo")
+OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft", "ppo")
+
+# Forms and methods whose compiled program is that of PyTorch: others were not compared, or Dynamo breaks their graphs
+COMPILED, COMPILED_METHODS = ("ddp", "fsdp2"), ("full", "lora", "top_k", "bitfit", "norm")
 
 # What of a setup is modelled on one GPU alone, and the value that several have
 ALONE = {
-    "compile": "none", "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
+    "engine": "torch", "cuda_graphs": False, "in_backward": False, "fp8": "none",
     "int8": "none", "qat": "none",
 }  # fmt: skip
 
@@ -31,11 +33,12 @@ class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
 
     Attributes:
-        ranks: the GPUs that gradients are reduced over.
+        ranks: the GPUs that gradients are reduced over, or scattered.
         reduces: whether this micro-batch's gradients are exchanged: those of the last one are (`no_sync`).
         shares_norm: whether ranks hold different gradients, so that their norm takes an all-reduce.
-        inside, reference: as of `tape.core.Wrapping`.
+        everyone, inside, reference: as of `tape.core.Wrapping`.
         offloads: whether the host clips and updates, on what lives in its memory.
+        notes: what an answer has to say of it.
     """
 
     ranks: Ranks
@@ -45,8 +48,20 @@ class ParallelForm(Protocol):
     inside: bool
 
     @property
+    def notes(self) -> Sequence[str]:
+        """As above."""
+        return ()
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """As of `tape.core.Wrapping`."""
+
+    @property
     def reference(self) -> Wrapping | None:
         """As of `tape.core.Wrapping`."""
+
+    def cuts(self) -> Cuts | None:
+        """What cuts a compiled model into graphs, new for each pass; None: hooks do."""
 
     def begin(self) -> None:
         """Before a forward pass."""
@@ -81,10 +96,26 @@ class OfBlocks:
 
     inside = True
     offloads = False
+    ranks: Ranks
+    across: Ranks | None = None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Nothing."""
+        return ()
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """Those of all replicas."""
+        return self.ranks if self.across is None else Ranks(self.ranks.size * self.across.size)
 
     @property
     def reference(self) -> Wrapping | None:
         """None: a frozen model is whole on every rank."""
+        return None
+
+    def cuts(self) -> Cuts | None:
+        """None: hooks around units do."""
         return None
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -117,10 +148,9 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
         beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
         raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
-    if setup.parallel in ("fsdp1", "zero3") and objectives.found(setup.objective).passes_reference(setup):
+    if setup.objective == "ppo" and (setup.parallel != "ddp" or setup.ddp == "find-unused"):
         raise UserError(
-            f"gpus: the reference of objective {setup.objective} is not modelled with parallel {setup.parallel}; use "
-            "--parallel fsdp2 or zero2, or --reference precomputed"
+            "gpus: of objective ppo DDP alone is modelled, plain or with a static graph; use --parallel ddp"
         )
     if not setup.reshard and setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(
@@ -128,6 +158,8 @@ def check_form(setup: Setup, method: Method) -> None:
         )
     if setup.shard_group is not None:
         _check_groups(setup, setup.shard_group)
+    if setup.compile != "none":
+        _check_compiled(setup, method)
     if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
         raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
     if setup.tp > 1 and getattr(method, "modules_to_save", None):
@@ -140,11 +172,30 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
 
 
+def _check_compiled(setup: Setup, method: Method) -> None:
+    """Raise `UserError` where the compiled program of several GPUs is not modelled with the rest of a setup."""
+    if setup.offload != "none":
+        raise UserError(f"offload: not modelled with compile {setup.compile}; use --offload none")
+    if setup.compile == "reduce-overhead":
+        raise UserError("compile reduce-overhead: CUDA graphs of several GPUs are not modelled; use --compile default")
+    if setup.parallel not in COMPILED:
+        where = "graphs break at its hooks" if setup.parallel in ("fsdp1", "zero3") else "DeepSpeed compiles by itself"
+        raise UserError(
+            f"compile: not modelled with parallel {setup.parallel}, {where}; use --parallel {' or '.join(COMPILED)}"
+        )
+    for name in ("tp", "cp", "pp"):
+        if getattr(setup, name) > 1:
+            raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
+    if method.name not in COMPILED_METHODS or getattr(method, "implementation", "peft") != "peft":
+        raise UserError(
+            f"compile: what Dynamo makes of {method.name} on several GPUs is not modelled, but of "
+            f"{', '.join(COMPILED_METHODS)}; use --compile none"
+        )
+
+
 def _check_groups(setup: Setup, group: int) -> None:
     """Raise `UserError` where shards over groups of GPUs are not modelled with the rest of a setup."""
     if setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(f"shard_group: {setup.parallel} has no shards in groups; use --parallel fsdp2, or leave it out")
     if group % setup.cp:
         raise UserError(f"shard_group {group}: cp {setup.cp} GPUs share a sequence; use a multiple of them")
-    if setup.objective != "sft":
-        raise UserError(f"shard_group: not modelled with objective {setup.objective}; leave it out")

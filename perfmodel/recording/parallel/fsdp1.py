@@ -12,6 +12,11 @@ last adapter of this one: this is what makes LoRA slow under FSDP1.
 What SHARD_GRAD_OP gathers stays until gradients are reduced, over all micro-batches of a step. Under HYBRID_SHARD
 groups of ranks do all this, and reduced gradients are summed across groups.
 
+With mixed precision (accelerate's `set_mixed_precision`) what trains is kept in fp32 and cast to be gathered, and
+gradients are reduced in 16 bits and cast back, all under autocast. An adapter still casts its input to the dtype that
+its weight is kept in; the casts of the weight itself and of its gradient, which FSDP makes of a rank's part, are
+autocast's here.
+
 Offloaded (`CPUOffload`), a unit's part comes from the host's memory before it is gathered, its gradient goes there, and
 the host updates.
 
@@ -32,13 +37,14 @@ from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
+from ...setup import Setup
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers, predivided
+from .units import ROOT, ShardedUnit, Survey, of_all_layers, predivided
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
 FREED = ("freed", "freed before that")  # when the last units were free, the latest first
@@ -49,6 +55,8 @@ class FlatUnit:
     """A flat parameter: those of a block, of one adapter's module, or of what is outside of blocks.
 
     Attributes:
+        dtype: what is gathered.
+        kept: a rank's part; in fp32 with mixed precision if it trains, and cast to be gathered.
         trained: whether it has a gradient, which is of the whole.
         shards: what a rank keeps: its part of what trains, and of what does not.
         whole: its memory while it is gathered.
@@ -59,6 +67,8 @@ class FlatUnit:
     path: str
     parameters: list[Parameter]
     ranks: Ranks
+    dtype: str
+    kept: str
     shards: list[Parameter] = field(default_factory=list)
     whole: Tensor | None = None
     prefetched: bool = False
@@ -68,7 +78,7 @@ class FlatUnit:
         for trains in (True, False):
             those = [p for p in self.parameters if p.requires_grad is trains]
             if those:
-                self.shards.append(flat_shard(self.path, those, self.ranks.size))
+                self.shards.append(flat_shard(self.path, those, self.ranks.size, self.kept))
         keep_on_host(shard for shard in self.shards if self.offloaded)
 
     @property
@@ -77,14 +87,14 @@ class FlatUnit:
         return any(p.requires_grad for p in self.parameters)
 
     @property
-    def dtype(self) -> str:
-        """Of all its parameters: a flat parameter has one."""
-        return self.parameters[0].dtype
+    def casts(self) -> bool:
+        """Whether FSDP casts; of an adapter, which looks at its own dtype, autocast's calls stand for FSDP's."""
+        return self.kept != self.dtype == self.parameters[0].dtype
 
     @property
     def part(self) -> Dim:
-        """Elements of a rank's part, padding included."""
-        return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.dtype] * self.ranks.size))
+        """Elements of a rank's part, padding included; all its parameters have one dtype."""
+        return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.parameters[0].dtype] * self.ranks.size))
 
     def gather(self) -> None:
         """`_unshard`: the host waits for the limiter, then all parts are gathered, unless they still are.
@@ -92,13 +102,16 @@ class FlatUnit:
         What is offloaded comes from the host in any case (`pre_unshard`).
         """
         record("fsdp::limit_all_gathers", (), (), Attrs(host=True, sync=True), runs=Run(FREED[1]))
-        mine = existing((self.part,), self.dtype)
+        mine = existing((self.part,), self.kept if self.casts else self.dtype)
         if self.offloaded:
             mine = to_device(mine, GATHER_COPY)
         if self.whole is not None:
             return
+        if self.casts:  # `_use_low_precision_shard`
+            kept, mine = mine, new_tensor((self.part,), self.dtype)
+            record("copy_", (mine, kept), (mine,), runs=Run(GATHER_COPY))
         self.whole = new_tensor((self.part * self.ranks.size,), self.dtype)
-        after = (GATHER_COPY,) if self.offloaded else ()
+        after = (GATHER_COPY,) if self.offloaded or self.casts else ()
         exchange("c10d::_allgather_base_", mine, self.whole, self.ranks, after=after)
         set_event(GATHERED, COMMUNICATION)
 
@@ -118,14 +131,19 @@ class FlatShard(OfBlocks):
     Attributes:
         across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
+        frozen: the hooks around a reference model, if there is one.
+
+    Args:
+        amp: the dtype of mixed precision.
     """
 
     shares_norm = True
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
-        offloads: bool = False, keeps: bool = False,
+        offloads: bool = False, keeps: bool = False, frozen: "FlatFrozen | None" = None, amp: str | None = None,
     ) -> None:  # fmt: skip
+        self.frozen = frozen
         self.ranks = ranks
         self.across = across
         self.offloads = offloads
@@ -137,17 +155,29 @@ class FlatShard(OfBlocks):
             nested = [p for p in unit.parameters if p.requires_grad and p.kind == "adapter" and unit.path != ROOT]
             if len(nested) == len(unit.parameters):
                 nested = []
+            kept = {id(p): shard.dtype for p, shard in unit.pairs}
             for p in nested:
-                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, offloaded=offloads)
+                sent = amp or p.dtype
+                self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, sent, kept[id(p)], offloaded=offloads)
             left = [p for p in unit.parameters if p not in nested]
-            self.units[unit.path] = FlatUnit(unit.path, left, ranks, offloaded=offloads)
+            first = (
+                next((p for p in left if p.requires_grad), left[0]) if left else None
+            )  # if any trains, all are kept so
+            dtypes = (first.dtype, kept[id(first)]) if first is not None else ("", "")
+            self.units[unit.path] = FlatUnit(unit.path, left, ranks, *dtypes, offloaded=offloads)
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
         self.done: set[str] = set()
 
+    @property
+    def reference(self) -> "FlatFrozen | None":
+        """A frozen model is cut as well."""
+        return self.frozen
+
     def begin(self) -> None:
-        """The root is gathered; hooks follow adapters and gradients."""
-        self.ran.clear()
-        self.done.clear()
+        """The root is gathered, unless it still is; hooks follow adapters and gradients."""
+        if tape().grad_enabled:
+            self.ran.clear()
+            self.done.clear()
         tape().after_gradient = self._reduce_adapter
         wait_event(COMPUTE, COMMUNICATION)
         self._unshard(self.units[ROOT])
@@ -169,14 +199,16 @@ class FlatShard(OfBlocks):
             node.produces(x)
         out = run(x)
         unit.leave(frees=not self.keeps)
-        self.ran.append((path, part))
+        if tape().grad_enabled:
+            self.ran.append((path, part))
         if isinstance(out, tuple):
             return (self._before_backward(path, out[0]), *out[1:])
         return self._before_backward(path, out)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The root stays gathered until its backward is done."""
-        self.ran.append((ROOT, tape().part))
+        if tape().grad_enabled:
+            self.ran.append((ROOT, tape().part))
         return [self._before_backward(ROOT, output) for output in outputs]
 
     def end_of_backward(self) -> None:
@@ -195,13 +227,15 @@ class FlatShard(OfBlocks):
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Flat parts in the place of parameters; scales of packed weights stay on every rank."""
-        known = {id(p) for unit in (*self.units.values(), *self.of_adapter.values()) for p in unit.parameters}
-        shards = [s for unit in (*self.units.values(), *self.of_adapter.values()) for s in unit.shards]
+        of_reference = self.frozen.units.values() if self.frozen is not None else ()
+        units = (*self.units.values(), *self.of_adapter.values(), *of_reference)
+        known = {id(p) for unit in units for p in unit.parameters}
+        shards = [s for unit in units for s in unit.shards]
         return [*shards, *(p for p in parameters if id(p) not in known)]
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """Nothing: what is gathered dies with its use."""
-        return 0
+        """What is gathered dies with its use, but for what stays of a frozen model."""
+        return self.frozen.kept_bytes if self.frozen is not None else 0
 
     def _unshard(self, unit: FlatUnit) -> None:
         if unit.parameters:
@@ -267,6 +301,8 @@ class FlatShard(OfBlocks):
         assert p.grad is not None
         flat, p.grad.storage.copies = p.grad, 1
         p.grad = None
+        if flat.dtype != unit.dtype:
+            flat = existing((flat.numel,), unit.dtype)
         self._scattered(unit, flat)
 
     def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
@@ -284,24 +320,75 @@ class FlatShard(OfBlocks):
             summed = ACROSS
         if decide(everyone > before):
             record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(summed,)))
+        if unit.casts:  # `_cast_grad_to_param_dtype`
+            low, mine = mine, new_tensor((unit.part,), unit.kept)
+            record("_to_copy", (low,), (mine,), runs=Run(REDUCE, after=(summed,)))
+            del low
+        elif unit.kept != unit.dtype:
+            mine = new_tensor((unit.part,), unit.kept)
         if self.offloads:
             shard = unit.shards[0]
             shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(summed,)))
             set_event(REDUCED, REDUCE)
             return
-        set_event(REDUCED, summed)
+        set_event(REDUCED, REDUCE if unit.casts else summed)
         mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]
         shard.used = True
         shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
 
 
-def flat_shard(path: str, parameters: list[Parameter], ranks: Dim) -> Parameter:
-    """A rank's part of some parameters behind one another."""
+class FlatFrozen(FlatShard):
+    """The hooks around a reference model, whose blocks are units, too.
+
+    A root is freed behind its backward pass alone (`_post_forward_reshard`), and this one has none: it is gathered once
+    in a training and stays. So does all of it under SHARD_GRAD_OP.
+
+    Source: trl/models/utils.py (1.8: `prepare_fsdp`).
+    """
+
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of it that are there from step to step beside its parts."""
+        staying = (unit for path, unit in self.units.items() if unit.parameters and (self.keeps or path == ROOT))
+        return sum(u.part * ITEMSIZE[u.dtype] * self.ranks.size * u.parameters[0].count for u in staying)
+
+    def begin(self) -> None:
+        """The root is there."""
+        wait_event(COMPUTE, COMMUNICATION)
+
+    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A block between its hooks."""
+        return run(x) if self.keeps else super().block(path, run, x)
+
+
+def flat_shards(
+    units: Sequence[ShardedUnit],
+    survey: Survey,
+    parameters: Sequence[Parameter],
+    ranks: Ranks,
+    across: Ranks | None,
+    setup: Setup,
+) -> FlatShard:
+    """The hooks around the model that trains, whose units are given, with those around a reference of its own.
+
+    Args:
+        survey: what was found as all passes were run, of `parameters`.
+        across: as of `FlatShard`.
+    """
+    frozen, keeps = None, not setup.reshard
+    if survey.frozen is not None:
+        frozen = FlatFrozen(survey.frozen.units(parameters, ranks.size, setup, tied=False), ranks, keeps=keeps)
+    offloads = setup.offload != "none"
+    return FlatShard(units, ranks, across, offloads=offloads, keeps=keeps, frozen=frozen, amp=setup.amp)
+
+
+def flat_shard(path: str, parameters: list[Parameter], ranks: Dim, kept: str) -> Parameter:
+    """A rank's part of some parameters behind one another, in the dtype that it is kept in."""
     first = parameters[0]
     nbytes = sum(p.nbytes for p in parameters)
     shape = (-(-nbytes // (ITEMSIZE[first.dtype] * ranks)),)
-    shard = Parameter(path or "root", shape, first.dtype, kind=first.kind, trainable=first.requires_grad)
+    shard = Parameter(path or "root", shape, kept, kind=first.kind, trainable=first.requires_grad)
     shard.elements = sum(p.elements for p in parameters)
     shard.count, shard.part = first.count, first.part
     return shard

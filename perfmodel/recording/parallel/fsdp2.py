@@ -36,7 +36,7 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
-from ...tape.core import new_tensor, record, tape
+from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, set_event, wait_event
@@ -120,14 +120,14 @@ class FullyShard(WholeUnits):
         units: Sequence[ShardedUnit],
         ranks: Ranks,
         output: str | None,
-        reference: ShardedUnit | None = None,
+        frozen: "FullyShard | None" = None,
         across: Ranks | None = None,
         *,
         offloads: bool = False,
     ) -> None:
         self.ranks = ranks
         self.across = across
-        self.frozen = FrozenShard([reference], ranks, output) if reference is not None else None
+        self.frozen = frozen
         self.output = output
         self.offloads = offloads
         self.units = {unit.path: Gathered(unit, offloads) for unit in units}
@@ -143,12 +143,20 @@ class FullyShard(WholeUnits):
         self.before: str | None = None  # that of the pass before, if there are several before a backward pass
 
     @property
-    def reference(self) -> "FrozenShard | None":
+    def reference(self) -> "FullyShard | None":
         """A frozen model is cut as well."""
         return self.frozen
 
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of a frozen model that are there from step to step beside its shards: what no backward pass frees."""
+        staying = (state.unit for state in self.units.values() if state.unit.stays and state.unit.parameters)
+        alike = ((unit, 1 if unit.path == ROOT else unit.parameters[0].count) for unit in staying)
+        return sum(count * sum(unit.numels) * ITEMSIZE[unit.dtype] * self.ranks.size for unit, count in alike)
+
     # What the recording of a step calls
 
+    @hooked
     def begin(self) -> None:
         """Before the forward pass: the root's parameters are gathered (`_root_pre_forward`, `pre_forward`)."""
         if tape().grad_enabled:
@@ -161,7 +169,7 @@ class FullyShard(WholeUnits):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block between its hooks."""
         part = tape().part
-        out = run(self._enter(path, x))
+        out = region(run)(self._enter(path, x))
         if isinstance(out, tuple):
             return (self._leave(path, out[0], part), *out[1:])
         return self._leave(path, out, part)
@@ -181,13 +189,16 @@ class FullyShard(WholeUnits):
         return x
 
     def _leave(self, path: str, out: Tensor, part: Part) -> Tensor:
-        state = self.units[path]
-        if not state.unit.stays:
-            state.whole.clear()
+        self._reshard(self.units[path])
         self.last = path
         if tape().grad_enabled:
             self.ran.append((path, part))
         return self._before_backward(path, out)
+
+    @hooked
+    def _reshard(self, state: Gathered) -> None:
+        if not state.unit.stays:
+            state.whole.clear()
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind the forward pass: the root's parameters stay; its hook before backward."""
@@ -199,6 +210,7 @@ class FullyShard(WholeUnits):
         hooked = [self._before_backward(ROOT, output) for output in outputs]
         return [cast(output, self.output) for output in hooked] if self.output else hooked
 
+    @hooked
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
         for path in (ROOT, *self.units):  # as modules are found
@@ -235,6 +247,7 @@ class FullyShard(WholeUnits):
         node.produces(hooked)
         return hooked
 
+    @hooked
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         place = next((i for i, (name, _) in enumerate(self.ran) if name == path), 0)
@@ -253,6 +266,7 @@ class FullyShard(WholeUnits):
             return self.units[below].unit
         return self.units[next(name for name, of in reversed(self.ran) if of is part)].unit
 
+    @hooked
     def _unshard(self, state: Gathered, *, forward: bool) -> None:
         """`unshard` unless it was prefetched, and `wait_for_unshard`: copies out into whole parameters."""
         if state.whole or not state.unit.parameters:
@@ -276,6 +290,7 @@ class FullyShard(WholeUnits):
         state.coming = None
         del before
 
+    @hooked
     def _forget_copied(self) -> None:
         """What was copied out before may be overwritten once that is done."""
         if self.copied is not None:
@@ -284,6 +299,7 @@ class FullyShard(WholeUnits):
 
     # Behind backward
 
+    @hooked
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         self._reduce(path, self.units[path])
@@ -343,39 +359,6 @@ class FullyShard(WholeUnits):
         set_event(REDUCED, REDUCE if self.offloads or divides or kept != dtype else summed)
         if not self.offloads:
             reduced.storage.copies = trained[0][0].count
-
-
-class FrozenShard(FullyShard):
-    """The hooks around a reference model: it is one unit, gathered whole before its pass and freed behind it.
-
-    Without `Setup.reshard` nothing ever frees it, for it has no backward pass: it is gathered once in a training.
-
-    Source: trl/models/utils.py (1.8: `prepare_fsdp`), which wraps no block.
-    """
-
-    @property
-    def kept_bytes(self) -> Dim:
-        """Bytes of it that are there from step to step beside its shards."""
-        unit = self.units[ROOT].unit
-        itemsize = ITEMSIZE[unit.dtype]
-        return sum(unit.numels) * itemsize * self.ranks.size if unit.stays else 0
-
-    def _unshard(self, state: Gathered, *, forward: bool) -> None:
-        if not state.unit.stays:
-            super()._unshard(state, forward=forward)
-
-    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """A block runs as it would alone."""
-        return run(x)
-
-    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Its parameters are there."""
-        return run(x)
-
-    def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What was gathered goes."""
-        self.units[ROOT].whole.clear()
-        return super().end(outputs)
 
 
 def _settle(p: Parameter) -> None:

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from ...architectures.base import WORDS
-from ...objectives.parts.base import OF_REFERENCE
+from ...objectives.parts.base import OF_REFERENCE, found
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.dtypes import FLOATING, ITEMSIZE
 from ...program.ranks import Ranks
@@ -67,6 +67,8 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
     """What a shard is kept in: with mixed precision masters of what trains (accelerate's `fsdp2_prepare_model`)."""
     if setup.amp is None:
         return p.dtype
+    if p.name.startswith(OF_REFERENCE) and found(setup.objective).reference_in_amp:
+        return setup.amp
     return "fp32" if p.requires_grad else setup.dtype if p.dtype == setup.amp else p.dtype
 
 
@@ -111,29 +113,45 @@ class ShardedUnit:
         return [(p, shard) for p, shard in self.pairs if p.dtype != shard.dtype]
 
 
-def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -> ShardedUnit | None:
-    """The unit of a frozen model beside the one that trains: all of it, as TRL shards it; None where there is none."""
+def whole_reference(parameters: Sequence[Parameter], ranks: Dim, setup: Setup) -> ShardedUnit:
+    """The unit of a frozen model beside the one that trains: all of it, as TRL shards it."""
     shards = {p: shard_of(p, ranks, kept_dtype(p, setup)) for p in parameters if p.name.startswith(OF_REFERENCE)}
     those = [p for p in shards for _ in range(p.count)]
-    return ShardedUnit(ROOT, those, [shards[p] for p in those], stays=not setup.reshard) if those else None
+    return ShardedUnit(ROOT, those, [shards[p] for p in those], stays=not setup.reshard)
 
 
 class Survey(WholeUnits):
-    """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls."""
+    """A wrapper that only notes the blocks, and the modules beside them, in the order of their calls.
 
-    ranks: Ranks | None = None
+    Attributes:
+        passes: of the calls of the model in a micro-batch, what runs in each.
+        of: how the names of the model's parameters begin.
+        frozen: that of a reference model, if there was one.
+    """
+
+    frozen: "Survey | None" = None
+
+    @property
+    def everyone(self) -> Ranks | None:
+        """Nobody."""
+        return None
 
     @property
     def reference(self) -> "Survey":
         """Blocks of a frozen model are parts of their own, too."""
-        return Survey()
+        if self.frozen is None:
+            self.frozen = Survey(OF_REFERENCE)
+        return self.frozen
 
-    def __init__(self) -> None:
+    def __init__(self, of: str = "") -> None:
+        self.of = of
         self.paths: list[str] = []
         self.modules: list[str] = []
+        self.passes: list[list[str]] = []
 
     def begin(self) -> None:
         """Nothing is hooked."""
+        self.passes.append([])
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Nothing is hooked."""
@@ -142,12 +160,18 @@ class Survey(WholeUnits):
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """Run it."""
         self.paths.append(path)
+        self.passes[-1].append(path)
         return run(x)
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run it."""
         self.modules.append(path)
+        self.passes[-1].append(path)
         return run(x)
+
+    def weight(self, p: Parameter) -> None:
+        """It is used now."""
+        self.passes[-1].append(p.name)
 
     def units(
         self,
@@ -166,10 +190,13 @@ class Survey(WholeUnits):
         (bitsandbytes' `quant_storage`).
         """
         bytes_too = setup.parallel == "fsdp1"
-        left = [
-            p for p in parameters
-            if p.kind != "scale" and (bytes_too or p.dtype in FLOATING) and not p.name.startswith(OF_REFERENCE)
-        ]  # fmt: skip
+        left = {
+            p: p.name.removeprefix(self.of)
+            for p in parameters
+            if p.kind != "scale"
+            and (bytes_too or p.dtype in FLOATING)
+            and p.name.startswith(OF_REFERENCE) is bool(self.of)
+        }
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
         tail: list[tuple[str, ...]] = []
         if setup.parallel == "fsdp2":
@@ -178,8 +205,8 @@ class Survey(WholeUnits):
             )
             first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
             groups = [*first, *groups, *tail]
-        found = {group: [p for p in left if p.name.startswith(group)] for group in groups}
-        found[(ROOT,)] = [p for p in left if not p.name.startswith(tuple(chain(*groups)))]
+        found = {group: [p for p, name in left.items() if name.startswith(group)] for group in groups}
+        found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         stay = {*tail, *(group for group in groups if HEAD in group)}
         return [

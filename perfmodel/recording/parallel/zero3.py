@@ -2,8 +2,9 @@
 
 Weights are gathered one by one as modules come, frozen ones too; small ones (`stage3_param_persistence_threshold`:
 transformers' "auto" is ten times the hidden size) stay whole, and are gathered again once they are updated. A weight
-that is used again within `stage3_max_reuse_distance` elements stays gathered. Gradients are copied into a bucket, and
-before one that does not fit the bucket is reduced and scattered, in every micro-batch.
+that is used again within `stage3_max_reuse_distance` elements stays gathered. Both need a trace of modules that holds
+(`module_trace.py`). Gradients are copied into a bucket, and before one that does not fit the bucket is reduced and
+scattered, in every micro-batch.
 
 Here the weights of a block are gathered as it begins: DeepSpeed asks for each a few modules before it is used, by a
 queue that it keeps filled (`fetch_sub_module`), so messages and bytes are the same but come a little earlier there.
@@ -17,6 +18,7 @@ the host waits.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ...architectures.base import WORDS
 from ...optimizers import Update
 from ...optimizers.parts.update import existing, runs
 from ...program.dims import Dim, decide
@@ -31,9 +33,15 @@ from . import zero_offload
 from .collectives import SENT, empty, exchange, wait_event
 from .form import WholeUnits
 from .messages import Ready, coming, interleaved
+from .module_trace import Foreseen
 from .offload import keep_on_host, to_device
-from .units import ROOT, ShardedUnit
+from .units import HEAD, ROOT, ShardedUnit
 
+LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
+UNTRACED = (
+    "DeepSpeed's trace of modules does not hold where a model is called twice before its backward pass: each pass "
+    "gathers all weights again, and none ahead; --reference precomputed takes a pass away"
+)
 REUSE = 10**9  # elements within which a weight that comes again stays (`stage3_max_reuse_distance`)
 PERSISTENT = 10  # hidden sizes that a weight has at most if it stays whole
 
@@ -47,14 +55,21 @@ class CutWeights(WholeUnits):
         checkpoint: `Setup.checkpoint`: where a block is run again within backward, DeepSpeed lets frozen weights go
             behind its forward pass (`update_recompute_parameters`); with reentrant checkpoints it does not.
         offload: `Setup.offload`.
+        passes: what DeepSpeed's trace of modules has of the calls of the model in a micro-batch.
+        frozen: the hooks around a reference model, if there is one.
+        small: elements of a weight that stays whole; None: as of transformers' "auto".
     """
 
     shares_norm = False
 
     def __init__(
-        self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str, offload: str = "none"
-    ) -> None:
-        self.ranks, self.limit, self.small = ranks, hidden**2, PERSISTENT * hidden
+        self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str, offload: str = "none", *,
+        passes: Sequence[Foreseen], frozen: "CutWeights | None" = None, small: int | None = None,
+    ) -> None:  # fmt: skip
+        self.ranks, self.limit = ranks, hidden**2
+        self.small = PERSISTENT * hidden if small is None else small
+        self.passes, self.place, self.frozen = passes, -1, frozen
+        self.gone: set[str] = set()  # units whose small weights are not there
         self.units = {unit.path: unit for unit in units}
         self.offloaded, self.from_host = offload != "none", offload == "params"
         self.alone = decide(ranks.size == 1)
@@ -67,12 +82,29 @@ class CutWeights(WholeUnits):
         elements = sum(p.numel * p.count for unit in units for p in unit.parameters if self._is_cut(p))
         self.stays = decide(2 * elements <= REUSE)  # from its forward pass until its backward pass
         self.frozen_stay = self.stays and checkpoint != "block"
+        self.checkpoint = checkpoint
+
+    @property
+    def reference(self) -> "CutWeights | None":
+        """A frozen model is cut as well."""
+        return self.frozen
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That the trace of modules does not hold."""
+        return () if self.passes[-1].backward else (UNTRACED,)
+
+    @property
+    def seen(self) -> Foreseen:
+        """What DeepSpeed's trace has of the pass that runs, or ran last."""
+        return self.passes[self.place]
 
     # What the recording of a step calls
 
     def begin(self) -> None:
         """What is outside of blocks is gathered."""
         self.ready.clear()
+        self.place = (self.place + 1) % len(self.passes)
         tape().on_gradient = self._copy
         self._gather(ROOT)
 
@@ -84,24 +116,37 @@ class CutWeights(WholeUnits):
             x = x.alias()
             node.produces(x)
         out = run(x)
-        for p in self.units[path].parameters:
-            if not (self.stays if p.requires_grad else self.frozen_stay):
-                self.whole[path].pop(p.name, None)
+        self._free(path)
         first, *rest = out if isinstance(out, tuple) else (out,)
-        node = differentiate("PreBackwardFunctionForModuleBackward", (first,), self._before_backward, (path,))
-        if node is not None:
-            first = first.alias()
-            node.produces(first)
+        first = self._hooked(first, path)
         return (first, *rest) if isinstance(out, tuple) else first
 
+    def _hooked(self, out: Tensor, path: str) -> Tensor:
+        node = differentiate("PreBackwardFunctionForModuleBackward", (out,), self._before_backward, (path,))
+        if node is None:
+            return out
+        hooked = out.alias()
+        node.produces(hooked)
+        return hooked
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The head gathers again what was the embedding's, unless the trace says that it comes."""
+        if path == HEAD and self._tied and not self.seen.forward:
+            self._gather_again(ROOT, self._words)
+        return run(x)
+
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Nothing more is hooked."""
-        return outputs
+        """What is outside of blocks stays to the end of the backward pass that is foreseen, or is gathered again."""
+        if self.seen.backward:
+            return outputs
+        self._free(ROOT)
+        return [self._hooked(output, ROOT) for output in outputs]
 
     def end_of_backward(self) -> None:
         """Buckets go out where the next gradient does not fit, the last one here; all weights go."""
         current = tape()
         current.on_gradient = None
+        self._free_behind_backward(ROOT)
         self.whole.clear()
         exchanging, parts = current.parts.pop(), list(current.parts)
         order = [c.parameter for c in coming(parts, self.ready)]
@@ -118,7 +163,8 @@ class CutWeights(WholeUnits):
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """A rank's parts in the place of whole parameters."""
-        shards = {id(p): s for unit in self.units.values() for p, s in unit.pairs}
+        of_reference = self.frozen.units.values() if self.frozen is not None else ()
+        shards = {id(p): s for unit in (*self.units.values(), *of_reference) for p, s in unit.pairs}
         for unit in self.units.values():
             for p, shard in unit.pairs:
                 shard.used = p.used
@@ -127,7 +173,7 @@ class CutWeights(WholeUnits):
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """A rank's part of the gradients, the bucket, and what stays whole."""
         trained = [p for p in parameters if p.used]
-        small = sum(p.nbytes * p.count for p in self._small())
+        small = self.whole_bytes + (self.frozen.whole_bytes if self.frozen is not None else 0)
         if self.offloaded:
             return existing((self.limit,), trained[0].dtype).nbytes + small
         return zero.buffer_bytes(trained, self.limit) + small
@@ -173,15 +219,54 @@ class CutWeights(WholeUnits):
     def _part(self, p: Parameter) -> Dim:
         return -(-p.numel // self.ranks.size)
 
-    def _gather(self, path: str) -> None:
-        """One message a weight, which is a view of what it is gathered in."""
-        whole = self.whole.setdefault(path, {})
-        there = self.alone and not self.from_host
-        missing = [] if there else [p for p in self.units[path].parameters if p.name not in whole and self._is_cut(p)]
+    @property
+    def whole_bytes(self) -> Dim:
+        """Bytes of what stays whole."""
+        return sum(p.nbytes * p.count for p in self._small())
+
+    def _gather(self, path: str, parameters: Sequence[Parameter] | None = None) -> None:
+        """One message a weight of a unit, or of some of it, which is a view of what it is gathered in."""
+        whole, gone = self.whole.setdefault(path, {}), path in self.gone
+        wanted = self._used(path) if parameters is None else parameters
+        missing = [p for p in wanted if p.name not in whole and (gone or self._is_cut(p))]
+        if self.alone and not self.from_host:
+            return
         for p in missing:
             whole[p.name] = self._gathered(p)
+        self.gone.discard(path)
         if missing:
             wait_event(GATHER_COPY if self.alone else COMMUNICATION)
+
+    def _gather_again(self, path: str, parameters: Sequence[Parameter]) -> None:
+        """Of a unit without a trace, what was freed meanwhile."""
+        for p in parameters:
+            self.whole[path].pop(p.name, None)
+        if parameters:
+            self.gone.add(path)
+            self._gather(path, parameters)
+
+    @property
+    def _words(self) -> list[Parameter]:
+        """The weight of the embedding of the words."""
+        return [p for p in self.units[ROOT].parameters if p.name.removesuffix(".weight").endswith(WORDS)]
+
+    @property
+    def _tied(self) -> bool:
+        """Whether it is the head's, too."""
+        return not any(p.name.startswith(HEAD) for p in self.units[ROOT].parameters)
+
+    def _used(self, path: str) -> list[Parameter]:
+        """What a forward pass uses of a unit; of an adapter that is off its layer looks at the first weight's dtype."""
+        return [p for p in self.units[path].parameters if p.name not in self.seen.off or LOOKED_AT in p.name]
+
+    def _free(self, path: str) -> None:
+        """Behind a forward pass: what the trace says is not used again soon goes; without one all does."""
+        for p in self.units[path].parameters:
+            stays = self.stays if p.requires_grad else self.frozen_stay
+            if not (stays and self.seen.backward):
+                self.whole[path].pop(p.name, None)
+        if not self.seen.forward:
+            self.gone.add(path)
 
     def _gathered(self, p: Parameter) -> Tensor:
         part = self._part(p)
@@ -205,13 +290,39 @@ class CutWeights(WholeUnits):
 
     def _before_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
-        self._gather(path)
+        if self.seen.backward:
+            self._gather(path)
+            return tuple(grads)
+        once, again = self._for_backward(path)
+        self._gather(path, once)
+        self._gather_again(path, again)
         return tuple(grads)
+
+    def _for_backward(self, path: str) -> tuple[list[Parameter], list[Parameter]]:
+        """What a unit needs backward that is not foreseen, and what of it is freed in between and gathered again.
+
+        That is what a block has run again with, and the words that are the head's weight as well.
+        """
+        parameters, recomputes = self.units[path].parameters, self.checkpoint != "none"
+        if path != ROOT:
+            reentrant = self.checkpoint == "block-reentrant"
+            first = "" if reentrant else parameters[-1].name.rpartition(".")[0]  # its backward has the block run again
+            again = [p for p in parameters if (p.requires_grad if reentrant else not p.name.startswith(first))]
+            return parameters, again if recomputes else []
+        reached = [p for p in self._words if p.requires_grad or recomputes]
+        if self._tied:
+            return parameters, reached
+        return [p for p in parameters if p not in self._words or p in reached], []
 
     def _behind_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
-        self.whole.pop(path, None)
+        self._free_behind_backward(path)
         return tuple(grads)
+
+    def _free_behind_backward(self, path: str) -> None:
+        self.whole.pop(path, None)
+        if not self.seen.backward:
+            self.gone.add(path)
 
     # Gradients
 

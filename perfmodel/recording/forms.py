@@ -1,0 +1,75 @@
+"""What several GPUs do in a step, by its setup: a survey of the forward pass tells what each has of the model."""
+
+from typing import Any
+
+from ..architectures.base import Architecture
+from ..errors import UserError
+from ..program.dims import decide
+from ..program.ranks import Ranks
+from ..tape.core import Tape, recording
+from ..tape.tensor import Flow
+from . import zero
+from .collector import no_collector
+from .forward import forward_passes, running
+from .parallel import ddp_search, fsdp1, fsdp2_reference, units, zero3_reference
+from .parallel import zero as stages
+from .parallel.ddp import BUCKET, FIRST_BUCKET
+from .parallel.ddp_compiled import Uses, cuts_of
+from .parallel.form import ParallelForm, check_form
+from .parallel.ring import check_ring, ring_of
+from .step import Step
+
+STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
+
+
+def check_compiled(architecture: Architecture) -> None:
+    """Raise `UserError` where the compiled program of a model on several GPUs was not compared with the real one."""
+    if architecture.traits.head != "causal" or architecture.classifier is not None:
+        raise UserError(f"compile: {architecture.name} on several GPUs is not modelled; language models are")
+
+
+def parallel_form(step: Step, capability: str) -> ParallelForm | None:
+    """What several GPUs do. The forward pass tells which parameters each block has."""
+    alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
+    if step.architecture.recorded:
+        what = "offload: nothing is offloaded in" if offloads else "gpus: several are not modelled by"
+        raise UserError(f"{what} a trace; use --{'offload none' if offloads else 'gpus 1'}")
+    check_form(step.setup, step.method)
+    if step.setup.compile != "none":
+        check_compiled(step.architecture)
+    check_ring(step.setup, step.architecture)
+    if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
+        return None
+    ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
+    if setup[0].parallel == "ddp":
+        graphs = _graphs(step, capability) if setup[0].compile != "none" else frozenset()
+        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late, graphs)
+    if setup[0].parallel in STAGES:
+        late = step.architecture.registers_late
+        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
+    ranks, across = units.sharing(ranks, step.setup)
+    survey = units.Survey()
+    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
+        tape.wrapping, tape.ring = survey, ring_of(step.setup)
+        tape.begin("inputs", "forward")
+        step.parameters = forward_passes(step, *setup, {})[0]
+    cut = survey.units(
+        step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
+        classifies=step.architecture.classifier is not None,
+    )  # fmt: skip
+    if step.zero:
+        return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
+    if step.setup.parallel == "fsdp1":
+        return fsdp1.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
+    return fsdp2_reference.full_shards(cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied)
+
+
+def _graphs(step: Step, capability: str) -> frozenset[Any]:
+    """Where DDP cuts the graph of a compiled model: a forward pass tells which parameters are used in which order."""
+    setup, method = running(step)
+    with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup.amp)) as tape:
+        uses = Uses()
+        tape.flow = Flow(cuts=uses)
+        tape.begin("inputs", "forward")
+        step.parameters = forward_passes(step, setup, method, {})[0]
+    return cuts_of(uses, FIRST_BUCKET, BUCKET)
