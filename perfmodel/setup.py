@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,9 @@ class Setup:
         if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
             raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
+        if self.lengths is not None and self.packing == "none" and self.seq_multiple > 1:
+            ranks = f"cp {self.cp}" if self.cp > 1 else f"tp {self.tp} with sequence_parallel"
+            raise UserError(f"lengths: {ranks} shares samples of one length; leave out --lengths, or use packing dense")
         self._check_packing()
 
     def _check_packing(self) -> None:
@@ -258,6 +262,11 @@ class Setup:
     def replicas(self) -> Dim:
         """How many GPUs, or groups of `tp` times `pp` times `cp` of them, work on samples of their own."""
         return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def seq_multiple(self) -> int:
+        """What `seq` is a multiple of, where ranks share the tokens of a sequence; 1 where any length goes."""
+        return lcm(2 * self.cp if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1)
 
     @property
     def shape(self) -> tuple[Dim, Dim]:

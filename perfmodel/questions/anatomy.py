@@ -200,8 +200,10 @@ def _mean_over(kinds: list[tuple[float, Setup]], p: Prediction, on: DeviceProfil
     assert p.step is not None
     parts = dict.fromkeys(PARTS, 0.0)
     phases = {name: Phase(0.0) for name in PHASES}
+    model = p.step.model
+    method = p.step.method.bind(model)
     for share, setup in kinds:
-        one = _apart(predict_alike(p.step.architecture, setup, p.step.method, on=on, by=by), on, by)
+        one = _apart(predict_alike(model, setup, method, on=on, by=by), on, by)
         for name, seconds in one.parts.items():
             parts[name] += share * seconds
         for name, phase in one.phases.items():

@@ -1,7 +1,8 @@
 """Where a verdict changes: over batch, sequence length, a method's size (rank, k) and its number of targets.
 
 Batch, sequence and rank of all axes go through the tape as one grid. Where the verdict differs between two neighbouring
-points, the gap is filled, again as one grid, until the change lies between two consecutive integers.
+points, the gap is filled, again as one grid, until the change lies between two consecutive integers, or lengths that
+ranks can share (`Setup.seq_multiple`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ class Crossover:
         here: the value of the setup that was asked for.
         values, ratio, verdict, fits_a, fits_b: the points, ascending.
         names: of the points of `targets`, the target that each one adds.
-        exact: whether changes lie between consecutive integers (else between neighbouring points).
+        exact: whether changes lie between consecutive values (else between neighbouring points).
     """
 
     axis: str
@@ -171,7 +172,7 @@ def _on_grid(pair: MethodPair, axes: list[str]) -> list[Crossover]:
     while any(wanted.values()):
         for axis, points in _evaluate(pair, here, wanted).items():
             known[axis].update(points)
-        wanted = {axis: list(_gaps(points)) for axis, points in known.items()}
+        wanted = {axis: list(_gaps(points, _step(pair, axis))) for axis, points in known.items()}
     return [_crossover(axis, _spec_of(pair, axis), here[axis], known[axis]) for axis in axes]
 
 
@@ -179,14 +180,23 @@ def _spec_of(pair: MethodPair, axis: str) -> str:
     return "" if axis in ("batch", "seq") else str(pair.owner(axis).spec())
 
 
+def _step(pair: MethodPair, axis: str) -> int:
+    """What lies between consecutive values of an axis: where ranks share tokens they cut lengths, and LoRA's rank."""
+    if axis == "seq":
+        return pair.setup.seq_multiple
+    return pair.setup.tp if axis == "r" and pair.setup.sequence_parallel else 1
+
+
 def _coarse(pair: MethodPair, axis: str, here: int) -> list[int]:
-    """The first points of an axis, the value itself among them.
+    """The first points of an axis, the value itself among them, all multiples of its step.
 
     A batch or a rank of 1 is another program than any other, so it is a point only where it is asked about.
     """
+    step = _step(pair, axis)
     if axis not in ("batch", "seq"):
-        most = max(here, min(MOST_RANK, _narrowest(pair.architecture)))
-        return sorted({here, *(2**i for i in range(1, most.bit_length()) if 2**i <= most)})
+        most = max(here, min(MOST_RANK, _narrowest(pair)))
+        powers = (2**i for i in range(1, most.bit_length()) if 2**i <= most)
+        return sorted({here, *(max(1, value // step) * step for value in powers)})
     if axis == "batch":
         low, most = min(here, 2), max(2 * here, min(MOST_BATCH, MOST_TOKENS // pair.setup.seq))
     else:
@@ -194,11 +204,14 @@ def _coarse(pair: MethodPair, axis: str, here: int) -> list[int]:
         most = min(most, pair.architecture.max_positions or most)
     steps = int(np.log(most / DENSE) / np.log(STEP)) if most > DENSE else 0
     geometric = {round(DENSE * STEP**i) for i in range(1, steps + 1)}
-    return sorted({*range(low, min(DENSE, most) + 1), *geometric, here, most})
+    points = (*range(low, min(DENSE, most) + 1), *geometric, here, most)
+    return sorted({max(1, value // step) * step for value in points})
 
 
-def _narrowest(architecture: Architecture) -> int:
-    """The largest rank that every linear layer can have."""
+def _narrowest(pair: MethodPair) -> int:
+    """The largest rank that every linear layer can have, or the part of it that tensor-parallel ranks have."""
+    tp = pair.setup.tp
+    architecture = pair.architecture.part_of(tp) if tp > 1 else pair.architecture
     return min(architecture.hidden, architecture.kv_heads * architecture.head_dim, architecture.intermediate)
 
 
@@ -233,14 +246,15 @@ def _ratios(pair: MethodPair, here: dict[str, int], rows: list[tuple[str, int]])
     return np.broadcast_arrays(ratio, a.fits, b.fits, setup.batch)[:3]
 
 
-def _gaps(points: Points) -> Iterator[int]:
-    """Points that fill the gaps across which the verdict changes."""
+def _gaps(points: Points, step: int) -> Iterator[int]:
+    """Points that fill the gaps across which the verdict changes, multiples of `step`."""
     for (low, one), (high, two) in pairwise(sorted(points.items())):
-        if high - low > 1 and verdict(one[0]) != verdict(two[0]):
-            if high - low - 1 <= FILL:
-                yield from range(low + 1, high)
+        between = range(low + step, high, step)
+        if between and verdict(one[0]) != verdict(two[0]):
+            if len(between) <= FILL:
+                yield from between
             else:
-                yield from sorted({round(x) for x in np.linspace(low, high, FILL + 2)[1:-1]})
+                yield from sorted({step * round(x) for x in np.linspace(low // step, high // step, FILL + 2)[1:-1]})
 
 
 def _crossover(axis: str, method: str, here: int, points: Points, **extra: Any) -> Crossover:

@@ -141,4 +141,5 @@ def pair_of(a: Prediction, b: Prediction, on: DeviceProfile, by: Host) -> Method
     """The methods of two predictions of a single setup, to be compared in others."""
     assert a.step is not None
     assert b.step is not None
-    return MethodPair(a.step.architecture, a.step.method, b.step.method, a.setup, on, by)
+    one, two = (step.method.bind(step.model) for step in (a.step, b.step))
+    return MethodPair(a.step.model, one, two, a.setup, on, by)

@@ -60,12 +60,13 @@ def build(
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
     check_step(architecture, method, setup)
+    whole = architecture
     if setup.tp > 1:
         architecture = architecture.part_of(setup.tp)
         method = method.bind(architecture)
     if setup.pp > 1:
         raise UserError("pp: this question is not asked of the stages of a pipeline; use --pp 1")
-    step = Step(architecture, method, setup, device, [])
+    step = Step(architecture, method, setup, device, [], whole=whole)
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
     tape.ring = ring_of(setup)

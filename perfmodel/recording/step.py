@@ -24,6 +24,7 @@ class Step:
     what the optimizer keeps between steps, `paged_bytes` what it keeps in memory shared with the host, `host_bytes`
     what the host's own memory keeps: offloaded weights, masters, states, gradients. `periodic` is what the method does
     besides steps, which counts in none of them. `notes` say how a recorded program was made.
+    `whole` is the model where `architecture` is what one of its tensor-parallel ranks has.
     `form` is what several GPUs do; parameters are then those of one rank, its shards. `received_bytes` are kept for
     what a stage of a pipeline receives.
     """
@@ -41,6 +42,12 @@ class Step:
     notes: list[str] = field(default_factory=list)
     form: ParallelForm | None = None
     received_bytes: Dim = 0
+    whole: Architecture | None = None
+
+    @property
+    def model(self) -> Architecture:
+        """What was asked about, to be asked about again."""
+        return self.architecture if self.whole is None else self.whole
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """Every part with how often it runs in the step."""

@@ -135,8 +135,12 @@ def crossings(explained: list[Explanation]) -> dict[str, Any]:
 
 def heat_map(e: Explanation, by: Host) -> dict[str, Any]:
     """The speed-up over batch and length together, where it was looked for along both."""
-    axes = {c.axis: doublings(c.values[0], c.values[-1], 64)[-CELLS:] for c in e.crossovers}
-    batch, seq = axes.get("batch", []), axes.get("seq", [])
+    ends = {c.axis: (c.values[0], c.values[-1]) for c in e.crossovers}
+    if not {"batch", "seq"} <= set(ends):
+        return {"heat_map": None}
+    step = e.a.setup.seq_multiple
+    batch = doublings(*ends["batch"], 64)[-CELLS:]
+    seq = [step * n for n in doublings(ends["seq"][0] / step, ends["seq"][1] / step, 64)[-CELLS:]]
     if min(len(batch), len(seq)) < 2:
         return {"heat_map": None}
     speedup, fits = speedup_plane(pair_of(e.a, e.b, e.on, by), batch, seq)

@@ -83,6 +83,8 @@ def test_the_setup_is_told() -> None:
         ("full", {"tp": 1}, "give tp, too"),
         ("full", {"seq": 255}, "tp 4 cuts the tokens of a sequence; use a multiple of it for --seq"),
         ("full", {"gpus": 8}, "ddp takes no cut layers; use --parallel fsdp2 for replicas"),
+        ("full", {"gpus": 8, "pp": 2, "grad_accum": 2}, "not modelled with pp 2; use --pp 1"),
+        ("full", {"lengths": "100:200"}, "tp 4 with sequence_parallel shares samples of one length"),
         ("full", {"optimizer": "sgd"}, "not modelled with optimizer sgd; use --optimizer adamw"),
         ("full", {"kernels": "liger"}, "not modelled with kernels liger; use --kernels torch"),
         ("full", {"dtype": "fp32", "amp": "bf16"}, "not modelled with amp bf16; use no --amp"),
@@ -97,3 +99,9 @@ def test_what_does_not_go_with_it_is_said_in_a_line(method: str, options: dict[s
     """With what to do instead."""
     with pytest.raises(UserError, match=said.replace("?", r"\?")):
         shared(method, **options)
+
+
+def test_a_model_that_does_not_go_with_it_is_named_before_its_replicas() -> None:
+    """What those need would be of no use to it."""
+    with pytest.raises(UserError, match="not modelled of qwen3-8b; leave it out"):
+        predict("qwen3-8b", "lora", device=ON, gpus=8, tp=2, sequence_parallel=True)

@@ -35,6 +35,19 @@ def test_the_largest_fits_and_one_more_does_not(question: str, name: str, memory
     assert words.what_fits(found).count(f"{found.value:,}") == 1
 
 
+@pytest.mark.parametrize(
+    ("multiple", "shared"), [(2, {"tp": 2, "sequence_parallel": True}), (4, {"cp": 2, "parallel": "fsdp2"})]
+)
+def test_the_longest_context_is_one_that_ranks_can_share(multiple: int, shared: dict[str, Any]) -> None:
+    """Others are refused, which is no question of memory; the next one that they can share does not fit."""
+    setup, on = Setup(gpus=2, checkpoint="block", **shared), small(6e9)
+    (found,) = answers(["longest_context"], "tinyllama-1.1b", [METHOD], setup, on)
+    assert isinstance(found.value, int)
+    assert (found.value % multiple, found.limited_by) == (0, "memory")
+    sizes = (found.value, found.value + multiple)
+    assert [predict("tinyllama-1.1b", METHOD, replace(setup, seq=n), on).fits for n in sizes] == [True, False]
+
+
 def test_a_context_that_the_model_does_not_take_is_no_question_of_memory() -> None:
     """GPT-2 has 1,024 positions, whatever the card."""
     (found,) = answers(["longest_context"], "gpt2", ["lora"], Setup(), "h100-sxm")

@@ -248,6 +248,27 @@ def test_an_unknown_axis_is_a_mistake() -> None:
         explain("gpt2", axes=("rank",))
 
 
+@pytest.mark.parametrize(("multiple", "shared"), [(4, {"tp": 4, "sequence_parallel": True}), (6, {"cp": 3})])
+def test_sizes_that_ranks_share_are_tried_in_their_steps(multiple: int, shared: dict[str, Any]) -> None:
+    """Other lengths and ranks are refused; a change still lies between two that follow one another."""
+    setup = {"gpus": 12, "nodes": 3, "parallel": "fsdp2", "batch": 4, "seq": 12 * multiple, **shared}
+    lengths, ranks = explain("tinyllama-1.1b", "full", "lora", device=A100, axes=("seq", "size"), **setup).crossovers
+    assert (lengths.here, ranks.here) == (12 * multiple, 8)
+    assert all(value % multiple == 0 for value in lengths.values)
+    assert {change.value - multiple for change in lengths.changes} <= set(lengths.values)
+    assert min(ranks.values) == (4 if "tp" in shared else 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 4, "lengths": "100:200"}])
+def test_parts_of_tensor_parallel_ranks_are_cut_once(options: dict[str, Any]) -> None:
+    """What is asked again of an answer is asked of the whole model: the verdict along an axis is the verdict here."""
+    setup = {"gpus": 2, "tp": 2, "batch": 2, "seq": 128, **options}
+    found = explain("tinyllama-1.1b", "full", "lora", device=A100, axes=("batch",), **setup)
+    (c,) = found.crossovers
+    assert c.ratio[c.values.index(c.here)] == pytest.approx(found.speedup.ratio, rel=1e-9)
+    assert sum(found.before.parts.values()) == pytest.approx(found.a.time.phases["total"], rel=1e-9)
+
+
 @pytest.mark.parametrize(("axis", "setup"), [("seq", {"batch": 2, "seq": 300}), ("batch", {"batch": 3, "seq": 128})])
 def test_no_stretch_of_an_axis_is_passed_over(axis: str, setup: dict[str, int]) -> None:
     """A verdict that turns twice between two points would be missed: each is at most a quarter above the one before."""

@@ -65,7 +65,7 @@ def largest_batch(model: Model, method: str | Method, setup: Setup, on: DevicePr
 
 
 def longest_context(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Largest:
-    """The longest samples that fit, everything else as it is; all of that length."""
+    """The longest samples that fit, everything else as it is; all of that length, which ranks can share."""
     return _largest("seq", model, method, replace(setup, seq=1, lengths=None, prompt=None), on, host)
 
 
@@ -78,8 +78,11 @@ def _largest(
     fitting = Fitting(architecture, host)
     refusal: list[str] = []
 
+    step = 1 if what == "batch" else setup.seq_multiple
+    smallest = 1 if what == "batch" else -(-2 // step)  # a token predicts the next one
+
     def at(size: int) -> Prediction | None:
-        changes: dict[str, Any] = {what: size}
+        changes: dict[str, Any] = {what: size * step}
         try:
             p = fitting.predicted(Concession((), replace(setup, **changes), bound), on)
         except UserError as error:
@@ -89,11 +92,10 @@ def _largest(
             return None
         return p if p.fits else None
 
-    smallest = 1 if what == "batch" else 2  # a token predicts the next one
     with no_collector():
         value, p = _search(at, smallest)
     by = refusal[-1] if refusal else "memory"
-    return Largest(what, on.slug, bound.spec(), value or None, p, limited_by=by)
+    return Largest(what, on.slug, bound.spec(), value * step or None, p, limited_by=by)
 
 
 def _search(at: Callable[[int], Prediction | None], smallest: int) -> tuple[int, Prediction | None]:

@@ -18,7 +18,7 @@ from ...tape.packages.ring import SharedSequence
 
 ALONE: dict[str, Any] = {
     "pp": 1, "parallel": "fsdp2", "attention": "sdpa", "kernels": "torch", "packing": "none",
-    "padded": False, "lengths": None, "offload": "none", "objective": "sft",
+    "padded": False, "offload": "none", "objective": "sft",
 }  # fmt: skip
 
 

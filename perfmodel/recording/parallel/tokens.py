@@ -19,9 +19,8 @@ from ...setup import Setup
 BESIDE: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused"),
     "attention": ("sdpa", "eager"), "kernels": ("torch",), "amp": (None,), "packing": ("none", "dense"),
-    "lengths": (None,), "cp": (1,),
+    "cp": (1,), "pp": (1,),
 }  # fmt: skip
-USE = {"amp": "no --amp", "lengths": "no --lengths"}
 PLAIN = {"dropout": 0.0, "modules_to_save": ()}  # options of LoRA
 
 
@@ -30,13 +29,13 @@ def check_tokens(setup: Setup, method: Method) -> None:
     for name, known in BESIDE.items():
         value = getattr(setup, name)
         if not all(one in known for one in np.atleast_1d(np.asarray(value, dtype=object))):
-            use = USE.get(name, f"--{name} {known[0]}")
+            use = "no --amp" if name == "amp" else f"--{name} {known[0]}"
             raise UserError(f"sequence_parallel: not modelled with {name} {value}; use {use}")
-    if setup.parallel != "fsdp2" and np.any(np.asarray(setup.replicas) > 1):
-        raise UserError(f"sequence_parallel: {setup.parallel} takes no cut layers; use --parallel fsdp2 for replicas")
     model = method.architecture
     if model is not None and model.model_type not in SHARING_TOKENS:
         raise UserError(f"sequence_parallel: not modelled of {model.name}; leave it out")
+    if setup.parallel != "fsdp2" and np.any(np.asarray(setup.replicas) > 1):
+        raise UserError(f"sequence_parallel: {setup.parallel} takes no cut layers; use --parallel fsdp2 for replicas")
     for name, usual in PLAIN.items():
         if getattr(method, name, usual) != usual:
             raise UserError(f"sequence_parallel: not modelled with {name} of method {method.name}; leave it out")
