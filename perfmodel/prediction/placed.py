@@ -94,12 +94,10 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     else:
         per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
-    group = setup.tp * (setup.shard_group or 1)
-    apart = setup.shard_group is not None and (group % per_node > 0) & (per_node % group > 0)
-    if np.any(np.greater(setup.gpus, group) & apart):
-        raise UserError(
-            f"shard_group {setup.shard_group}: groups do not fit nodes of {np.max(per_node)} GPUs; give other --nodes"
-        )
+    for name, group in (("tp", setup.tp), ("shard_group", setup.tp * (setup.shard_group or 1))):
+        if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
+            asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
+            raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; give other --nodes")
     return Placed(node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), notes)
 
 

@@ -145,13 +145,13 @@ def check_form(setup: Setup, method: Method) -> None:
             raise UserError(f"gpus: several are not modelled with {what}; use --gpus 1")
     if setup.offload != "none" and setup.objective != "sft":
         raise UserError(f"offload: not modelled with objective {setup.objective}; use --offload none")
-    if setup.objective not in OBJECTIVES or (setup.tp > 1 and setup.objective != "sft"):
-        beside = f" and tp {setup.tp}" if setup.tp > 1 else ""
-        raise UserError(f"gpus: several are not modelled with objective {setup.objective}{beside}; use --gpus 1")
+    if setup.objective not in OBJECTIVES:
+        raise UserError(f"gpus: several are not modelled with objective {setup.objective}; use --gpus 1")
+    if setup.tp > 1 and setup.objective != "sft":
+        raise UserError(f"tp: layers that GPUs share are not modelled with objective {setup.objective}; use --tp 1")
     if setup.objective == "ppo" and (setup.parallel != "ddp" or setup.ddp == "find-unused"):
-        raise UserError(
-            "gpus: of objective ppo DDP alone is modelled, plain or with a static graph; use --parallel ddp"
-        )
+        use = "--parallel ddp" if setup.parallel != "ddp" else "--ddp plain"
+        raise UserError(f"gpus: of objective ppo DDP alone is modelled, plain or with a static graph; use {use}")
     if not setup.reshard and setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
