@@ -171,7 +171,8 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
                 show(f"{where}: speed-up (* does not fit)\n{_matrix(planned, blocks)}\n")
     if outcome.output:
         show(f"{len(planned):,} rows in {outcome.output}")
-    known = [(m.spec(), notes_before(planned.architecture, m, planned.setup)) for m in planned.methods]
+    setup = replace(planned.setup, gpus=int(planned.gpus.max()))
+    known = [(m.spec(), notes_before(planned.architecture, m, setup)) for m in planned.methods]
     notes(named_notes(known))
 
 
@@ -211,12 +212,17 @@ def _scaling(planned: Sweep, device: str, outcome: FinishedSweep) -> str:
 
 
 def _worth_it(planned: Sweep, on: DeviceProfile, method: str, outcome: FinishedSweep) -> str:
-    """From how many GPUs on a method fits, and what a second node gives."""
+    """On how many GPUs a method fits, and what a second node gives."""
     gpus, rates = planned.gpus.tolist(), best_rates(planned, on.slug, method, outcome)
     fitting = {n: rate for n, rate in zip(gpus, rates, strict=True) if rate > 0}
     if not fitting:
         return f"{method} fits on none of these numbers of GPUs."
-    said = f"{method} fits from {min(fitting)} GPUs on" if min(fitting) > gpus[0] else f"{method} fits on all of these"
+    if len(fitting) == len(gpus):
+        said = f"{method} fits on all of these"
+    elif list(fitting) == gpus[-len(fitting) :]:
+        said = f"{method} fits from {min(fitting)} GPUs on"
+    else:  # buckets of gradients are there on several GPUs alone
+        said = f"{method} fits on {', '.join(map(str, fitting))} of these"
     node = placed(replace(planned.setup, gpus=gpus[-1]), on).node.gpus if gpus[-1] > 1 else 0
     if node in fitting and 2 * node in fitting:
         gain = fitting[2 * node] / fitting[node]

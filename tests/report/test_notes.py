@@ -32,3 +32,10 @@ def test_a_note_on_one_method_of_several_names_it(words: tuple[str, ...], full: 
 def test_a_sweep_says_what_its_setup_rests_on() -> None:
     """A map of float8 steps is not more certain than one of them."""
     assert "note: float8 in eager mode" in below("sweep", "--model", "llama-3.2-1b", "--fp8", "rowwise")
+
+
+def test_a_sweep_over_gpus_says_where_their_graphs_end() -> None:
+    """The note is of the several GPUs that are asked about, not of the one that a setup has by itself."""
+    told = below("sweep", "--model", "smollm2-135m", "--gpus", "1-2", "--parallel", "fsdp2", "--compile", "default")
+    assert "each block is a graph of its own between FSDP2's hooks" in told
+    assert "one graph without breaks" not in told

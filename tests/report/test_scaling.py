@@ -50,6 +50,15 @@ def test_a_second_node_is_told_where_one_and_two_were_tried(capsys: pytest.Captu
         assert "second node" not in capsys.readouterr().out
 
 
+def test_what_fits_on_one_gpu_alone_is_not_said_to_fit_on_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """DDP's buckets hold the gradients once more: what just fits on one GPU does not on two."""
+    grid = sweep("llama-3.1-8b", METHODS, device="h100-sxm", batch=1, seq=512, gpus=(1, 2, 4))
+    sweeps.show_summary(grid, run_sweep(grid, output=None, keep_rows=False, keep_speedups=True))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "full fits on 1 of these." in printed
+    assert "lora:r=8 fits on all of these." in printed
+
+
 def test_where_it_begins_to_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Full shards need several GPUs before their states are small enough; nothing is said of rates that are not."""
     grid = sweep("llama-3.1-70b", METHODS, device=DEVICE, batch=1, seq=512, gpus=(8, 16, 64), parallel="fsdp2")
