@@ -199,9 +199,9 @@ class _Space:
         return candidate.order() if candidate else (True, float("inf"))
 
     def best(self) -> Positions | None:
-        """The positions of the best candidate that fits."""
+        """The positions of the best candidate that fits; of equals the one that turns fewest knobs."""
         fitting = [p for p, c in self.known.items() if c and c.fits]
-        return min(fitting, key=self._order, default=None)
+        return min(fitting, key=lambda p: (self._order(p), sum(map(bool, p))), default=None)
 
 
 def advise(

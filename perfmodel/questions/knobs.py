@@ -74,6 +74,7 @@ def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
         for batch, accum in _micro_batches(setup, setup.batch * setup.grad_accum * tp // setup.tp):
             for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
                 changes = {"tp": tp, "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
+                changes["sequence_parallel"] = setup.sequence_parallel and tp > 1
                 changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
                 words = []
                 if "tp" in changes:

@@ -312,6 +312,22 @@ def test_a_step_is_split_by_powers_of_two_or_not_at_all(batch: int, accum: int, 
     assert found == [(batch, accum), *others]
 
 
+def test_what_changes_nothing_is_no_advice() -> None:
+    """Ranks that all share layers have no shards to leave gathered: of equals the answer changes least."""
+    found = advise(MODEL, "full", device=DEVICE, batch=2, seq=256, gpus=3, tp=3, parallel="fsdp2")
+    assert found.best is not None
+    assert not [label for label in found.best.changes if "FSDP" in label or "zero" in label]
+    assert all(change.seconds for change in found.path)
+
+
+def test_sequence_parallel_ends_with_tensor_parallel() -> None:
+    """To share no layers is a choice from there, too."""
+    model = architecture_of("llama")
+    choices = knobs.memory_knob(model, Setup(gpus=2, tp=2, batch=2, sequence_parallel=True))
+    assert {label.setup.get("sequence_parallel") for label in choices if label.setup.get("tp") == 1} == {False}
+    assert all("sequence_parallel" not in label.setup for label in choices if label.setup.get("tp") != 1)
+
+
 @pytest.mark.parametrize(("changes", "told"), [(("a",), "a"), (("a", "b"), "a and b"), (("a", "b", "c"), "a, b and c")])
 def test_changes_are_listed_as_people_do(changes: tuple[str, ...], told: str) -> None:
     """The sentence that most readers stop at."""
