@@ -23,6 +23,8 @@ from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOW
 from .trained_for import cut_otherwise
 from .values import read_values, values_alone
 
+CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that has them
+
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
     "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "method": (ALL_FUSED,),
@@ -182,14 +184,16 @@ class Imported:
             self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
         )
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
-        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks().parallel)
+        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks())
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
-    def compiles(self, parallel: str | None) -> bool:
-        """Whether several GPUs have its step compiled, in such a form."""
+    def compiles(self, form: AskedForm) -> bool:
+        """Whether several GPUs have its step compiled, in such a form (`recording.parallel.form`)."""
         method, setup = methods.parse(self.method or "full"), self.setup
+        known = method.name in COMPILED_METHODS and setup.get("compile") != CUDA_GRAPHS
         of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
-        return of_sft and (parallel or "ddp") in COMPILED and method.name in COMPILED_METHODS
+        shares = form.tp > 1 or form.cp > 1 or form.offload != "none"
+        return known and of_sft and not shares and (form.parallel or "ddp") in COMPILED
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]

@@ -41,7 +41,12 @@ def test_a_compiled_step_is_offered_and_answered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "why"),
-    [({**FSDP_2, "peft_use_dora": True}, "what Dynamo makes of dora"), ({"deepspeed": "zero3.json"}, "eager mode")],
+    [
+        ({**FSDP_2, "peft_use_dora": True}, "what Dynamo makes of dora"),
+        ({"deepspeed": "zero3.json"}, "eager mode"),
+        ({**FSDP_2, "torch_compile_mode": "reduce-overhead"}, "use --compile default"),
+        ({**FSDP_2, "tensor_parallel_size": 2}, "use --tp 1"),
+    ],
 )
 def test_what_would_be_refused_is_not_offered(tmp_path: Path, values: dict[str, Any], why: str) -> None:
     """A hint that ends in a refusal is worse than none."""
@@ -78,3 +83,17 @@ def test_a_launcher_compiles_what_its_config_does_not(
     assert answer.exit_code == 0, answer.stderr
     assert ("torch.compile, fsdp2" in " ".join(answer.stdout.split())) == compiled
     assert ("without torch.compile (dynamo_config)" in answer.stdout) == (not compiled)
+
+
+def test_a_launcher_compiles_nothing_that_it_offloads(tmp_path: Path) -> None:
+    """The one is not modelled beside the other: the answer says what it leaves out, and is one."""
+    launcher = tmp_path / "accelerate.yaml"
+    offloads = {**LAUNCHER["fsdp_config"], "fsdp_offload_params": True}
+    compiles = {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}
+    launcher.write_text(yaml.safe_dump({**LAUNCHER, **compiles, "fsdp_config": offloads}))
+    config = written(tmp_path, {"torch_compile": False})
+    words = ["predict", "--device", "h100-sxm", "--config", config, "--accelerate", str(launcher)]
+    answer = CliRunner().invoke(main, words)
+    assert answer.exit_code == 0, answer.stderr
+    assert "weights and optimizer offloaded" in " ".join(answer.stdout.split())
+    assert "without torch.compile (dynamo_config)" in answer.stdout

@@ -140,6 +140,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama", "dora:r=4", {}, "what Dynamo makes of dora"),
     ("llama", "full", {"parallel": "fsdp1"}, "graphs break at its hooks; use --parallel ddp or fsdp2"),
     ("llama", "full", {"parallel": "zero2"}, "DeepSpeed compiles by itself"),
+    ("llama", "lora:implementation=unsloth", {}, "what Dynamo makes of unsloth's lora on several GPUs"),
     ("llama", "full", {"compile": "reduce-overhead"}, "CUDA graphs of several GPUs are not modelled"),
     ("llama", "full", {"parallel": "fsdp2", "offload": "params"}, "offload: not modelled with compile"),
     ("llama", "full", {"tp": 2}, "compile: not modelled with tp 2"),

@@ -176,8 +176,6 @@ def _check_compiled(setup: Setup, method: Method) -> None:
     """Raise `UserError` where the compiled program of several GPUs is not modelled with the rest of a setup."""
     if setup.offload != "none":
         raise UserError(f"offload: not modelled with compile {setup.compile}; use --offload none")
-    if setup.compile == "reduce-overhead":
-        raise UserError("compile reduce-overhead: CUDA graphs of several GPUs are not modelled; use --compile default")
     if setup.parallel not in COMPILED:
         where = "graphs break at its hooks" if setup.parallel in ("fsdp1", "zero3") else "DeepSpeed compiles by itself"
         raise UserError(
@@ -186,11 +184,15 @@ def _check_compiled(setup: Setup, method: Method) -> None:
     for name in ("tp", "cp", "pp"):
         if getattr(setup, name) > 1:
             raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
-    if method.name not in COMPILED_METHODS or getattr(method, "implementation", "peft") != "peft":
+    implementation = getattr(method, "implementation", "peft")
+    if method.name not in COMPILED_METHODS or implementation != "peft":
+        what = method.name if implementation == "peft" else f"{implementation}'s {method.name}"
         raise UserError(
-            f"compile: what Dynamo makes of {method.name} on several GPUs is not modelled, but of "
+            f"compile: what Dynamo makes of {what} on several GPUs is not modelled, but of "
             f"{', '.join(COMPILED_METHODS)}; use --compile none"
         )
+    if setup.compile == "reduce-overhead":
+        raise UserError("compile reduce-overhead: CUDA graphs of several GPUs are not modelled; use --compile default")
 
 
 def _check_groups(setup: Setup, group: int) -> None:

@@ -34,7 +34,7 @@ def check_tokens(setup: Setup, method: Method) -> None:
     model = method.architecture
     if model is not None and model.model_type not in SHARING_TOKENS:
         raise UserError(f"sequence_parallel: not modelled of {model.name}; leave it out")
-    if setup.parallel != "fsdp2" and np.any(np.asarray(setup.replicas) > 1):
+    if setup.parallel != "fsdp2" and (setup.engine != "torch" or np.any(np.asarray(setup.replicas) > 1)):
         raise UserError(f"sequence_parallel: {setup.parallel} takes no cut layers; use --parallel fsdp2 for replicas")
     for name, usual in PLAIN.items():
         if getattr(method, name, usual) != usual:
