@@ -94,7 +94,8 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     else:
         per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
-    for name, group in (("tp", setup.tp), ("shard_group", setup.tp * (setup.shard_group or 1))):
+    groups = {"tp": setup.tp, "cp": setup.tp * setup.cp, "shard_group": setup.tp * (setup.shard_group or 1)}
+    for name, group in groups.items():
         if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
             asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
             raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; give other --nodes")

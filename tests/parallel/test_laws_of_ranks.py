@@ -154,6 +154,7 @@ def test_tensor_parallel_parts_are_the_whole(tied: bool) -> None:
     [
         ({"gpus": 4, "tp": 3}, "tp 3 does not divide the 4 GPUs"),
         ({"gpus": 12, "tp": 4}, "tp 4: groups do not fit nodes of 6 GPUs; give other --nodes"),
+        ({"gpus": 12, "cp": 4, "parallel": "fsdp2"}, "cp 4: groups do not fit nodes of 6 GPUs; give other --nodes"),
         ({"gpus": 2, "tp": 2, "objective": "dpo"}, "not modelled with objective dpo; use --tp 1"),
         ({"gpus": 2, "objective": "ppo", "ddp": "find-unused"}, "plain or with a static graph; use --ddp plain"),
         ({"gpus": 4, "nodes": 8}, "nodes 8 are more than the 4 GPUs"),
