@@ -248,10 +248,12 @@ def test_an_unknown_axis_is_a_mistake() -> None:
         explain("gpt2", axes=("rank",))
 
 
-@pytest.mark.parametrize(("multiple", "shared"), [(4, {"tp": 4, "sequence_parallel": True}), (6, {"cp": 3})])
+@pytest.mark.parametrize(
+    ("multiple", "shared"), [(4, {"tp": 4, "sequence_parallel": True, "nodes": 3}), (6, {"cp": 3, "nodes": 2})]
+)
 def test_sizes_that_ranks_share_are_tried_in_their_steps(multiple: int, shared: dict[str, Any]) -> None:
     """Other lengths and ranks are refused; a change still lies between two that follow one another."""
-    setup = {"gpus": 12, "nodes": 3, "parallel": "fsdp2", "batch": 4, "seq": 12 * multiple, **shared}
+    setup = {"gpus": 12, "parallel": "fsdp2", "batch": 4, "seq": 12 * multiple, **shared}
     lengths, ranks = explain("tinyllama-1.1b", "full", "lora", device=A100, axes=("seq", "size"), **setup).crossovers
     assert (lengths.here, ranks.here) == (12 * multiple, 8)
     assert all(value % multiple == 0 for value in lengths.values)
