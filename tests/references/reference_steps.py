@@ -180,5 +180,5 @@ def _cut_whole(reference: Any, setup: Setup) -> None:
 
     amp = TORCH_DTYPES[setup.amp] if setup.amp else None
     policy = MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp)
-    mesh = parallel.replicas_by_shards(setup)
+    mesh = parallel.mesh_of_ranks(setup)
     fully_shard(reference, reshard_after_forward=setup.reshard, mp_policy=policy, mesh=mesh)
