@@ -14,7 +14,7 @@ from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
 from ..tape.core import region, tape
 from ..tape.inplace import add_to_output
-from ..tape.packages.sequence import SharedWords
+from ..tape.packages.sequence import TensorParallel
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
 from ..values import Compared
@@ -158,11 +158,11 @@ class Build:
     received: Tensor | None = None
 
     @property
-    def shared(self) -> SharedWords | None:
+    def shared(self) -> TensorParallel | None:
         """How tensor-parallel ranks share what is there, None where each has all."""
         s, tied = self.setup, self.architecture.tied
-        settles = tied or (s.parallel != "fsdp2" and decide(s.replicas > 1))
-        return SharedWords(Ranks(s.tp), s.sequence_parallel, settles) if s.tp > 1 else None
+        redistributes = tied or (s.parallel != "fsdp2" and decide(s.replicas > 1))
+        return TensorParallel(Ranks(s.tp), s.sequence_parallel, redistributes) if s.tp > 1 else None
 
     @property
     def ends(self) -> bool:

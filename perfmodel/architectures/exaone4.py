@@ -40,11 +40,7 @@ class Exaone4(Llama):
         return alternating(config, 4 if listed else config.count("sliding_window_pattern", default=4), 4096)
 
     def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
-        """Queries and keys pass norms of each head behind all three projections."""
-        q, k, v = super().projected(layer, x)
-        q = self.head_norm(layer, "q_proj", q)
-        k = self.head_norm(layer, "k_proj", k)
-        return [q, k, v]
+        return self.head_norms(layer, super().projected(layer, x))
 
     def rotated(self, layer: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         turns = self.window is None or self.reach(layer.index) == SLIDING

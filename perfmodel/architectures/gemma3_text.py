@@ -39,8 +39,4 @@ class Gemma3Text(TwoTables, Gemma2):
         return alternating(config, config.count("sliding_window_pattern", default=6), 4096)
 
     def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
-        """Queries and keys pass norms of each head behind all three projections."""
-        q, k, v = super().projected(layer, x)
-        q = self.head_norm(layer, "q_proj", q)
-        k = self.head_norm(layer, "k_proj", k)
-        return [q, k, v]
+        return self.head_norms(layer, super().projected(layer, x))

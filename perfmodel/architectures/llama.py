@@ -309,6 +309,12 @@ class Llama(Architecture):
             layer.made[f"{norm}.weight"].arrived = partial(summed_in_place, ranks=Ranks(ranks))
         return y
 
+    def head_norms(self, layer: Scope, projections: list[Tensor]) -> list[Tensor]:
+        """Queries and keys pass norms of each head, behind all three projections."""
+        for i, name in enumerate(("q_proj", "k_proj")):
+            projections[i] = self.head_norm(layer, name, projections[i])
+        return projections
+
     def activation(self, x: Tensor) -> Tensor:
         """What the MLP's gate passes through."""
         return silu(x)

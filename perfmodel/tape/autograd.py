@@ -38,7 +38,7 @@ def _edge(t: Tensor) -> Edge:
         if known is None:
             known = node = Node("AccumulateGrad", (), (), _accumulate, (t,), tape())
             node.sequence = float("inf")  # the engine runs it as soon as its gradient is complete
-            node.outputs.append((t.shape if t.unsettled is None else t.unsettled.shape(t.shape), t.dtype))
+            node.outputs.append((t.shape if t.placement is None else t.placement.shape(t.shape), t.dtype))
             if t.part is not None:
                 node.part = t.part
             t.accumulator = weakref.ref(node)  # weak, as in PyTorch: the graph holds the node, the node its leaf
@@ -93,7 +93,7 @@ def _add_to(sum: Tensor, grad: Tensor, kind: str, attrs: Attrs = PLAIN) -> None:
 
 def _settled(grad: Tensor, leaf: Tensor) -> Tensor:
     """The gradient as a leaf keeps it: copied unless it lies in memory as the leaf does, or is of more than it."""
-    if isinstance(leaf, Parameter) and leaf.unsettled is not None:
+    if isinstance(leaf, Parameter) and leaf.placement is not None:
         return grad
     alike = dense_order(grad.shape, grad.strides) is not None and all(
         is_one(d) or same(a, b) for d, a, b in zip(grad.shape, grad.strides, leaf.strides, strict=True)

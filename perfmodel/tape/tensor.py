@@ -225,13 +225,13 @@ class Parameter(Tensor):
     `embeds` says whether it is an `nn.Embedding`'s, as a copy of one that trains beside adapters is, too.
     `passing` says that a forward pass makes it anew, so that no gradient of an earlier one is there.
     `hosted` says that it lives in the host's memory. `arrived` is called with each gradient once it is added to those
-    that are there. `unsettled` is how its gradient lies, where that is not as it does
+    that are there. `placement` is how its gradient lies, where that is not as it does
     itself (`tape.packages.sequence`).
     """
 
     __slots__ = (
         "accumulator", "arrived", "count", "elements", "embeds", "grad", "hosted", "kind", "name", "part", "passing",
-        "unsettled", "used",
+        "placement", "used",
     )  # fmt: skip
 
     def __init__(self, name: str, shape: Shape, dtype: str, *, kind: str, trainable: bool) -> None:
@@ -249,7 +249,7 @@ class Parameter(Tensor):
         self.passing = False
         self.hosted = False
         self.arrived: Callable[[Tensor], Any] | None = None
-        self.unsettled: Any = None
+        self.placement: Any = None
         self.used = False  # whether a gradient ever arrived
 
     def copy(self) -> "Parameter":

@@ -23,7 +23,7 @@ def clip_grad_norm(
     by the ranks. Of stages of a pipeline the square of the norm is (torchtitan, distributed/utils.py:
     `clip_grad_norm_`), `dtype` that of a stage in which nothing trains.
     """
-    op, unsettled = ListRecorder(part), [p for p in parameters if p.used and p.unsettled is not None]
+    op, displaced = ListRecorder(part), [p for p in parameters if p.used and p.placement is not None]
     if not grads:
         _over_stages(op, Spec(dtype, ()), stages)
         return
@@ -33,10 +33,10 @@ def clip_grad_norm(
     groups = by_dtype(grads)
     for group in groups:
         norms = [Spec(s.dtype, (), s.copies) for s in group]
-        here = [t for p in unsettled if p.dtype == group[0].dtype for t in p.unsettled.summed(p)]
+        here = [t for p in displaced if p.dtype == group[0].dtype for t in p.placement.summed(p)]
         op("_foreach_norm.Scalar", group, norms)
         del here
-    each(op, [Spec(p.dtype, (), p.count) for p in unsettled], lambda norm: op("div.Tensor", [norm], [norm]))
+    each(op, [Spec(p.dtype, (), p.count) for p in displaced], lambda norm: op("div.Tensor", [norm], [norm]))
     norms = [Spec(s.dtype, (), s.copies) for s in grads]
     op("stack", norms, [Spec(dtype, (count,))])
     squares = [Spec(dtype, (count,))]

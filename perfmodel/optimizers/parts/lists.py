@@ -16,7 +16,7 @@ Specs = list[Spec]
 
 def trainable(parameters: Sequence[Parameter]) -> Specs:
     """The gradients of parameters that receive one, and so are clipped and updated."""
-    shapes = [(p, p.shape if p.unsettled is None else p.unsettled.shape(p.shape)) for p in parameters if p.used]
+    shapes = [(p, p.shape if p.placement is None else p.placement.shape(p.shape)) for p in parameters if p.used]
     return [Spec(p.dtype, shape, p.count) for p, shape in shapes]
 
 

@@ -158,7 +158,7 @@ def existing(shape: Shape, dtype: str) -> Tensor:
 def gradient(p: Parameter) -> Tensor:
     """The gradient of a parameter that received one, as an op gets it: ask once for each operand."""
     grad = p.grad if p.grad is not None else existing(p.shape, p.dtype)
-    return grad if p.unsettled is None else p.unsettled.settled(grad, p.shape)
+    return grad if p.placement is None else p.placement.redistributed(grad, p.shape)
 
 
 def both_gradients(p: Parameter) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def gradients_anew(parameters: Parameters) -> list[Tensor]:
 
 def moves(p: Parameter) -> bool:
     """Whether each use of a parameter's gradient brings it anew to where the parameter lies."""
-    return p.unsettled is not None and p.unsettled.moves
+    return p.placement is not None and p.placement.moves
 
 
 def recorded(parameters: Parameters, name: str, device: str = "cuda") -> Update:

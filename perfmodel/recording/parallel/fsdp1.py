@@ -160,9 +160,8 @@ class FlatShard(OfBlocks):
                 sent = amp or p.dtype
                 self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, sent, kept[id(p)], offloaded=offloads)
             left = [p for p in unit.parameters if p not in nested]
-            first = (
-                next((p for p in left if p.requires_grad), left[0]) if left else None
-            )  # if any trains, all are kept so
+            # if any trains, all are kept so
+            first = next((p for p in left if p.requires_grad), left[0] if left else None)
             dtypes = (first.dtype, kept[id(first)]) if first is not None else ("", "")
             self.units[unit.path] = FlatUnit(unit.path, left, ranks, *dtypes, offloaded=offloads)
         self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts

@@ -314,7 +314,7 @@ class FullyShard(WholeUnits):
         if not (self.reduces and trained):
             return
         for p, _ in trained:
-            _settle(p)
+            _redistribute(p)
         wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
         dtype = trained[0][0].dtype
@@ -361,11 +361,11 @@ class FullyShard(WholeUnits):
             reduced.storage.copies = trained[0][0].count
 
 
-def _settle(p: Parameter) -> None:
+def _redistribute(p: Parameter) -> None:
     """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
-    if p.unsettled is not None and p.unsettled.moves and p.grad is not None:
+    if p.placement is not None and p.placement.moves and p.grad is not None:
         grad = p.grad
-        p.grad = p.unsettled.settled(grad, p.shape)
+        p.grad = p.placement.redistributed(grad, p.shape)
         grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
 
 

@@ -52,7 +52,7 @@ def shard_of(p: Parameter, ranks: Dim, dtype: str, *, flat: bool = False) -> Par
     shard.numel = product(shard.shape)
     shard.nbytes = shard.numel * ITEMSIZE[dtype]
     shard.grad, shard._spec, shard._use, shard.accumulator = None, None, None, None
-    shard.unsettled, shard.arrived = p.unsettled and p.unsettled.in_shards(), None
+    shard.placement, shard.arrived = p.placement and p.placement.in_shards(), None
     return shard
 
 

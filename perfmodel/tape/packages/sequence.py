@@ -10,9 +10,9 @@ first are laid out anew for the collective, or behind it), _ops/_embedding_ops.p
 parallel_styles.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.ranks import Ranks
@@ -28,7 +28,7 @@ TOKENS = 1  # the dim of a hidden state that is shared
 
 
 @dataclass(frozen=True)
-class Unsettled:
+class GradientPlacement:
     """A gradient that does not lie as its parameter does, and which every use of it brings there anew.
 
     Attributes:
@@ -54,11 +54,11 @@ class Unsettled:
         """Whether the gradient lies elsewhere than its parameter."""
         return self.partial or self.cut is not None
 
-    def in_shards(self) -> "Unsettled | None":
+    def in_shards(self) -> "GradientPlacement | None":
         """How it lies once FSDP has brought it to where its parameter is: still on all ranks, or on each its own."""
-        return Unsettled(self.ranks, partial=False) if self.cut is None else None
+        return GradientPlacement(self.ranks, partial=False) if self.cut is None else None
 
-    def settled(self, grad: Tensor, own: Shape) -> Tensor:
+    def redistributed(self, grad: Tensor, own: Shape) -> Tensor:
         """The gradient of what this rank has."""
         if not self.moves:
             return grad
@@ -93,15 +93,15 @@ class SequenceCut(Cut):
         return scattered_along(y, self.ranks) if self.by == "rows" else y
 
 
-class SharedWords(NamedTuple):
+class TensorParallel(NamedTuple):
     """What tensor-parallel ranks do that share words, and if `tokens` those between layers, too.
 
-    `settles`: whether the gradient of words is cut like their weight at once, because it is added to another one.
+    `redistributes`: whether the gradient of words is cut like their weight at once, because it is added to another one.
     """
 
     ranks: Ranks
     tokens: bool
-    settles: bool
+    redistributes: bool
 
     def cut(self, by: str) -> Cut:
         """How they share a layer."""
@@ -114,7 +114,7 @@ class SharedWords(NamedTuple):
     def repeated(self, p: Parameter) -> Parameter:
         """A norm's parameter, which all ranks have: of shared tokens each has a gradient of its own alone."""
         if self.tokens:
-            p.unsettled = Unsettled(self.ranks)
+            p.placement = GradientPlacement(self.ranks)
         return p
 
     def rows(self, rows: Dim, width: Dim) -> Shape:
@@ -124,26 +124,27 @@ class SharedWords(NamedTuple):
     def words(self, weight: Parameter, ids: Tensor) -> Tensor:
         """Words of (batch, seq) ids: (batch, seq, width), or of a rank's own tokens."""
         weight.elements = weight.numel * self.ranks.size
-        weight.unsettled = None if self.settles else Unsettled(self.ranks, partial=False, cut=0)
+        weight.placement = None if self.redistributes else GradientPlacement(self.ranks, partial=False, cut=0)
         words = own_words(weight, ids, self.ranks)
         return scattered_along(words, self.ranks) if self.tokens else summed_over(words, self.ranks)
 
 
 def gathered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
     """All of what is shared along a dim: n along it is n · ranks; gradients of all ranks are summed and scattered."""
-    node = differentiate("RedistributeBackward", (x,), _scatter, (ranks, dim))
-    with tape().no_grad():
-        out = gathered_parts(x, ranks, dim)
-    if node is not None:
-        node.produces(out)
-    return out
+    return _redistributed(x, gathered_parts, _scatter, ranks, dim)
 
 
 def scattered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
     """Own part along a dim of a sum whose parts lie on all ranks: n along it is n / ranks; gradients are gathered."""
-    node = differentiate("RedistributeBackward", (x,), _gather, (ranks, dim))
+    return _redistributed(x, scattered_sum, _gather, ranks, dim)
+
+
+def _redistributed(
+    x: Tensor, forward: Callable[[Tensor, Ranks, int], Tensor], backward: Callable[..., Any], ranks: Ranks, dim: int
+) -> Tensor:
+    node = differentiate("RedistributeBackward", (x,), backward, (ranks, dim))
     with tape().no_grad():
-        out = scattered_sum(x, ranks, dim)
+        out = forward(x, ranks, dim)
     if node is not None:
         node.produces(out)
     return out
@@ -154,7 +155,7 @@ def own_words(weight: Parameter, ids: Tensor, ranks: Ranks) -> Tensor:
 
     Its gradient is that of all words, as if every rank had them.
     """
-    width, cut = weight.shape[1], ranks if weight.unsettled is None else None
+    width, cut = weight.shape[1], ranks if weight.placement is None else None
     node = differentiate("EmbeddingBackward0", (weight,), _words_backward, (weight.shape[0] * ranks.size, width, cut))
     if node is not None:
         node.save(ids)
@@ -239,7 +240,7 @@ def high_of_rows(low: Tensor, b: Parameter, ranks: Ranks) -> Tensor:
     Each rank takes a part of the adapter's rank from the sum, and keeps of `low` what it was given: so the gradient of
     B (n, rank / ranks) is that of all of B, and not summed.
     """
-    b.unsettled = Unsettled(ranks, partial=True, cut=1)
+    b.placement = GradientPlacement(ranks, partial=True, cut=1)
     node = differentiate("LinearBackward0", (low, b), _high_backward)
     if node is not None:
         node.save(low, b)
