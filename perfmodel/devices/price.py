@@ -265,7 +265,10 @@ def _attention(
 
 
 def _bus(profile: DeviceProfile, pinned: bool, nbytes: Any) -> np.ndarray:
-    return np.asarray(nbytes / (PINNED * (profile.hardware.bus_bandwidth or USUAL_BUS) if pinned else BUS))
+    bus = profile.hardware.bus_bandwidth or USUAL_BUS
+    if profile.network is not None:
+        bus = min(bus, profile.network.slot_bandwidth)
+    return np.asarray(nbytes / (PINNED * bus if pinned else BUS))
 
 
 def _cores(profile: DeviceProfile, share: float, nbytes: Any) -> np.ndarray:

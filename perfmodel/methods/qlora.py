@@ -9,6 +9,7 @@ peft/tuners/lora/bnb.py, axolotl/monkeypatch/moe_quant.py.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..program.software import SoftwareStack
 from ..tape.packages.quantized import dequantize
 from ..tape.tensor import Tensor
 from .parts.base import Scope, method
@@ -28,6 +29,11 @@ class QLora(FourBit, QuantisedLora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""
 
     clones: ClassVar[bool] = True  # "we need to defensively clone here" (peft)
+
+    def under(self, stack: SoftwareStack, dtype: str) -> "QLora":
+        """Before 0.12 PEFT moves adapters to the dtype of the weight beside them, if it is a float's (`update_layer`):
+        to that which holds the packed values."""
+        return self if stack.upcasts_adapters or self.quant_storage == "u8" else self.in_one_dtype(self.quant_storage)
 
     def expert_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
         packed = self.packed(layer, name, name, shape)

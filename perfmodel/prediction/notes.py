@@ -120,10 +120,11 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     else:
         told += ["grouped keys and values are repeated for sdpa"] if not stack.groups_heads else []
         told += ["the loss copies the logits"] if stack.shifts_logits else []
-    of_method = built.method.under(stack, setup.dtype) != built.method
+    ran = built.method.under(stack, setup.dtype)
+    dtype = getattr(ran, "adapter_dtype", setup.dtype)
     return [
         f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
-        *([f"its adapters are in {setup.dtype}, as that peft makes them"] if of_method else []),
+        *([f"its adapters are in {dtype}, as that peft makes them"] if ran != built.method else []),
     ]
 
 

@@ -1,5 +1,6 @@
 """A job's GPUs on nodes of one kind: which node, how many of them, and what a collective of some of its ranks costs."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..setup import Setup
 from ..values import immutable
 
 USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
+SLOTS = ("pcie", "pcie_host")  # links that are the bus
 MEASURE = "torchrun --nproc-per-node {} -m perfmodel calibrate --network --device cpu"
 
 
@@ -43,6 +45,12 @@ class Placed:
     def host_bandwidth(self) -> Any:
         """B/s of the host's memory that each GPU's process has."""
         return self.node.file.host_bandwidth / self.per_node
+
+    @property
+    def slot_bandwidth(self) -> float:
+        """B/s between a GPU and its host, one way, where the links between GPUs are its slots."""
+        links = self.node.file.links
+        return links.tiers[0][1] if self.node.file.link in SLOTS else math.inf
 
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before; of many, shape (rows, *grid)."""

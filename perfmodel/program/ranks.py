@@ -1,5 +1,6 @@
 """Who takes part in a collective, and what is asked of the network that carries it."""
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 from .dims import Dim
@@ -28,6 +29,7 @@ class JobNetwork(Protocol):
         notes: what an answer has to say of it.
         sigma: mean relative error of its prices on rows that no fit saw.
         host_bandwidth: B/s of the host's memory that each GPU's process has.
+        slot_bandwidth: B/s of a GPU's slot, one way; infinite where its links are no slots.
     """
 
     @property
@@ -44,6 +46,11 @@ class JobNetwork(Protocol):
     def host_bandwidth(self) -> Any:
         """Of a node's, shared by its GPUs."""
         return 0.0
+
+    @property
+    def slot_bandwidth(self) -> float:
+        """A slot may have fewer lanes than the card."""
+        return math.inf
 
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""

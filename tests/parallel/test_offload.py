@@ -70,6 +70,19 @@ def test_the_hosts_cores_take_what_one_counts_by_hand() -> None:
     assert adam < p.time.communication.offloading["optimizer"] < 2.0 * adam
 
 
+@pytest.mark.parametrize(("link", "is_slot"), [("pcie", True), ("pcie_host", True), ("nvswitch", False)])
+def test_a_slot_with_fewer_lanes_than_the_card_sets_the_pace(tmp_path: Path, link: str, is_slot: bool) -> None:
+    """A desktop's second slot often has 4 lanes; what NVLink joins copies over the card's own bus."""
+    node = tmp_path / "made-up.toml"
+    node.write_text(
+        f'name = "made up"\ngpu = "h100-sxm"\ngpus = 2\nlink = "{link}"\nchannels = 4\n'
+        "[[tiers]]\ngpus = 2\nbandwidth = 4e9\n"
+    )
+    setup = Setup(**USUAL, gpus=2, parallel="fsdp2", offload="params", node=str(node))
+    wide, narrow = (predict(LLAMA, "full", setup, on_bus(x)).time.phases["total"] for x in (1.0, 4 / 63))
+    assert (wide == narrow) is is_slot
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     form=st.sampled_from(FORMS), gpus=st.sampled_from((1, 2, 8)), faster=st.sampled_from((1.5, 4.0, 1e6)),

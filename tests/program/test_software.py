@@ -86,6 +86,17 @@ def test_adapters_are_in_the_bases_dtype_before_peft_0_12() -> None:
     assert few_bits == upcast
 
 
+def test_an_old_peft_takes_the_dtype_of_the_4_bit_storage_for_its_adapters() -> None:
+    """FSDP-QLoRA stores its 4-bit values in bf16, and PEFT before 0.12 then made bf16 adapters: a tenth of the step."""
+    stored = "qlora:r=8,quant_storage=bf16"
+    old = predict("qwen2.5-0.5b", stored, stack="peft=0.9", batch=2, seq=64)
+    today = predict("qwen2.5-0.5b", f"{stored},adapter_dtype=bf16", batch=2, seq=64)
+    assert (old.bytes, old.memory) == (today.bytes, today.memory)
+    assert old.bytes != predict("qwen2.5-0.5b", stored, batch=2, seq=64).bytes
+    in_fp32 = predict("qwen2.5-0.5b", "qlora:r=8,quant_storage=fp32", stack="peft=0.9", batch=2, seq=64)
+    assert "its adapters are in fp32, as that peft makes them" in in_fp32.notes
+
+
 def test_a_search_tells_adapters_in_fp32_from_those_of_an_old_peft() -> None:
     """A comparison shares what its methods record alike, and these two are alike only since 0.12."""
     told = compare("qwen2.5-0.5b", ["lora:r=8", "lora:r=8,adapter_dtype=fp32"], stack="peft=0.11", batch=2, seq=64)

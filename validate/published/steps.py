@@ -28,6 +28,11 @@ from ..accuracy import Errors, Pair, beyond, paired
 TABLE = DATA / "published" / "steps.csv"
 FAMILIES = DATA / "published" / "families.csv"
 SEVERAL = DATA / "published" / "several_gpus.csv"
+# columns of several_gpus.csv that are options of `Setup`; a node of one row's source lies beside the table
+OF_SEVERAL: dict[str, Callable[[str], Any]] = {
+    "gpus": int, "nodes": int, "parallel": str, "offload": str, "tp": int,
+    "node": lambda name: str(SEVERAL.parent / name) if name.endswith(".toml") else name,
+}  # fmt: skip
 # packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
 NAMED = re.compile(
     r"\b(?:py)?(?P<name>torch|cuda|transformers|peft|cu(?=\d))(?: |==)?(?P<version>\d[\w.+]*)", re.IGNORECASE
@@ -143,8 +148,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         attention=r["attention"],
         compile=r["compile"],
         engine=r["engine"],
-        gpus=int(r.get("gpus") or 1),
-        parallel=r.get("parallel") or "ddp",
+        **{name: kind(r[name]) for name, kind in OF_SEVERAL.items() if r.get(name)},
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
         stack=stack_of(r["software"], r["date"]),
