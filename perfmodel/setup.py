@@ -99,6 +99,8 @@ class Setup:
             where nothing is checkpointed and around PEFT's models.
         reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
             (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
+        reduce_dtype: what FSDP reduces gradients in (`reduce_dtype` of its mixed precision); None: the dtype that
+            weights are gathered in, as accelerate has it.
         shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
             whole model, gradients are reduced inside of a group and then across groups. Of `tp` GPUs that share layers
             it counts one. None: all GPUs are one.
@@ -144,6 +146,7 @@ class Setup:
     parallel: str = "ddp"
     ddp: str = "plain"
     reshard: bool = True
+    reduce_dtype: str | None = None
     shard_group: int | None = None
     offload: str = "none"
     tp: int = 1
@@ -187,6 +190,8 @@ class Setup:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+        if self.reduce_dtype is not None:
+            one_of("reduce_dtype", self.reduce_dtype, DTYPES)
         if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         exponent_of(self.routing)

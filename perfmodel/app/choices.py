@@ -26,6 +26,7 @@ KINDS: dict[str, type] = {
     "amp": str,
     "nodes": int,
     "shard_group": int,
+    "reduce_dtype": str,
     "node": str,
     "prompt": int,
     "lengths": str,

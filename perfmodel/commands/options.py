@@ -230,8 +230,7 @@ def _rest() -> tuple[Decorator, ...]:
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
         click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,
                      help="Linear layers in 8-bit floats, as accelerate and torchao train them; padded: "
-                     "accelerate's own recipe, tensorwise with the dims that products sum over padded to multiples of "
-                     "16."),
+                     "accelerate's own recipe, tensorwise with dims that are summed over padded to multiples of 16."),
         click.option("--int8", type=click.Choice(INT8), default="none", show_default=True,
                      help="mixed: products of linear layers in 8-bit integers, weights as they are, by torchao."),
         click.option("--qat", default="none", show_default=True,
@@ -264,6 +263,8 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--reshard/--no-reshard", default=True, show_default=True,
                      help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
                      "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
+        click.option("--reduce-dtype", type=click.Choice(DTYPES),
+                     help="What FSDP reduces gradients in (reduce_dtype); default as weights are gathered."),
         click.option("--shard-group", type=click.IntRange(2),
                      help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
         click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
@@ -293,8 +294,8 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--padded", is_flag=True, help="Some samples are padded: sdpa gets an explicit mask."),
         click.option("--packing", type=click.Choice(PACKING), default="none", show_default=True,
                      help="Documents in a row of --seq tokens. dense: under one causal mask; varlen: attention within "
-                     "each (flash2 finds them by position ids, sdpa and eager take a mask of all the "
-                     "row); flat: the samples of a micro-batch in one row, without padding."),
+                     "each (flash2 finds them by position ids, sdpa and eager take a mask of all the row); flat: the "
+                     "samples of a micro-batch in one row, without padding."),
         click.option("--lengths",
                      help="How long documents are, cut to --seq: MEAN:P95 in tokens (log-normal, such as 400:1200), or "
                      "a file: a length a line, JSON lines, or a CSV with a column `length`. Without packing a "

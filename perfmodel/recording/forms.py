@@ -11,7 +11,7 @@ from ..tape.tensor import Flow
 from . import zero
 from .collector import no_collector
 from .forward import forward_passes, running
-from .parallel import ddp_search, fsdp1, fsdp2_reference, units, zero3_reference
+from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units, zero3_reference
 from .parallel import zero as stages
 from .parallel.ddp import BUCKET, FIRST_BUCKET
 from .parallel.ddp_compiled import Uses, cuts_of
@@ -60,7 +60,7 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     if step.zero:
         return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
-        return fsdp1.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
+        return fsdp1_reference.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
     return fsdp2_reference.full_shards(cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied)
 
 

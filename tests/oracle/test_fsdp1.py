@@ -37,6 +37,9 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full", {"amp": "bf16"}),
     ("full", {"dtype": "bf16", "amp": "bf16", "grad_accum": 2, "checkpoint": "block", "shard_group": 2}),
     ("lora:r=4", {"amp": "bf16", "reshard": False}),
+    ("full", {"amp": "bf16", "reduce_dtype": "fp32"}),
+    ("full", {"dtype": "bf16", "reduce_dtype": "fp32", "reshard": False, "grad_accum": 2}),
+    ("lora:r=4", {"dtype": "bf16", "amp": "bf16", "reduce_dtype": "fp32", "shard_group": 2}),
     ("full", {"shard_group": 2}),
     ("lora:r=4", {"shard_group": 2, "reshard": False, "grad_accum": 2, "gpus": 6}),
 )

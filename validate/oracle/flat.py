@@ -8,13 +8,15 @@ import torch
 
 
 def flat_units(
-    model: Any, block: type[Any], *, reshard: bool = True, mesh: Any = None, amp: torch.dtype | None = None
-) -> Any:
+    model: Any, block: type[Any], *, reshard: bool = True, mesh: Any = None, amp: torch.dtype | None = None,
+    reduce: torch.dtype | None = None,
+) -> Any:  # fmt: skip
     """The model with a flat parameter a block (and an adapter), gathered again backward or kept (SHARD_GRAD_OP).
 
     Args:
         mesh: replicas by shards (HYBRID_SHARD).
         amp: of mixed precision: what trains is kept in fp32 then.
+        reduce: what gradients are reduced in; None: `amp`.
 
     Sources: accelerate 1.15, accelerator.py (`prepare_model`); peft 0.21, utils/other.py (`fsdp_auto_wrap_policy`).
     """
@@ -31,7 +33,7 @@ def flat_units(
     wrapped = FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh,
         sharding_strategy=ShardingStrategy[names[0 if reshard else 1]],
-        mixed_precision=MixedPrecision(param_dtype=amp, reduce_dtype=amp, buffer_dtype=amp) if amp else None,
+        mixed_precision=MixedPrecision(param_dtype=amp, reduce_dtype=reduce or amp, buffer_dtype=amp),
     )  # fmt: skip
     for unit in FullyShardedDataParallel.fsdp_modules(wrapped) if amp else ():
         handle = unit._handle

@@ -139,14 +139,14 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
         )  # fmt: skip
     mesh = mesh_of_ranks(setup) if mesh is None else mesh
     rows = [model.get_submodule(path) for path in stacks_in(model, architecture)]
+    amp, reduce = (TORCH_DTYPES[dtype] if dtype else None for dtype in (setup.amp, setup.reduce_dtype))
     if setup.parallel == "fsdp1":
-        amp = TORCH_DTYPES[setup.amp] if setup.amp else None
-        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp)
+        return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp, reduce=reduce)
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    amp, names = TORCH_DTYPES[setup.amp] if setup.amp else None, mesh.mesh_dim_names if mesh is not None else ()
+    names = mesh.mesh_dim_names if mesh is not None else ()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=setup.reshard,
@@ -154,7 +154,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
         transformer_cls_names_to_wrap=sorted({type(block).__name__ for row in rows for block in row}),
         cpu_ram_efficient_loading=False,
         cpu_offload=CPUOffloadPolicy(pin_memory=False) if setup.offload == "params" else False,
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=amp, output_dtype=amp),
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=amp, reduce_dtype=reduce or amp, output_dtype=amp),
         ignored_modules=[torch.nn.ParameterList(packed_apart(model))],
     )
     accelerator = SimpleNamespace(

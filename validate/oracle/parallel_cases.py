@@ -18,6 +18,10 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"parallel": "fsdp2", "reshard": False}, {"parallel": "fsdp2", "gpus": 4, "shard_group": 2},
     {"parallel": "fsdp2", "gpus": 6, "shard_group": 3, "reshard": False, "offload": "params"},
 )  # fmt: skip
+REDUCED: tuple[dict[str, Any], ...] = (  # in another dtype than that of the gradients
+    {"reduce_dtype": "fp32"}, {"reduce_dtype": "fp32", "gpus": 4, "shard_group": 2}, {"reduce_dtype": "bf16"},
+    {"reduce_dtype": "fp32", "offload": "params"}, {"reduce_dtype": "fp16", "gpus": 3, "reshard": False},
+)  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
@@ -72,6 +76,13 @@ def rank_grid(which: str) -> Iterator[Case]:
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
                     yield _case(config, method, replace(setup, **way))
+
+        for j, method in enumerate(("full", "lora:r=2,targets=all-linear", "dora:r=4")):
+            for k, way in enumerate(REDUCED):
+                if which == "quick" and (i + j + k) % 6:
+                    continue
+                for setup in every() if which == "all" else varied(5 * i + 7 * j + k, 1 if which == "quick" else 3):
+                    yield _case(config, method, replace(setup, parallel="fsdp2", **way))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):

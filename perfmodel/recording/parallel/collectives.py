@@ -1,6 +1,6 @@
 """Collectives as ops of a rank, and the events by which streams wait for one another."""
 
-from ...program.dims import Dim
+from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.op import Attrs, Op, Spec
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, Run
@@ -17,6 +17,12 @@ def empty(numel: object, dtype: str) -> Tensor:
     made = new_tensor((numel,), dtype)
     record("empty.memory_format", (), (made,))
     return made
+
+
+def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
+    """A contiguous view of a part of a buffer."""
+    assert buffer is not None
+    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), buffer.storage)
 
 
 def exchange(

@@ -156,6 +156,12 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
         )
+    if setup.reduce_dtype is not None and setup.parallel not in ("fsdp1", "fsdp2"):
+        raise UserError(
+            f"reduce_dtype: {setup.parallel} reduces gradients as they are; use --parallel fsdp2, or leave it out"
+        )
+    if setup.reduce_dtype is not None and setup.sequence_parallel and setup.grad_accum > 1:
+        raise UserError("reduce_dtype: sums of DTensors over micro-batches are not modelled; use --grad-accum 1")
     if setup.shard_group is not None:
         _check_groups(setup, setup.shard_group)
     if setup.compile != "none":

@@ -13,9 +13,9 @@ What SHARD_GRAD_OP gathers stays until gradients are reduced, over all micro-bat
 groups of ranks do all this, and reduced gradients are summed across groups.
 
 With mixed precision (accelerate's `set_mixed_precision`) what trains is kept in fp32 and cast to be gathered, and
-gradients are reduced in 16 bits and cast back, all under autocast. An adapter still casts its input to the dtype that
-its weight is kept in; the casts of the weight itself and of its gradient, which FSDP makes of a rank's part, are
-autocast's here.
+gradients are reduced in 16 bits, or in `reduce_dtype`, and cast back, all under autocast. An adapter still casts its
+input to the dtype that its weight is kept in; the casts of the weight itself and of its gradient, which FSDP makes of a
+rank's part, are autocast's here.
 
 Offloaded (`CPUOffload`), a unit's part comes from the host's memory before it is gathered, its gradient goes there, and
 the host updates.
@@ -37,14 +37,13 @@ from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
-from ...setup import Setup
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, exchange, set_event, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, Survey, of_all_layers, predivided
+from .units import ROOT, ShardedUnit, of_all_layers, predivided
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
 FREED = ("freed", "freed before that")  # when the last units were free, the latest first
@@ -87,9 +86,14 @@ class FlatUnit:
         return any(p.requires_grad for p in self.parameters)
 
     @property
+    def by_autocast(self) -> bool:
+        """Whether autocast's calls stand for FSDP's casts: of an adapter, which looks at its own dtype."""
+        return self.dtype != self.parameters[0].dtype
+
+    @property
     def casts(self) -> bool:
-        """Whether FSDP casts; of an adapter, which looks at its own dtype, autocast's calls stand for FSDP's."""
-        return self.kept != self.dtype == self.parameters[0].dtype
+        """Whether FSDP casts what is gathered."""
+        return self.kept != self.dtype and not self.by_autocast
 
     @property
     def part(self) -> Dim:
@@ -132,6 +136,7 @@ class FlatShard(OfBlocks):
         across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
         frozen: the hooks around a reference model, if there is one.
+        reduce_dtype: what gradients are reduced in; None: the dtype of what is gathered.
 
     Args:
         amp: the dtype of mixed precision.
@@ -141,13 +146,15 @@ class FlatShard(OfBlocks):
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
-        offloads: bool = False, keeps: bool = False, frozen: "FlatFrozen | None" = None, amp: str | None = None,
+        offloads: bool = False, keeps: bool = False, frozen: "FlatShard | None" = None, amp: str | None = None,
+        reduce_dtype: str | None = None,
     ) -> None:  # fmt: skip
         self.frozen = frozen
         self.ranks = ranks
         self.across = across
         self.offloads = offloads
         self.keeps = keeps
+        self.reduce_dtype = reduce_dtype
         self.reduces = True
         self.units: dict[str, FlatUnit] = {}
         self.of_adapter: dict[int, FlatUnit] = {}
@@ -168,9 +175,15 @@ class FlatShard(OfBlocks):
         self.done: set[str] = set()
 
     @property
-    def reference(self) -> "FlatFrozen | None":
+    def reference(self) -> "FlatShard | None":
         """A frozen model is cut as well."""
         return self.frozen
+
+    @property
+    def kept_bytes(self) -> Dim:
+        """Bytes of a frozen model that are there from step to step beside its parts."""
+        staying = (unit for path, unit in self.units.items() if unit.parameters and (self.keeps or path == ROOT))
+        return sum(u.part * ITEMSIZE[u.dtype] * self.ranks.size * u.parameters[0].count for u in staying)
 
     def begin(self) -> None:
         """The root is gathered, unless it still is; hooks follow adapters and gradients."""
@@ -300,8 +313,6 @@ class FlatShard(OfBlocks):
         assert p.grad is not None
         flat, p.grad.storage.copies = p.grad, 1
         p.grad = None
-        if flat.dtype != unit.dtype:
-            flat = existing((flat.numel,), unit.dtype)
         self._scattered(unit, flat)
 
     def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
@@ -309,6 +320,13 @@ class FlatShard(OfBlocks):
         everyone = self.ranks.size * (1 if self.across is None else self.across.size)
         before = predivided(everyone)
         on_reduce = Run(REDUCE, after=(COMPUTE,))
+        dtype = self.reduce_dtype or unit.dtype
+        if flat.dtype != dtype and unit.by_autocast:
+            flat = existing((flat.numel,), dtype)
+        elif flat.dtype != dtype:  # `_post_backward_hook`
+            computed, flat = flat, new_tensor((flat.numel,), dtype)
+            record("_to_copy", (computed,), (flat,), runs=on_reduce)
+            del computed
         if decide(before > 1):
             record("div_.Tensor", (flat,), (flat,), runs=on_reduce)
         mine = new_tensor((unit.part,), flat.dtype)
@@ -319,67 +337,23 @@ class FlatShard(OfBlocks):
             summed = ACROSS
         if decide(everyone > before):
             record("div_.Tensor", (mine,), (mine,), runs=Run(REDUCE, after=(summed,)))
-        if unit.casts:  # `_cast_grad_to_param_dtype`
+        casts = unit.kept != dtype and not unit.by_autocast
+        if casts:  # `_cast_grad_to_param_dtype`
             low, mine = mine, new_tensor((unit.part,), unit.kept)
             record("_to_copy", (low,), (mine,), runs=Run(REDUCE, after=(summed,)))
             del low
-        elif unit.kept != unit.dtype:
+        elif unit.kept != dtype:
             mine = new_tensor((unit.part,), unit.kept)
         if self.offloads:
             shard = unit.shards[0]
             shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(summed,)))
             set_event(REDUCED, REDUCE)
             return
-        set_event(REDUCED, REDUCE if unit.casts else summed)
+        set_event(REDUCED, REDUCE if casts else summed)
         mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]
         shard.used = True
         shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
-
-
-class FlatFrozen(FlatShard):
-    """The hooks around a reference model, whose blocks are units, too.
-
-    A root is freed behind its backward pass alone (`_post_forward_reshard`), and this one has none: it is gathered once
-    in a training and stays. So does all of it under SHARD_GRAD_OP.
-
-    Source: trl/models/utils.py (1.8: `prepare_fsdp`).
-    """
-
-    @property
-    def kept_bytes(self) -> Dim:
-        """Bytes of it that are there from step to step beside its parts."""
-        staying = (unit for path, unit in self.units.items() if unit.parameters and (self.keeps or path == ROOT))
-        return sum(u.part * ITEMSIZE[u.dtype] * self.ranks.size * u.parameters[0].count for u in staying)
-
-    def begin(self) -> None:
-        """The root is there."""
-        wait_event(COMPUTE, COMMUNICATION)
-
-    def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """A block between its hooks."""
-        return run(x) if self.keeps else super().block(path, run, x)
-
-
-def flat_shards(
-    units: Sequence[ShardedUnit],
-    survey: Survey,
-    parameters: Sequence[Parameter],
-    ranks: Ranks,
-    across: Ranks | None,
-    setup: Setup,
-) -> FlatShard:
-    """The hooks around the model that trains, whose units are given, with those around a reference of its own.
-
-    Args:
-        survey: what was found as all passes were run, of `parameters`.
-        across: as of `FlatShard`.
-    """
-    frozen, keeps = None, not setup.reshard
-    if survey.frozen is not None:
-        frozen = FlatFrozen(survey.frozen.units(parameters, ranks.size, setup, tied=False), ranks, keeps=keeps)
-    offloads = setup.offload != "none"
-    return FlatShard(units, ranks, across, offloads=offloads, keeps=keeps, frozen=frozen, amp=setup.amp)
 
 
 def flat_shard(path: str, parameters: list[Parameter], ranks: Dim, kept: str) -> Parameter:

@@ -16,7 +16,9 @@ Streams as PyTorch has them: copies into what is gathered on one of their own, c
 keeps those of one communicator in order), all else on the compute stream.
 
 With mixed precision what trains is kept in fp32, cast as it is gathered, and its gradients are reduced in 16 bits and
-cast back; there is no autocast, and the loss is cast too (accelerate's policy). 4-bit weights that are stored in bytes
+cast back; there is no autocast, and the loss is cast too (accelerate's policy). Where `reduce_dtype` is another dtype
+than that of the gradients, they are cast as they are laid out to be reduced, or, where that waits for further
+micro-batches, as they are summed. 4-bit weights that are stored in bytes
 stay whole on every rank. Since accelerate 1.15 the embedding has a unit of its own, the last norm and the head another,
 which stays gathered behind the forward pass.
 
@@ -29,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...program.dims import Dim, Shape, contiguous_strides, decide, product
+from ...program.dims import Dim, decide
 from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
 from ...program.part import Part
@@ -39,7 +41,7 @@ from ...tape.autograd import differentiate
 from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import ACROSS, empty, exchange, set_event, wait_event
+from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit, of_all_layers, predivided
@@ -111,6 +113,8 @@ class FullyShard(WholeUnits):
         reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
         across: the replicas of a shard, over which its gradient is reduced, too; None: there are none.
         offloads: whether shards, their gradients and the update are the host's (`CPUOffloadPolicy`).
+        reduce_dtype: what gradients are reduced in, and summed in up to then; None: as they are.
+        waiting: sums of gradients in that dtype, which wait whole.
     """
 
     shares_norm = True
@@ -124,12 +128,15 @@ class FullyShard(WholeUnits):
         across: Ranks | None = None,
         *,
         offloads: bool = False,
+        reduce_dtype: str | None = None,
     ) -> None:
         self.ranks = ranks
         self.across = across
         self.frozen = frozen
         self.output = output
         self.offloads = offloads
+        self.reduce_dtype = reduce_dtype
+        self.waiting: dict[Parameter, Tensor] = {}
         self.units = {unit.path: Gathered(unit, offloads) for unit in units}
         keep_on_host(shard for unit in units for shard in unit.shards if offloads)
         self.ends = {unit.last: unit.path for unit in units}
@@ -308,26 +315,30 @@ class FullyShard(WholeUnits):
     def _reduce(self, path: str, state: Gathered) -> None:
         """`post_backward`: the parameters go, the gradients become shards."""
         self.done.add(path)
-        state.whole.clear()
         unit = state.unit
-        trained = [(p, s) for p, s in unit.pairs if p.grad is not None]
-        if not (self.reduces and trained):
+        for p in unit.parameters:
+            self._accumulate(p)
+        state.whole.clear()
+        if not self.reduces:
+            for p in unit.parameters:
+                self._cast_to_wait(p)
+            return
+        trained = [(p, s) for p, s in unit.pairs if p.grad is not None or p in self.waiting]
+        if not trained:
             return
         for p, _ in trained:
             _redistribute(p)
         wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
-        dtype = trained[0][0].dtype
+        dtype = self.reduce_dtype or trained[0][0].dtype
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
-        grads = [p.grad for p, _ in trained if p.grad is not None]
+        grads = [g for p, _ in trained if (g := self.waiting.pop(p, p.grad)) is not None]
         record("fsdp::chunk_cat", grads, (in_buffer(given, (self.ranks.size, numel), dtype),), STRIDED)
         del grads
         tape().part.host.gradients += len(trained)
         for p, _ in trained:
-            assert p.grad is not None
-            p.grad.storage.copies = 1
-            p.grad = None
+            _drop_gradient(p)
         self.reducing = given
         reduced = empty(numel, dtype)
         everyone = self.ranks.size * (1 if self.across is None else self.across.size)
@@ -360,6 +371,26 @@ class FullyShard(WholeUnits):
         if not self.offloads:
             reduced.storage.copies = trained[0][0].count
 
+    def _accumulate(self, p: Parameter) -> None:
+        """`accumulate_unsharded_grad_if_needed`: onto what waits."""
+        if p in self.waiting and p.grad is not None:
+            record("add_.Tensor", (self.waiting[p], p.grad), (self.waiting[p],))
+            _drop_gradient(p)
+
+    def _cast_to_wait(self, p: Parameter) -> None:
+        """`to_accumulated_grad_if_needed`: a first gradient that waits does so in the dtype that it is reduced in."""
+        if self.reduce_dtype is not None and p.grad is not None and p.grad.dtype != self.reduce_dtype:
+            self.waiting[p] = waits = new_tensor(p.grad.shape, self.reduce_dtype)
+            record("_to_copy", (p.grad,), (waits,))
+            _drop_gradient(p)
+
+
+def _drop_gradient(p: Parameter) -> None:
+    """That of one layer goes, where a part stands for several."""
+    if p.grad is not None:
+        p.grad.storage.copies = 1
+        p.grad = None
+
 
 def _redistribute(p: Parameter) -> None:
     """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
@@ -367,9 +398,3 @@ def _redistribute(p: Parameter) -> None:
         grad = p.grad
         p.grad = p.placement.redistributed(grad, p.shape)
         grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
-
-
-def in_buffer(buffer: Tensor | None, shape: Shape, dtype: str) -> Tensor:
-    """A contiguous view of a part of a buffer."""
-    assert buffer is not None
-    return Tensor(shape, dtype, contiguous_strides(shape), product(shape), buffer.storage)

@@ -67,4 +67,6 @@ def full_shards(
         frozen = FrozenBlocks(alike, ranks, setup.amp)
     elif survey.frozen is not None:
         frozen = FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
-    return FullyShard(units, ranks, setup.amp, frozen, across, offloads=setup.offload != "none")
+    return FullyShard(
+        units, ranks, setup.amp, frozen, across, offloads=setup.offload != "none", reduce_dtype=setup.reduce_dtype
+    )
