@@ -28,6 +28,7 @@ COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
+FSDP_UNITS = ("accelerate", "blocks")
 ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`
 SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
 DDP = ("plain", "find-unused", "static-graph")
@@ -99,6 +100,8 @@ class Setup:
             where nothing is checkpointed and around PEFT's models.
         reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
             (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
+        fsdp_units: what FSDP2 gathers together: accelerate, each block, the embedding, the last norm with the head; or
+            blocks, each block, and all else, which is freed behind the forward pass, too.
         reduce_dtype: what FSDP reduces gradients in (`reduce_dtype` of its mixed precision); None: the dtype that
             weights are gathered in, as accelerate has it.
         shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
@@ -146,6 +149,7 @@ class Setup:
     parallel: str = "ddp"
     ddp: str = "plain"
     reshard: bool = True
+    fsdp_units: str = "accelerate"
     reduce_dtype: str | None = None
     shard_group: int | None = None
     offload: str = "none"
@@ -190,6 +194,7 @@ class Setup:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+        one_of("fsdp_units", self.fsdp_units, FSDP_UNITS)
         if self.reduce_dtype is not None:
             one_of("reduce_dtype", self.reduce_dtype, DTYPES)
         if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):

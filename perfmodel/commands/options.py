@@ -18,6 +18,7 @@ from ..setup import (
     ENGINES,
     EXPERTS,
     FP8,
+    FSDP_UNITS,
     INT8,
     KERNELS,
     OBJECTIVES,
@@ -254,27 +255,26 @@ def _rest() -> tuple[Decorator, ...]:
                      "decide which attention kernel sdpa gets, the adapters' dtype, how casts to 16 bit run, what one "
                      "kernel of an optimizer over lists takes."),
         click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
-                     help="What several GPUs do: ddp, each has the whole model; fsdp2 or fsdp1, a shard of all; zero1, "
-                     "zero2 or zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
+                     help="What several GPUs do: ddp, each has all; fsdp2 or fsdp1, a shard of all; zero1, zero2 or "
+                     "zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
         click.option("--ddp", type=click.Choice(DDP), default="plain", show_default=True,
                      help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
-                     "every step (find_unused_parameters), as transformers' Trainer has it by default where nothing is "
-                     "checkpointed and around PEFT's models."),
+                     "every step (find_unused_parameters): the Trainer's default without checkpoints or with PEFT."),
         click.option("--reshard/--no-reshard", default=True, show_default=True,
                      help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
                      "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
-        click.option("--reduce-dtype", type=click.Choice(DTYPES),
-                     help="What FSDP reduces gradients in (reduce_dtype); default as weights are gathered."),
+        click.option("--fsdp-units", type=click.Choice(FSDP_UNITS), default="accelerate", show_default=True,
+                     help="What FSDP2 gathers at once: blocks, embedding, last norm and head; or blocks, all else."),
+        click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
         click.option("--shard-group", type=click.IntRange(2),
                      help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
         click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
-                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1, zero2 "
-                     "or zero3, updated by its cores; params: weights too, of zero3 or FSDP. Of zero1 to zero3 on one "
-                     "GPU as well."),
+                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1 to zero3 "
+                     "(on one GPU as well), updated by its cores; params: weights too, of zero3 or FSDP."),
         click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that share every layer (tensor parallel) and work on the same samples."),
         click.option("--sequence-parallel", is_flag=True,
-                     help="They share the tokens between those layers, too; the adapters are NeMo Automodel's."),
+                     help="They share the tokens between those layers, too; adapters are NeMo Automodel's."),
         click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
                      help="GPUs that have some of the blocks each (pipeline parallel), of --grad-accum micro-batches."),
         click.option("--pp-schedule", default="1f1b", show_default=True,

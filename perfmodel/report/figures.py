@@ -147,6 +147,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     several = np.any(np.greater(s.gpus, 1))
     told += [s.parallel] if np.any(np.greater(s.replicas * s.cp, 1)) or s.offload != "none" else []
     told += ["weights kept gathered"] if several and s.reshard != usual.reshard else []
+    told += ["units of blocks alone"] if several and s.fsdp_units != usual.fsdp_units else []
     told += [f"gradients reduced in {s.reduce_dtype}"] if several and s.reduce_dtype is not None else []
     told += [f"shards in groups of {s.shard_group}"] if several and s.shard_group is not None else []
     told += [f"{OFFLOADED[s.offload]} offloaded"] if s.offload != usual.offload else []

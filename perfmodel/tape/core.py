@@ -264,6 +264,20 @@ def region(run: Callable[P, R]) -> Callable[P, R]:
     return within
 
 
+def begin_region() -> None:
+    """From here on what is recorded is a program of its own where a compiled model falls apart, up to `end_region`."""
+    flow = _current[-1].flow
+    if flow is not None and flow.apart:
+        flow.region = next(_regions)
+
+
+def end_region() -> None:
+    """What follows is of no such program."""
+    flow = _current[-1].flow
+    if flow is not None:
+        flow.region = None
+
+
 def hooked(run: Callable[P, R]) -> Callable[P, R]:
     """A function that is no part of the model: where that is compiled, it stays as it is, beside it (`Flow.hooks`)."""
 

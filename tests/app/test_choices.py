@@ -26,6 +26,7 @@ CHOICES = (
     Choices("qwen3-8b", "h100-sxm", setup=Setup(gpus=8, node="aws-p5", parallel="fsdp2", cp=4, cp_rotate="alltoall")),
     Choices(setup=Setup(gpus=2, ddp="find-unused")),
     Choices(setup=Setup(gpus=16, nodes=2, parallel="fsdp2", reshard=False, shard_group=8, reduce_dtype="fp32")),
+    Choices(setup=Setup(gpus=8, parallel="fsdp2", fsdp_units="blocks")),
     Choices(setup=Setup(parallel="zero3", offload="params")),
     Choices(setup=Setup(dtype="fp32", amp="bf16", lengths="400:1200", group_by_length=True, routing="zipf:1.1")),
     Choices(methods=("lora:targets=q_proj+v_proj,dropout=0.1", "dora:r=4"), setup=Setup(objective="dpo", prompt=64)),

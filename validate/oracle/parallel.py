@@ -34,6 +34,7 @@ from perfmodel.tracing.programs.low_bit import apply_low_bit
 from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eager_program
 
 from . import counts
+from .by_blocks import sharded_by_blocks
 from .cases import Case
 from .context_parallel import on_ring, own_tokens
 from .flat import flat_units
@@ -142,6 +143,8 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
     amp, reduce = (TORCH_DTYPES[dtype] if dtype else None for dtype in (setup.amp, setup.reduce_dtype))
     if setup.parallel == "fsdp1":
         return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp, reduce=reduce)
+    if setup.fsdp_units == "blocks":
+        return sharded_by_blocks(model, chain.from_iterable(rows), setup, mesh, set(packed_apart(model)))
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy

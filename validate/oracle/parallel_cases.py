@@ -22,6 +22,9 @@ REDUCED: tuple[dict[str, Any], ...] = (  # in another dtype than that of the gra
     {"reduce_dtype": "fp32"}, {"reduce_dtype": "fp32", "gpus": 4, "shard_group": 2}, {"reduce_dtype": "bf16"},
     {"reduce_dtype": "fp32", "offload": "params"}, {"reduce_dtype": "fp16", "gpus": 3, "reshard": False},
 )  # fmt: skip
+BY_BLOCKS: tuple[dict[str, Any], ...] = (  # all else in one unit
+    {}, {"offload": "params"}, {"reshard": False}, {"gpus": 4, "shard_group": 2, "reduce_dtype": "fp32"},
+)  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 METHODS = (
@@ -83,6 +86,12 @@ def rank_grid(which: str) -> Iterator[Case]:
                     continue
                 for setup in every() if which == "all" else varied(5 * i + 7 * j + k, 1 if which == "quick" else 3):
                     yield _case(config, method, replace(setup, parallel="fsdp2", **way))
+        for j, method in enumerate(("full", "lora:r=2,targets=all-linear", "qlora:r=4", "top_k:k=1")):
+            for k, way in enumerate(BY_BLOCKS):
+                if which == "quick" and (i + j + k) % 6:
+                    continue
+                for setup in every() if which == "all" else varied(5 * i + 3 * j + k, 1 if which == "quick" else 3):
+                    yield _case(config, method, replace(setup, parallel="fsdp2", fsdp_units="blocks", **way))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):
@@ -111,6 +120,7 @@ def compiled_grid(which: str) -> Iterator[Case]:
     ways: tuple[dict[str, Any], ...] = (
         {"parallel": "ddp"}, {"parallel": "fsdp2"},
         {"parallel": "fsdp2", "reshard": False, "gpus": 4, "shard_group": 2},
+        {"parallel": "fsdp2", "fsdp_units": "blocks", "reduce_dtype": "fp32"},
     )  # fmt: skip
     methods = ("full", "lora:r=4", "lora:r=2,targets=all-linear", "top_k:k=2")
     for i, name in enumerate(COMPILED_MODELS):

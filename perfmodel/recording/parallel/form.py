@@ -156,6 +156,10 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
         )
+    if setup.fsdp_units != "accelerate" and setup.parallel != "fsdp2":
+        raise UserError(
+            f"fsdp_units: {setup.parallel} gathers in its own way; use --parallel fsdp2, or --fsdp-units accelerate"
+        )
     if setup.reduce_dtype is not None and setup.parallel not in ("fsdp1", "fsdp2"):
         raise UserError(
             f"reduce_dtype: {setup.parallel} reduces gradients as they are; use --parallel fsdp2, or leave it out"

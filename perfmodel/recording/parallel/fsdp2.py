@@ -18,9 +18,8 @@ keeps those of one communicator in order), all else on the compute stream.
 With mixed precision what trains is kept in fp32, cast as it is gathered, and its gradients are reduced in 16 bits and
 cast back; there is no autocast, and the loss is cast too (accelerate's policy). Where `reduce_dtype` is another dtype
 than that of the gradients, they are cast as they are laid out to be reduced, or, where that waits for further
-micro-batches, as they are summed. 4-bit weights that are stored in bytes
-stay whole on every rank. Since accelerate 1.15 the embedding has a unit of its own, the last norm and the head another,
-which stays gathered behind the forward pass.
+micro-batches, as they are summed. 4-bit weights that are stored in bytes stay whole on every rank. Since accelerate
+1.15 the embedding has a unit of its own, the last norm and the head another, which stays gathered (not `fsdp2_blocks`).
 
 Sources: torch 2.13, distributed/fsdp/_fully_shard/ (`_fsdp_param_group.py`, `_fsdp_collectives.py`, `_fsdp_state.py`).
 Without synchronisation in all micro-batches but the last: accelerate's `no_sync`. Offloaded, shards come from the
@@ -208,9 +207,10 @@ class FullyShard(WholeUnits):
             state.whole.clear()
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Behind the forward pass: the root's parameters stay; its hook before backward."""
+        """Behind the forward pass: the root's parameters go or stay; its hook before backward."""
         self._forget_copied()
         if self.units[ROOT].unit.parameters:
+            self._reshard(self.units[ROOT])
             self.last = ROOT
             if tape().grad_enabled:
                 self.ran.append((ROOT, tape().part))

@@ -8,6 +8,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard, Gathered
+from .fsdp2_blocks import ShardedBlocks
 from .units import ROOT, ShardedUnit, Survey, whole_reference
 
 
@@ -67,6 +68,7 @@ def full_shards(
         frozen = FrozenBlocks(alike, ranks, setup.amp)
     elif survey.frozen is not None:
         frozen = FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
-    return FullyShard(
-        units, ranks, setup.amp, frozen, across, offloads=setup.offload != "none", reduce_dtype=setup.reduce_dtype
-    )
+    options: dict[str, Any] = {"offloads": setup.offload != "none", "reduce_dtype": setup.reduce_dtype}
+    if setup.fsdp_units == "blocks":
+        return ShardedBlocks(units, ranks, setup.amp, frozen, across, hooks_words=setup.checkpoint != "none", **options)
+    return FullyShard(units, ranks, setup.amp, frozen, across, **options)

@@ -81,7 +81,7 @@ class ShardedUnit:
         parameters: whole, in the dtype that they are used in.
         shards: what the first rank keeps of each.
         last: of the modules, if there are several.
-        stays: whether what is gathered stays behind the forward pass.
+        stays: whether what is gathered stays behind the forward pass, as under accelerate the root does.
     """
 
     path: str
@@ -199,7 +199,7 @@ class Survey(WholeUnits):
         }
         groups: list[tuple[str, ...]] = [(path,) for path in dict.fromkeys(self.paths)]
         tail: list[tuple[str, ...]] = []
-        if setup.parallel == "fsdp2":
+        if setup.parallel == "fsdp2" and setup.fsdp_units == "accelerate":
             adapted = not setup.sequence_parallel and any(
                 p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters
             )
@@ -209,6 +209,8 @@ class Survey(WholeUnits):
         found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         stay = {*tail, *(group for group in groups if HEAD in group)}
+        if setup.fsdp_units == "accelerate":  # `reshard_after_forward` of the root is None there
+            stay.add((ROOT,))
         return [
             ShardedUnit(
                 group[0], those, [shard_of(p, ranks, dtypes[p.name], flat=flat) for p in those], group[-1],

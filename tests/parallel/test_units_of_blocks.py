@@ -1,0 +1,48 @@
+"""Laws of FSDP2 around blocks and the whole alone (`Setup.fsdp_units`), which need no torch.
+
+Calls, collectives and graphs are compared with the real programs: tests/oracle/test_parallel.py and test_compiled.py.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_laws_of_ranks import LLAMA, METHODS
+
+from perfmodel import predict
+from perfmodel.errors import UserError
+from perfmodel.setup import Setup
+
+USUAL = Setup(batch=2, seq=64, gpus=4, parallel="fsdp2", fsdp_units="blocks")
+BESIDE = 2 * (2 * 2048 * 512 + 512)  # bytes of LLAMA in bf16 beside its blocks
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    method=st.sampled_from(METHODS), checkpoint=st.sampled_from(("none", "block")), gpus=st.sampled_from((2, 3, 8)),
+    compile=st.sampled_from(("none", "default")),
+)  # fmt: skip
+def test_all_else_is_one_unit_that_is_gathered_again(method: str, checkpoint: str, gpus: int, compile: str) -> None:
+    """Embedding and head travel twice, in two gathers fewer; what is reduced and what is computed stay the same."""
+    if compile != "none" and method.partition(":")[0] not in ("full", "lora", "top_k"):
+        return
+    setup = replace(USUAL, checkpoint=checkpoint, gpus=gpus, compile=compile)
+    ours, theirs = (predict(LLAMA, method, replace(setup, fsdp_units=u), "h100-sxm") for u in ("blocks", "accelerate"))
+    sent, usual = (p.time.communication.nbytes for p in (ours, theirs))
+    freed, kept = (predict(LLAMA, method, replace(setup, reshard=r), "h100-sxm") for r in (True, False))
+    assert sent["reduce_scatter"] == pytest.approx(usual["reduce_scatter"], rel=1e-3)
+    assert sent["all_gather"] > usual["all_gather"]
+    assert freed.time.communication.nbytes["all_gather"] >= kept.time.communication.nbytes["all_gather"] + BESIDE
+    assert ours.flops == theirs.flops
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp1", "zero3"])
+def test_other_forms_have_units_of_their_own(parallel: str) -> None:
+    """The line says which form has the option."""
+    with pytest.raises(UserError, match=f"fsdp_units: {parallel} gathers in its own way; use --parallel fsdp2"):
+        predict(LLAMA, "full", replace(USUAL, parallel=parallel), "h100-sxm")
+    wrong: dict[str, Any] = {"fsdp_units": "layers"}
+    with pytest.raises(UserError, match="fsdp_units 'layers' is unknown"):
+        Setup(**wrong)
