@@ -143,13 +143,14 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
     amp, reduce = (TORCH_DTYPES[dtype] if dtype else None for dtype in (setup.amp, setup.reduce_dtype))
     if setup.parallel == "fsdp1":
         return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp, reduce=reduce)
+    names = [name for name in MESH if name in (mesh.mesh_dim_names if mesh is not None else ())]
     if setup.fsdp_units == "blocks":
-        return sharded_by_blocks(model, chain.from_iterable(rows), setup, mesh, set(packed_apart(model)))
+        shards = mesh[tuple(names)] if names else None
+        return sharded_by_blocks(model, chain.from_iterable(rows), setup, shards, set(packed_apart(model)))
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    names = mesh.mesh_dim_names if mesh is not None else ()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=setup.reshard,
@@ -163,7 +164,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=setup.amp or "no", is_main_process=False,
         device="cpu", torch_device_mesh=mesh,
-        parallelism_config=SimpleNamespace(fsdp_dim_names=[name for name in MESH if name in names]),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=names),
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
 

@@ -28,10 +28,10 @@ from ..accuracy import Errors, Pair, beyond, paired
 TABLE = DATA / "published" / "steps.csv"
 FAMILIES = DATA / "published" / "families.csv"
 SEVERAL = DATA / "published" / "several_gpus.csv"
-# columns of several_gpus.csv that are options of `Setup`; a node of one row's source lies beside the table
+# columns of several_gpus.csv that are options of `Setup`
 OF_SEVERAL: dict[str, Callable[[str], Any]] = {
-    "gpus": int, "nodes": int, "parallel": str, "offload": str, "tp": int,
-    "node": lambda name: str(SEVERAL.parent / name) if name.endswith(".toml") else name,
+    "gpus": int, "nodes": int, "parallel": str, "offload": str, "fsdp_units": str, "reduce_dtype": str,
+    "node": lambda name: beside_table(name, ".toml"),
 }  # fmt: skip
 # packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
 NAMED = re.compile(
@@ -164,7 +164,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
     return PublishedStep(
         id=r["id"],
         family=r["family"],
-        model=r["model"],
+        model=beside_table(r["model"], ".json"),
         head=r.get("head", ""),
         device=r["device"],
         method=r["method"],
@@ -180,6 +180,11 @@ def _row(r: dict[str, str]) -> PublishedStep:
         source=r["source"],
         notes=r["notes"],
     )
+
+
+def beside_table(name: str, suffix: str) -> str:
+    """The path of what one source alone has, which lies beside the tables; another name as it is."""
+    return str(TABLE.parent / name) if name.endswith(suffix) else name
 
 
 def _model_of(row: PublishedStep) -> str | Config:
