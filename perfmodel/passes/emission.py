@@ -9,6 +9,7 @@ import numpy as np
 from ..program.dims import Dim, at, decide, summed
 from ..program.op import Attrs, Op, Spec
 from ..program.part import Part
+from ..program.streams import Run
 from .fusion import FusedKernel
 from .graph import Graph, Place, Prim, Value
 
@@ -55,7 +56,7 @@ class Emission:
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.host.modules = place.part.host.modules
             for kernel in at.get(index, ()):
-                part.ops.append(call_of(kernel))
+                part.ops += calls_of(kernel)
                 self.schedule.append((part, place, kernel))
             if part.ops:
                 part.host.graphs, first = int(first), False
@@ -66,7 +67,7 @@ class Emission:
             part = Part("accumulation", "backward", place.repeat)
             for kernel in self.tail:
                 if kernel.place == index:
-                    part.ops.append(call_of(kernel))
+                    part.ops += calls_of(kernel)
                     part.host.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
@@ -119,6 +120,16 @@ class Emission:
             if (id(first), True) in at and (id(middle), True) in at:
                 at[id(first), True].allocate(more)
                 at[id(middle), True].free(more)
+
+
+def calls_of(kernel: FusedKernel) -> list[Op]:
+    """The call of a kernel; behind a collective the wait for it, which Inductor moves nowhere unless it is told to
+    (`reorder_for_compute_comm_overlap`)."""
+    op = call_of(kernel)
+    if op.attrs.ranks is None:
+        return [op]
+    done = Run(after=(op.runs.on,))
+    return [op, Op("_c10d_functional::wait_tensor", op.outputs, op.outputs, 0, 0, view=True, owner=op.owner, runs=done)]
 
 
 def call_of(kernel: FusedKernel) -> Op:

@@ -28,6 +28,8 @@ CASES = [
     Case(config_of("llama", layers=2), "lora:r=4", replace(SETUP, parallel="fsdp2", grad_accum=2)),
     Case(config_of("qwen2", layers=2), "full", replace(SETUP, parallel="fsdp2", checkpoint="block", amp="bf16")),
     Case(CUT, "lora:r=32,targets=all-linear", replace(SETUP, batch=1)),
+    Case(config_of("llama", layers=2), "full", replace(SETUP, parallel="fsdp2", fsdp_units="blocks")),
+    Case(config_of("llama", layers=2), "lora:r=4", replace(SETUP, seq=8, tp=2, sequence_parallel=True)),
 ]
 
 
@@ -56,6 +58,7 @@ def test_a_program_that_differs_is_reported(traced: tuple[Case, Step, compiled.G
 def test_both_forms_are_in_the_grid() -> None:
     """With graphs that are cut, and what DDP looks for."""
     cases = list(parallel_cases.compiled_grid("quick"))
+    assert {c.setup.sequence_parallel for c in cases if c.setup.tp > 1} == {False, True}
     assert {c.setup.parallel for c in cases} == {"ddp", "fsdp2"}
     assert {c.setup.ddp for c in cases if c.config.name == "llama-large"} == {"plain", "find-unused"}
     assert all(c.setup.compile == "default" for c in cases)

@@ -136,6 +136,20 @@ def test_a_grid_of_compiled_ranks_equals_its_points(way: dict[str, Any]) -> None
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora:r=8,targets=all-linear"])
+def test_compiled_layers_that_gpus_share_wait_as_eager_ones(method: str, tokens: bool) -> None:
+    """Inductor moves no collective: what is exchanged stays as exposed as it was, beside fewer kernels."""
+    usual = Setup(batch=8, seq=2048, gpus=2, tp=2, sequence_parallel=tokens)
+    eager = predict("llama-3.1-8b", method, usual, "h100-sxm")
+    compiled = predict("llama-3.1-8b", method, usual, "h100-sxm", compile="default")
+    before, after = (p.time.communication for p in (eager, compiled))
+    assert after.nbytes == before.nbytes
+    assert after.exposed["total"] == pytest.approx(before.exposed["total"], rel=0.02)
+    assert compiled.kernels["total"] < eager.kernels["total"]
+    assert compiled.flops == eager.flops
+
+
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama", "dora:r=4", {}, "what Dynamo makes of dora"),
     ("llama", "full", {"parallel": "fsdp1"}, "graphs break at its hooks; use --parallel ddp or fsdp2"),
@@ -143,7 +157,9 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama", "lora:implementation=unsloth", {}, "what Dynamo makes of unsloth's lora on several GPUs"),
     ("llama", "full", {"compile": "reduce-overhead"}, "CUDA graphs of several GPUs are not modelled"),
     ("llama", "full", {"parallel": "fsdp2", "offload": "params"}, "offload: not modelled with compile"),
-    ("llama", "full", {"tp": 2}, "compile: not modelled with tp 2"),
+    ("llama", "full", {"tp": 2, "checkpoint": "block"}, "cannot compile checkpointed layers that GPUs share"),
+    ("llama", "full", {"tp": 2, "gpus": 4}, "ddp takes no layers that GPUs share; use --parallel fsdp2"),
+    ("llama", "full", {"tp": 2, "gpus": 4, "sequence_parallel": True, "parallel": "fsdp2"}, "cut words .* --gpus 2"),
     ("bert", "full", {}, "language models are"),
 ]
 
@@ -152,5 +168,5 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 def test_what_was_not_compared_is_refused_in_a_line(name: str, method: str, options: dict[str, Any], why: str) -> None:
     """Programs that break otherwise would be answered with figures of another one."""
     with pytest.raises(UserError, match=why) as fault:
-        step_of(name, method, gpus=2, **{"compile": "default", **options})
+        step_of(name, method, **{"gpus": 2, "compile": "default", **options})
     assert "\n" not in str(fault.value)

@@ -1,9 +1,10 @@
 """A rank of a compiled program against the tape: graphs that are entered, collectives in their order, what is kept.
 
 The real program is compiled as transformers' `torch_compile` has accelerate do it: the model as a whole, before FSDP2
-wraps its units and behind DDP's wrapper. Dynamo and AOTAutograd run as on a GPU, with Inductor's decompositions and its
-partitioner; its graphs are run as they are, call by call. So products stand where they would, and what a graph hands to
-its backward is what Inductor's would; how calls share kernels is another oracle's (`inductor`).
+wraps its units and behind DDP's wrapper; where ranks share layers, behind all. Dynamo and AOTAutograd run as on a GPU,
+with Inductor's decompositions and its partitioner; its graphs are run as they are, call by call. So products stand
+where they would, and what a graph hands to its backward is what Inductor's would; how calls share kernels is another
+oracle's (`inductor`).
 """
 
 from collections.abc import Iterator
@@ -100,14 +101,18 @@ def trace_compiled(case: Case) -> tuple[Step, GraphRecorder]:
     step = build(architecture, method, setup, "cpu")
     recorder = GraphRecorder()
     torch._dynamo.reset()
-    with parallel.process_group(setup.parallel, setup.gpus), functorch_config.patch(enable_autograd_cache=False):
-        model = parallel.alone(case.config, setup, architecture, method).train()
+    several = setup.replicas > 1
+    group = parallel.process_group(setup.parallel if several else "tp", setup.gpus)
+    with group, functorch_config.patch(enable_autograd_cache=False):
+        mesh = parallel.mesh_of_ranks(setup)
+        model = parallel.alone(case.config, setup, architecture, method, mesh).train()
         total, trainable = parallel.elements(model)
         parallel.checkpointed(model, setup)
-        if setup.parallel == "fsdp2":
+        if setup.parallel == "fsdp2" and setup.tp == 1:
             model = torch.compile(model, backend=recorder.compiled)
-        model = parallel.wrapped_for_ranks(model, setup, architecture)
-        if setup.parallel == "ddp":
+        if several:
+            model = parallel.wrapped_for_ranks(model, setup, architecture, mesh)
+        if setup.parallel == "ddp" or setup.tp > 1:
             model = torch.compile(model, backend=recorder.compiled)
         parallel.trace_rank(model, setup, updates.make(model, step.optimizer, method), recorder=recorder)
     recorder.trace.total, recorder.trace.trainable = total, trainable

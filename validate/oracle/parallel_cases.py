@@ -138,6 +138,27 @@ def compiled_grid(which: str) -> Iterator[Case]:
             precision = PRECISIONS[k + (ddp == "plain")]
             setup = replace(BASE, batch=1, seq=3, gpus=2, compile="default", ddp=ddp, **precision)
             yield _case(large, method, setup)
+    yield from compiled_layers_grid(which)
+
+
+def compiled_layers_grid(which: str) -> Iterator[Case]:
+    """Compiled ranks that share layers, or tokens between them, too; without checkpoints, which PyTorch cannot compile.
+
+    Not equal are dropout before adapters, whose masks are kept otherwise, the order of one product in full fine-tuning
+    beside norms of heads, and what Seed-OSS keeps (`README.md`).
+    """
+    grids = (tensor_grid, sequence_grid, mesh_grid)
+    shared = [case for grid in grids for case in grid("standard") if is_compiled_alike(case)]
+    for case in shared[::13] if which == "quick" else shared:
+        yield replace(case, setup=replace(case.setup, compile="default", checkpoint="none", amp=None))
+
+
+def is_compiled_alike(case: Case) -> bool:
+    """Whether PyTorch compiles it, as the tape has it."""
+    setup, heads = case.setup, case.config.values["model_type"] in ("qwen3", "gemma3_text", "exaone4")
+    several = setup.replicas > 1 and (setup.sequence_parallel or setup.parallel != "fsdp2")
+    apart = "dropout" in case.method or (heads and case.method == "full")
+    return not (several or apart or setup.tp == 1 or setup.cp > 1 or case.config.values["model_type"] == "seed_oss")
 
 
 def zero_grid(which: str) -> Iterator[Case]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
@@ -191,9 +193,11 @@ def _check_compiled(setup: Setup, method: Method) -> None:
         raise UserError(
             f"compile: not modelled with parallel {setup.parallel}, {where}; use --parallel {' or '.join(COMPILED)}"
         )
-    for name in ("tp", "cp", "pp"):
+    for name in ("cp", "pp"):
         if getattr(setup, name) > 1:
             raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
+    if setup.tp > 1:
+        _check_compiled_layers(setup)
     implementation = getattr(method, "implementation", "peft")
     if method.name not in COMPILED_METHODS or implementation != "peft":
         what = method.name if implementation == "peft" else f"{implementation}'s {method.name}"
@@ -203,6 +207,19 @@ def _check_compiled(setup: Setup, method: Method) -> None:
         )
     if setup.compile == "reduce-overhead":
         raise UserError("compile reduce-overhead: CUDA graphs of several GPUs are not modelled; use --compile default")
+
+
+def _check_compiled_layers(setup: Setup) -> None:
+    """Raise `UserError` where PyTorch 2.13 compiles layers that GPUs share and ends in an error, or was not asked."""
+    shared = "layers that GPUs share"
+    if setup.checkpoint != "none":
+        raise UserError(f"compile: PyTorch 2.13 cannot compile checkpointed {shared}; use --checkpoint none")
+    if not np.any(np.greater(setup.replicas, 1)):
+        return
+    if setup.sequence_parallel:
+        raise UserError(f"compile: PyTorch 2.13 cannot compile cut words beside FSDP2's hooks; use --gpus {setup.tp}")
+    if setup.parallel != "fsdp2":
+        raise UserError(f"compile: {setup.parallel} takes no {shared}; use --parallel fsdp2")
 
 
 def _check_groups(setup: Setup, group: int) -> None:

@@ -17,11 +17,21 @@ from .fsdp2 import FullyShard
 from .units import HEAD
 
 
+class CutModules(FullyShard):
+    """The hooks around units of accelerate's where ranks share layers, too: the words' and the head's have theirs."""
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What has a hook of its own is no module of PyTorch's to Dynamo, which compiles it."""
+        alone = path == HEAD or path[:-1].endswith(WORDS)
+        return super().module(path, region(run) if alone else run, x)
+
+
 class ShardedBlocks(FullyShard):
     """The hooks.
 
     Args:
-        hooks_words: whether the embedding's output is made one that needs a gradient (`enable_input_require_grads`).
+        hooks_words: whether the embedding has a hook: its output is made one that needs a gradient
+            (`enable_input_require_grads`), or ranks share it.
     """
 
     def __init__(self, *given: Any, hooks_words: bool, **options: Any) -> None:

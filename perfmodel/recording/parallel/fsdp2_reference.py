@@ -8,7 +8,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard, Gathered
-from .fsdp2_blocks import ShardedBlocks
+from .fsdp2_blocks import CutModules, ShardedBlocks
 from .units import ROOT, ShardedUnit, Survey, whole_reference
 
 
@@ -70,5 +70,7 @@ def full_shards(
         frozen = FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
     options: dict[str, Any] = {"offloads": setup.offload != "none", "reduce_dtype": setup.reduce_dtype}
     if setup.fsdp_units == "blocks":
-        return ShardedBlocks(units, ranks, setup.amp, frozen, across, hooks_words=setup.checkpoint != "none", **options)
-    return FullyShard(units, ranks, setup.amp, frozen, across, **options)
+        hooked = setup.checkpoint != "none" or setup.tp > 1
+        return ShardedBlocks(units, ranks, setup.amp, frozen, across, hooks_words=hooked, **options)
+    hooks = CutModules if setup.tp > 1 else FullyShard
+    return hooks(units, ranks, setup.amp, frozen, across, **options)
