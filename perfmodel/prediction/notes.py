@@ -120,6 +120,9 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     else:
         told += ["grouped keys and values are repeated for sdpa"] if not stack.groups_heads else []
         told += ["the loss copies the logits"] if stack.shifts_logits else []
+    if stack.checkpoints_around_blocks and setup.parallel == "fsdp1" and setup.checkpoint == "block-reentrant":
+        freezes = np.any(np.greater(setup.gpus, 1)) and np.any(np.less(built.trainable, built.total))
+        told += ["FSDP1's hooks hold what goes into frozen blocks"] if freezes else []
     ran = built.method.under(stack, setup.dtype)
     dtype = getattr(ran, "adapter_dtype", setup.dtype)
     return [

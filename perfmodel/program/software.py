@@ -126,6 +126,12 @@ class SoftwareStack:
         return self.transformers < (4, 49)
 
     @property
+    def checkpoints_around_blocks(self) -> bool:
+        """Whether a model checkpoints the calls of its blocks, hooks included, not what a block does when it is called
+        (`GradientCheckpointingLayer`)."""
+        return self.transformers < (4, 52)
+
+    @property
     def loops_experts(self) -> bool:
         """Whether a mixture can only loop over its experts."""
         return self.transformers < (5,)

@@ -28,6 +28,19 @@ def both(method: str, **options: Any) -> tuple[Prediction, Prediction]:
     return freed, kept
 
 
+def test_hooks_of_fsdp1_held_hidden_states_around_checkpoints() -> None:
+    """QLoRA of 70B on two GPUs in 2024: a hidden state and its gradient a frozen block, till the pass is through."""
+    setup = Setup(batch=2, seq=4096, gpus=2, parallel="fsdp1", checkpoint="block-reentrant")
+    old, new = (replace(setup, stack=f"transformers={version}") for version in ("4.51", "4.52"))
+    method, hidden = "qlora:r=16,targets=q_proj+k_proj+v_proj+o_proj", 2 * 4096 * 8192 * 2
+    held, freed = (predict("llama-2-70b", method, each, "a100-80gb-sxm") for each in (old, new))
+    assert 70 * hidden < held.memory.peak - freed.memory.peak <= 80 * hidden
+    assert held.time.phases == freed.time.phases
+    assert any("FSDP1's hooks hold what goes into frozen blocks" in note for note in held.notes)
+    full, later = (predict(LLAMA, "full", each, "a100-80gb-sxm").memory for each in (old, new))
+    assert full == later
+
+
 @pytest.mark.parametrize(("parallel", "micro_batches"), [("fsdp1", 1), ("fsdp2", 3)])
 def test_all_weights_are_gathered_once_for_what_is_done_with_them(parallel: str, micro_batches: int) -> None:
     """FSDP2 frees them behind every backward pass, FSDP1 behind the one that reduces gradients."""

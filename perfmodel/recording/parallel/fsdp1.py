@@ -137,6 +137,10 @@ class FlatShard(OfBlocks):
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
         frozen: the hooks around a reference model, if there is one.
         reduce_dtype: what gradients are reduced in; None: the dtype of what is gathered.
+        holds: whether what goes into a frozen block, and its gradient, stay to the end of the backward pass: where
+            reentrant checkpoints lie around units, the hook that frees one in its recomputation holds both
+            (`_register_post_backward_reshard_only_hook`).
+        held: those.
 
     Args:
         amp: the dtype of mixed precision.
@@ -146,10 +150,12 @@ class FlatShard(OfBlocks):
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
-        offloads: bool = False, keeps: bool = False, frozen: "FlatShard | None" = None, amp: str | None = None,
-        reduce_dtype: str | None = None,
+        offloads: bool = False, keeps: bool = False, holds: bool = False, frozen: "FlatShard | None" = None,
+        amp: str | None = None, reduce_dtype: str | None = None,
     ) -> None:  # fmt: skip
         self.frozen = frozen
+        self.holds = holds
+        self.held: list[Tensor] = []
         self.ranks = ranks
         self.across = across
         self.offloads = offloads
@@ -207,6 +213,7 @@ class FlatShard(OfBlocks):
         self._unshard(unit)
         node = differentiate("post_backward", (x,), self._post_backward, (path,))
         if node is not None:
+            self._hold(unit, x)
             x = x.alias()
             node.produces(x)
         out = run(x)
@@ -230,9 +237,11 @@ class FlatShard(OfBlocks):
         for path in (*self.units,):
             if path not in self.done:
                 self._reduce(path, self.units[path])
-        for unit in self.of_adapter.values():
+        for unit in (*self.of_adapter.values(), *filter(self._waits, self.units.values())):
             self._free(unit)
         tape().after_gradient = None
+        of_all_layers(self.held)
+        self.held.clear()
         wait_event(REDUCED)
         if self.offloads:  # `_post_backward_final_callback`
             record("cuda::synchronize_stream", (), (), Attrs(host=True, sync=True), runs=Run(COMPUTE))
@@ -282,12 +291,22 @@ class FlatShard(OfBlocks):
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         (path,) = node.attrs
         self._reduce(path, self.units[path])
+        self._hold(self.units[path], *grads)
         return tuple(grads)
+
+    def _waits(self, unit: FlatUnit) -> bool:
+        """Whether it is freed at the end of the backward pass alone (`_catch_all_reshard`)."""
+        return self.holds and self.keeps and not unit.trained
+
+    def _hold(self, unit: FlatUnit, *those: Tensor | None) -> None:
+        if self.holds and not unit.trained:
+            self.held += [t for t in those if t is not None]
 
     def _reduce(self, path: str, unit: FlatUnit) -> None:
         """`_post_backward_hook`: the unit is freed, its gradients are joined, reduced and scattered."""
         self.done.add(path)
-        self._free(unit)
+        if not self._waits(unit):
+            self._free(unit)
         grads = [p.grad for p in unit.parameters if p.grad is not None]
         if not (self.reduces and grads):
             return

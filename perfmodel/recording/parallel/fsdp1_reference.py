@@ -48,7 +48,8 @@ def flat_shards(
     if survey.frozen is not None:
         frozen = FlatFrozen(survey.frozen.units(parameters, ranks.size, setup, tied=False), ranks, keeps=keeps)
     offloads = setup.offload != "none"
+    holds = setup.checkpoint == "block-reentrant" and setup.stack.checkpoints_around_blocks
     return FlatShard(
-        units, ranks, across, offloads=offloads, keeps=keeps, frozen=frozen, amp=setup.amp,
+        units, ranks, across, offloads=offloads, keeps=keeps, holds=holds, frozen=frozen, amp=setup.amp,
         reduce_dtype=setup.reduce_dtype,
     )  # fmt: skip
