@@ -56,7 +56,7 @@ class Emission:
             part = Part(place.part.name, place.part.phase, place.repeat, compiled=True, captured=self.captured)
             part.host.modules = place.part.host.modules
             for kernel in at.get(index, ()):
-                part.ops += calls_of(kernel)
+                part.ops += ops_of(kernel)
                 self.schedule.append((part, place, kernel))
             if part.ops:
                 part.host.graphs, first = int(first), False
@@ -67,7 +67,7 @@ class Emission:
             part = Part("accumulation", "backward", place.repeat)
             for kernel in self.tail:
                 if kernel.place == index:
-                    part.ops += calls_of(kernel)
+                    part.ops += ops_of(kernel)
                     part.host.nodes += 1
                     self.schedule.append((part, place, kernel))
             if part.ops:
@@ -122,7 +122,7 @@ class Emission:
                 at[id(middle), True].free(more)
 
 
-def calls_of(kernel: FusedKernel) -> list[Op]:
+def ops_of(kernel: FusedKernel) -> list[Op]:
     """The call of a kernel; behind a collective the wait for it, which Inductor moves nowhere unless it is told to
     (`reorder_for_compute_comm_overlap`)."""
     op = call_of(kernel)

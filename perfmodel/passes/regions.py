@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..program.part import Part
-from .emission import CompiledProgram, Emission, calls_of
+from .emission import CompiledProgram, Emission, ops_of
 from .fusion import FusedKernel, fused_kernels
 from .graph import Graph, Place, Prim, Value
 from .partition import partitioned
@@ -128,7 +128,7 @@ class RegionalEmission(Emission):
                 part.host.gradients += hook.host.gradients
                 part.host.searched += hook.host.searched
             else:
-                part.ops += calls_of(kernel)
+                part.ops += ops_of(kernel)
                 part.host.graphs += enters
                 part.host.nodes += region is None and place.backward
                 if region is not None:
