@@ -38,7 +38,7 @@ tf32_flops = 12.7e12
 fp16_flops = 25.5e12
 bf16_flops = 25.5e12
 """
-LAYERS_KEY = {"gpt2": "n_layer", "gpt_bigcode": "n_layer", "gpt_neo": "num_layers"}
+LAYERS_KEY = {"gpt2": "n_layer", "gpt_bigcode": "n_layer", "gpt_neo": "num_layers", "mpt": "n_layers"}
 
 
 def config_of(name: str, layers: int | None = None, **changes: Any) -> Config:

@@ -21,7 +21,7 @@ from ..values import Compared
 from .config import Config
 from .linear import base_product
 from .rewrites import Rewrites
-from .runs import Stage, runs_of_layers
+from .runs import Stage, given_to_block, runs_of_layers
 from .stacks import block_path
 from .tasks import Classifier
 from .traits import Traits
@@ -378,12 +378,12 @@ class Scope:
     def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
         scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
-        wrapping = tape().wrapping
         how = self.build.setup.checkpoint if self.build.method.checkpoints(layer) else "none"
+        given = [given_to_block(value) for value in shared]
 
         def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)
-            return block(scope, x, *shared)
+            return block(scope, x, *given)
 
         def checkpointed(x: Tensor) -> Any:
             return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
@@ -391,7 +391,7 @@ class Scope:
         if how != "none":
             x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
         tape().enter_block(layer, whole=how != "none")
-        out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
+        out = checkpointed(x) if (around := tape().wrapping) is None else around.block(scope.path, checkpointed, x)
         tape().enter_block(None)
         return out if isinstance(out, tuple) else (out, *shared)
 

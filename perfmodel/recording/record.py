@@ -80,6 +80,7 @@ def build(
         from .forms import parallel_form  # few ask for several
 
         step.form = parallel_form(step, capability)
+        tape.input_dtype = setup.amp if setup.parallel == "fsdp2" and step.form is not None else None
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)

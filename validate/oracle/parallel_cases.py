@@ -89,6 +89,10 @@ def rank_grid(which: str) -> Iterator[Case]:
             for ddp in ("plain", "find-unused"):
                 setup = replace(setup, batch=1, seq=3, parallel="ddp", ddp=ddp)
                 yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+    for k, method in enumerate(("full", "lora:r=4")):  # blocks of MPT get a float that FSDP2 casts
+        for setup in varied(3 + k, 1 if which == "quick" else 5):
+            for form in FORMS:
+                yield _case(Config(SMALL["mpt"], "mpt", "mpt"), method, replace(setup, parallel=form))
     for k, method in enumerate(VIRTUAL):  # tokens and a cache of their own for every block
         for setup in varied(k, 2 if which == "quick" else 5):
             for form in FORMS:
