@@ -20,7 +20,8 @@ WAYS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 REDUCED: tuple[dict[str, Any], ...] = (  # in another dtype than that of the gradients
     {"reduce_dtype": "fp32"}, {"reduce_dtype": "fp32", "gpus": 4, "shard_group": 2}, {"reduce_dtype": "bf16"},
-    {"reduce_dtype": "fp32", "offload": "params"}, {"reduce_dtype": "fp16", "gpus": 3, "reshard": False},
+    {"reduce_dtype": "fp32", "sync_each_batch": True, "grad_accum": 3}, {"reduce_dtype": "fp32", "offload": "params"},
+    {"reduce_dtype": "fp16", "gpus": 3, "reshard": False}, {"sync_each_batch": True, "gpus": 4, "shard_group": 2},
 )  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")

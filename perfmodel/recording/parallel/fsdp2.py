@@ -44,7 +44,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers, predivided
+from .units import ROOT, ShardedUnit, of_all_layers, predivided, redistribute
 
 GATHERED, COPIED, SCATTERED, REDUCED = "gathered", "copied out", "scattered", "reduced"  # events
 
@@ -327,7 +327,7 @@ class FullyShard(WholeUnits):
         if not trained:
             return
         for p, _ in trained:
-            _redistribute(p)
+            redistribute(p)
         wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
         dtype = self.reduce_dtype or trained[0][0].dtype
@@ -349,11 +349,12 @@ class FullyShard(WholeUnits):
         after = (COMPUTE, REDUCE) if copies or small else (COMPUTE,)  # NCCL waits for the stream that it is called on
         exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks, after)
         summed, kept = COMMUNICATION, trained[0][1].dtype
+        adds = trained[0][1].grad is not None  # to that of micro-batches before
         if self.across is not None:
             set_event(SCATTERED, COMMUNICATION)
             exchange("c10d::allreduce_", reduced, reduced, self.across, (COMMUNICATION,), on=ACROSS)
             summed = ACROSS
-            if self.offloads or kept != dtype:  # `_all_reduce_state`
+            if self.offloads or adds or kept != dtype:  # `_all_reduce_state`
                 self.summed.append(reduced)
         divides = small and decide(everyone > predivided(everyone))
         if divides:
@@ -362,13 +363,16 @@ class FullyShard(WholeUnits):
             low, reduced = reduced, new_tensor((numel,), kept)
             record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(summed,)))
             del low
+        behind = Run(REDUCE, after=(summed,))
         for _, shard in trained:
             shard.used = True
-            shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
-            if self.offloads:
-                shard.grad = to_host(shard.grad, Run(REDUCE, after=(summed,)))
-        set_event(REDUCED, REDUCE if self.offloads or divides or kept != dtype else summed)
-        if not self.offloads:
+            grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
+            if shard.grad is not None:
+                record("add_.Tensor", (shard.grad, grad), (shard.grad,), runs=behind)
+            else:
+                shard.grad = to_host(grad, behind) if self.offloads else grad
+        set_event(REDUCED, REDUCE if self.offloads or divides or adds or kept != dtype else summed)
+        if not (self.offloads or adds):
             reduced.storage.copies = trained[0][0].count
 
     def _accumulate(self, p: Parameter) -> None:
@@ -390,11 +394,3 @@ def _drop_gradient(p: Parameter) -> None:
     if p.grad is not None:
         p.grad.storage.copies = 1
         p.grad = None
-
-
-def _redistribute(p: Parameter) -> None:
-    """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
-    if p.placement is not None and p.placement.moves and p.grad is not None:
-        grad = p.grad
-        p.grad = p.placement.redistributed(grad, p.shape)
-        grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
