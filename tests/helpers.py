@@ -21,6 +21,9 @@ QWEN = {  # no program of transformers', so not among those that are traced
     "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 128,
 }  # fmt: skip
+MPT = {  # of llm-foundry, likewise
+    "model_type": "mpt_causal_lm", "d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64,
+}  # fmt: skip
 OWN_DEVICE = """
 name = "My GPU"
 kind = "cuda"

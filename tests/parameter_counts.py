@@ -26,6 +26,16 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,  # stored public code
     "smollm2-1.7b": 1_711_376_384,  # stored public code
     "tinyllama-1.1b": 1_100_048_384,  # the hub's safetensors total
+    # llm-foundry's table of its benchmarks (scripts/train/benchmarking), at 2,048 positions
+    "llm-foundry-mpt-125m": 125_311_488,
+    "llm-foundry-mpt-350m": 355_985_408,
+    "llm-foundry-mpt-760m": 760_470_528,
+    "llm-foundry-mpt-1b": 1_315_950_592,
+    "llm-foundry-mpt-3b": 2_651_837_440,
+    "llm-foundry-mpt-7b": 6_658_859_008,
+    "llm-foundry-mpt-13b": 12_853_954_560,
+    "llm-foundry-mpt-30b": 29_975_214_080,
+    "llm-foundry-mpt-70b": 64_862_437_376,
     # All of the following: stored public code, on 2026-11-29.
     "deepseek-coder-1.3b": 1_346_471_936,
     "deepseek-coder-6.7b": 6_740_512_768,

@@ -134,10 +134,10 @@ class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
     Without labels (`labelled`) the forward pass returns logits, of `logits_to_keep` tokens if given. `past`: keys and
-    values that a method puts before a block's; `held`: what Python holds until the forward pass returns, `kept`: what
-    modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`; `packed`, `positions`: see
-    `attend`; `given_positions` (batch, seq) come with the ids; `collects`: hidden states are `held`, too; `stage`: of a
-    pipeline, None where it is all on one GPU, and `received`, its input.
+    values put before a block's; `held`: what Python holds until the forward pass returns, hidden states too if it
+    `collects`; `kept`: what modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`;
+    `packed`, `positions`: see `attend`; `given_positions` (batch, seq) come with the ids; `stage`: of a pipeline, None
+    where all is on one GPU, and `received`, its input; `after`: what is done behind backward.
     """
 
     architecture: Architecture
@@ -156,6 +156,7 @@ class Build:
     collects: bool = False
     stage: Stage | None = None
     received: Tensor | None = None
+    after: Callable[[], None] | None = None
 
     @property
     def shared(self) -> TensorParallel | None:
@@ -388,8 +389,7 @@ class Scope:
         def checkpointed(x: Tensor) -> Any:
             return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
 
-        if how != "none":
-            x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        x.requires_grad |= how != "none"  # of the lowest one where blocks below are not; of others it is so already
         tape().enter_block(layer, whole=how != "none")
         out = checkpointed(x) if (around := tape().wrapping) is None else around.block(scope.path, checkpointed, x)
         tape().enter_block(None)

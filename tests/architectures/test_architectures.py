@@ -30,8 +30,8 @@ def known(name: str) -> bool:
 @pytest.mark.parametrize(("name", "parameters"), [x for x in (*PUBLISHED.items(), *BUILT.items()) if known(x[0])])
 def test_bundled_models_have_their_published_parameter_count(name: str, parameters: int) -> None:
     """The first figure a user compares; it also fixes every width of the model."""
-    attention = "sdpa" if load(name).values["model_type"] == "qwen" else "eager"
     model = from_config(load(name))
+    attention = "eager" if "eager" in model.traits.attention else model.traits.attention[0]
     objective = "reward" if model.classifier is not None and model.classifier.labels == 1 else "sft"
     step = step_of(model, batch=1, seq=8, attention=attention, objective=objective)
     assert step.total == step.trainable == parameters

@@ -6,6 +6,7 @@ data/published/families.csv holds steps of model families that joined later, spl
 several_gpus.csv those of several GPUs, to which nothing was fitted.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
 from perfmodel.program.software import SoftwareStack
 from perfmodel.resources import DATA, read_rows
-from perfmodel.setup import Setup
+from perfmodel.setup import DTYPES, Setup
 
 from ..accuracy import Errors, Pair, beyond, paired
 
@@ -46,6 +47,7 @@ class PublishedStep:
 
     Attributes:
         head: the class of transformers that was trained, where it is not the bundled config's.
+        config: what else of the config was not the bundled one's.
         seconds: what was timed (step, forward, backward) with its figure.
     """
 
@@ -53,6 +55,7 @@ class PublishedStep:
     family: str
     model: str
     head: str
+    config: dict[str, Any]
     device: str
     method: str
     setup: Setup
@@ -131,7 +134,7 @@ def stack_of(software: str, date: str = "") -> SoftwareStack:
 
 
 def _row(r: dict[str, str]) -> PublishedStep:
-    amp = r["dtype"] if r["amp"] == "1" else None
+    amp = r["dtype"] if r["amp"] == "1" else r["amp"] if r["amp"] in DTYPES else None
     setup = Setup(
         batch=int(r["batch"]),
         seq=int(r["seq"]),
@@ -145,6 +148,9 @@ def _row(r: dict[str, str]) -> PublishedStep:
         engine=r["engine"],
         gpus=int(r.get("gpus") or 1),
         parallel=r.get("parallel") or "ddp",
+        reshard=r.get("reshard") != "0",
+        reduce_dtype=r.get("reduce_dtype") or None,
+        sync_each_batch=r.get("sync_each_batch") == "1",
         clip_grad=r["clip"] == "1",
         padded=r["padded"] == "1",
         stack=stack_of(r["software"], r["date"]),
@@ -162,6 +168,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         family=r["family"],
         model=r["model"],
         head=r.get("head", ""),
+        config=json.loads(r.get("config") or "{}"),
         device=r["device"],
         method=r["method"],
         setup=setup,
@@ -179,10 +186,11 @@ def _row(r: dict[str, str]) -> PublishedStep:
 
 
 def _model_of(row: PublishedStep) -> str | Config:
-    if not row.head:
+    changes = {"architectures": [row.head], **row.config} if row.head else row.config
+    if not changes:
         return row.model
     config = load(row.model)
-    return Config({**config.values, "architectures": [row.head]}, config.origin, config.name)
+    return Config({**config.values, **changes}, config.origin, config.name)
 
 
 def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
