@@ -44,7 +44,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers, predivided, redistribute
+from .units import ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
 
 GATHERED, COPIED, SCATTERED, REDUCED = "gathered", "copied out", "scattered", "reduced"  # events
 
@@ -316,12 +316,10 @@ class FullyShard(WholeUnits):
         """`post_backward`: the parameters go, the gradients become shards."""
         self.done.add(path)
         unit = state.unit
-        for p in unit.parameters:
-            self._accumulate(p)
+        self._accumulate(unit.parameters)
         state.whole.clear()
         if not self.reduces:
-            for p in unit.parameters:
-                self._cast_to_wait(p)
+            self._cast_to_wait(unit.parameters)
             return
         trained = [(p, s) for p, s in unit.pairs if p.grad is not None or p in self.waiting]
         if not trained:
@@ -333,12 +331,12 @@ class FullyShard(WholeUnits):
         dtype = self.reduce_dtype or trained[0][0].dtype
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
-        grads = [g for p, _ in trained if (g := self.waiting.pop(p, p.grad)) is not None]
+        grads = [self._whole_gradient(p) for p, _ in trained]
         record("fsdp::chunk_cat", grads, (in_buffer(given, (self.ranks.size, numel), dtype),), STRIDED)
         del grads
         tape().part.host.gradients += len(trained)
         for p, _ in trained:
-            _drop_gradient(p)
+            drop_gradient(p)
         self.reducing = given
         reduced = empty(numel, dtype)
         everyone = self.ranks.size * (1 if self.across is None else self.across.size)
@@ -375,22 +373,23 @@ class FullyShard(WholeUnits):
         if not (self.offloads or adds):
             reduced.storage.copies = trained[0][0].count
 
-    def _accumulate(self, p: Parameter) -> None:
+    def _whole_gradient(self, p: Parameter) -> Tensor:
+        grad = self.waiting.pop(p, p.grad)
+        assert grad is not None
+        return grad
+
+    def _accumulate(self, parameters: Sequence[Parameter]) -> None:
         """`accumulate_unsharded_grad_if_needed`: onto what waits."""
-        if p in self.waiting and p.grad is not None:
-            record("add_.Tensor", (self.waiting[p], p.grad), (self.waiting[p],))
-            _drop_gradient(p)
+        for p in parameters:
+            if p in self.waiting and p.grad is not None:
+                record("add_.Tensor", (self.waiting[p], p.grad), (self.waiting[p],))
+                drop_gradient(p)
 
-    def _cast_to_wait(self, p: Parameter) -> None:
+    def _cast_to_wait(self, parameters: Sequence[Parameter]) -> None:
         """`to_accumulated_grad_if_needed`: a first gradient that waits does so in the dtype that it is reduced in."""
-        if self.reduce_dtype is not None and p.grad is not None and p.grad.dtype != self.reduce_dtype:
-            self.waiting[p] = waits = new_tensor(p.grad.shape, self.reduce_dtype)
-            record("_to_copy", (p.grad,), (waits,))
-            _drop_gradient(p)
-
-
-def _drop_gradient(p: Parameter) -> None:
-    """That of one layer goes, where a part stands for several."""
-    if p.grad is not None:
-        p.grad.storage.copies = 1
-        p.grad = None
+        for p in parameters:
+            if self.reduce_dtype is not None and p.grad is not None and p.grad.dtype != self.reduce_dtype:
+                self.waiting[p] = waits = new_tensor(p.grad.shape, self.reduce_dtype)
+                record("_to_copy", (p.grad,), (waits,))
+                del waits
+                drop_gradient(p)

@@ -63,6 +63,13 @@ def of_all_layers(held: Iterable[Tensor]) -> None:
             t.storage.copies = t.storage.home.repeat
 
 
+def drop_gradient(p: Parameter) -> None:
+    """That of one layer goes, where a part stands for several."""
+    if p.grad is not None:
+        p.grad.storage.copies = 1
+        p.grad = None
+
+
 def redistribute(p: Parameter) -> None:
     """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
     if p.placement is not None and p.placement.moves and p.grad is not None:
