@@ -104,6 +104,8 @@ class Setup:
             blocks, each block, and all else, which is freed behind the forward pass, too.
         reduce_dtype: what FSDP reduces gradients in (`reduce_dtype` of its mixed precision); None: the dtype that
             weights are gathered in, as accelerate has it.
+        sync_each_batch: whether gradients are exchanged for every micro-batch (accelerate's option of that name,
+            Composer under FSDP), not once a step: a rank then never holds whole ones.
         shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
             whole model, gradients are reduced inside of a group and then across groups. Of `tp` GPUs that share layers
             it counts one. None: all GPUs are one.
@@ -151,6 +153,7 @@ class Setup:
     reshard: bool = True
     fsdp_units: str = "accelerate"
     reduce_dtype: str | None = None
+    sync_each_batch: bool = False
     shard_group: int | None = None
     offload: str = "none"
     tp: int = 1

@@ -64,6 +64,7 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": ("fsdp2", "fsdp1"), "reshard": (False,), "offload": ("none", "params")},
     {"parallel": ("fsdp2", "fsdp1"), "reduce_dtype": ("bf16", "fp32"), "grad_accum": (1, 2, 3)},
     {"parallel": ("fsdp2",), "fsdp_units": ("blocks",), "reshard": (True, False), "offload": ("none", "params")},
+    {"parallel": PARALLEL, "sync_each_batch": (True,), "grad_accum": (2, 4)},
     {"parallel": ("fsdp2", "fsdp1"), "shard_group": (2, 4), "reshard": (True, False), "nodes": (1, 2)},
     {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},
     {"tp": (2, 4), "sequence_parallel": (True,), "seq": (64, 2048), "amp": (None,)},
@@ -74,7 +75,8 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
 # drawn by themselves; images need a trace
 APART = (
     "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "reshard", "shard_group", "offload", "tp",
-    "reduce_dtype", "fsdp_units", "sequence_parallel", "nodes", "node", "cp", "cp_rotate", "pp", "pp_schedule",
+    "reduce_dtype", "fsdp_units", "sync_each_batch", "sequence_parallel", "nodes", "node", "cp", "cp_rotate", "pp",
+    "pp_schedule",
 )  # fmt: skip
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),

@@ -21,6 +21,9 @@ QWEN = {  # no program of transformers', so not among those that are traced
     "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 128,
 }  # fmt: skip
+MPT = {  # of llm-foundry, likewise
+    "model_type": "mpt_causal_lm", "d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64,
+}  # fmt: skip
 OWN_DEVICE = """
 name = "My GPU"
 kind = "cuda"
@@ -38,7 +41,7 @@ tf32_flops = 12.7e12
 fp16_flops = 25.5e12
 bf16_flops = 25.5e12
 """
-LAYERS_KEY = {"gpt2": "n_layer", "gpt_bigcode": "n_layer", "gpt_neo": "num_layers"}
+LAYERS_KEY = {"gpt2": "n_layer", "gpt_bigcode": "n_layer", "gpt_neo": "num_layers", "mpt": "n_layers"}
 
 
 def config_of(name: str, layers: int | None = None, **changes: Any) -> Config:

@@ -26,6 +26,16 @@ PUBLISHED = {
     "smollm2-360m": 361_821_120,  # stored public code
     "smollm2-1.7b": 1_711_376_384,  # stored public code
     "tinyllama-1.1b": 1_100_048_384,  # the hub's safetensors total
+    # llm-foundry's table of its benchmarks (scripts/train/benchmarking), at 2,048 positions
+    "llm-foundry-mpt-125m": 125_311_488,
+    "llm-foundry-mpt-350m": 355_985_408,
+    "llm-foundry-mpt-760m": 760_470_528,
+    "llm-foundry-mpt-1b": 1_315_950_592,
+    "llm-foundry-mpt-3b": 2_651_837_440,
+    "llm-foundry-mpt-7b": 6_658_859_008,
+    "llm-foundry-mpt-13b": 12_853_954_560,
+    "llm-foundry-mpt-30b": 29_975_214_080,
+    "llm-foundry-mpt-70b": 64_862_437_376,
     # All of the following: stored public code, on 2026-11-29.
     "deepseek-coder-1.3b": 1_346_471_936,
     "deepseek-coder-6.7b": 6_740_512_768,
@@ -114,7 +124,7 @@ BUILT = {
     "phi-4": 14_659_507_200, "phi-4-mini": 3_836_021_760, "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136,
     "aya-23-8b": 8_028_033_024, "starcoder2-7b": 7_173_923_840, "stablelm-2-1.6b": 1_644_515_328,
     "smollm3-3b": 3_075_098_624, "glm-4-9b": 9_399_951_360,
-    "phi-2": 2_779_683_840, "falcon-7b": 6_921_720_704,
+    "phi-2": 2_779_683_840, "falcon-7b": 6_921_720_704, "mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896,
     "starcoderbase-1b": 1_137_207_296, "distilbert-base": 66_985_530, "t5-base": 222_903_552,
     "t5-small": 60_506_624, "t5-large": 737_668_096, "flan-t5-small": 76_961_152, "flan-t5-base": 247_577_856,
     "flan-t5-large": 783_150_080,  # with a head of its own, as in its checkpoint

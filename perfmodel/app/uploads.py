@@ -16,7 +16,10 @@ ENDINGS = (".yaml", ".yml", ".json")
 OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "reshard", "shard_group", "offload")  # that files name
 OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
 # Fields of a setup that a file need not name: what was chosen of them before is not the file's
-UNSET = ("packing", "padded", "group_by_length", "objective", "lengths", "ddp", *OF_A_FORM, *OF_A_PIPELINE)
+UNSET = (
+    "packing", "padded", "group_by_length", "objective", "lengths", "ddp", "reduce_dtype", "sync_each_batch",
+    *OF_A_FORM, *OF_A_PIPELINE,
+)  # fmt: skip
 
 
 def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:

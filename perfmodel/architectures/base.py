@@ -21,7 +21,7 @@ from ..values import Compared
 from .config import Config
 from .linear import base_product
 from .rewrites import Rewrites
-from .runs import Stage, runs_of_layers
+from .runs import Stage, given_to_block, runs_of_layers
 from .stacks import block_path
 from .tasks import Classifier
 from .traits import Traits
@@ -134,10 +134,10 @@ class Build:
     """One recording of a model: architecture, method, setup and all parameters made so far.
 
     Without labels (`labelled`) the forward pass returns logits, of `logits_to_keep` tokens if given. `past`: keys and
-    values that a method puts before a block's; `held`: what Python holds until the forward pass returns, `kept`: what
-    modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`; `packed`, `positions`: see
-    `attend`; `given_positions` (batch, seq) come with the ids; `collects`: hidden states are `held`, too; `stage`: of a
-    pipeline, None where it is all on one GPU, and `received`, its input.
+    values put before a block's; `held`: what Python holds until the forward pass returns, hidden states too if it
+    `collects`; `kept`: what modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`;
+    `packed`, `positions`: see `attend`; `given_positions` (batch, seq) come with the ids; `stage`: of a pipeline, None
+    where all is on one GPU, and `received`, its input; `after`: what is done behind backward.
     """
 
     architecture: Architecture
@@ -156,6 +156,7 @@ class Build:
     collects: bool = False
     stage: Stage | None = None
     received: Tensor | None = None
+    after: Callable[[], None] | None = None
 
     @property
     def shared(self) -> TensorParallel | None:
@@ -378,20 +379,19 @@ class Scope:
     def _layer(self, layer: int, block: Callable[..., Any], x: Tensor, shared: Sequence[Any]) -> tuple[Any, ...]:
         """One block, checkpointed if the setup says so."""
         scope = Scope(self.build, f"{block_path(self.build.architecture.stacks, layer)}.", layer)
-        wrapping = tape().wrapping
         how = self.build.setup.checkpoint if self.build.method.checkpoints(layer) else "none"
+        given = [given_to_block(value) for value in shared]
 
         def run(x: Tensor) -> Any:
             tape().part.host.modules += len(INSIDE)
-            return block(scope, x, *shared)
+            return block(scope, x, *given)
 
         def checkpointed(x: Tensor) -> Any:
             return run(x) if how == "none" else checkpoint(run, x, reentrant=how == "block-reentrant")
 
-        if how != "none":
-            x.requires_grad = True  # of the lowest one where blocks below are not; of others it is so already
+        x.requires_grad |= how != "none"  # of the lowest one where blocks below are not; of others it is so already
         tape().enter_block(layer, whole=how != "none")
-        out = checkpointed(x) if wrapping is None else wrapping.block(scope.path, checkpointed, x)
+        out = checkpointed(x) if (around := tape().wrapping) is None else around.block(scope.path, checkpointed, x)
         tape().enter_block(None)
         return out if isinstance(out, tuple) else (out, *shared)
 

@@ -199,15 +199,15 @@ def model_buffer(shape: tuple[Any, ...], dtype: str = "i64") -> Tensor:
     return Tensor(shape, dtype, contiguous_strides(shape), product(shape), Storage(0, None))
 
 
-def check_positions(model: Scope, seq: Any) -> None:
-    """Raise `UserError` where the sequence is longer than a learned position table."""
+def check_positions(model: Scope, seq: Any, what: str = "learned positions") -> None:
+    """Raise `UserError` where the sequence is longer than a table of positions, or what else they are called."""
     architecture = model.build.architecture
     limit = architecture.max_positions
     if limit is not None and decide(seq > limit):
         virtual = _largest(seq) - _largest(model.build.setup.seq)
         also = f" with {virtual} virtual tokens" if virtual else ""
         raise UserError(
-            f"{architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} learned positions; "
+            f"{architecture.name}: seq {_largest(seq)}{also} exceeds its {limit} {what}; "
             f"use --seq {limit - virtual} or less"
         )
 

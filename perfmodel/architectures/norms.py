@@ -75,3 +75,8 @@ def centred_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup)
 def layer_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """`nn.LayerNorm`."""
     return nn.layer_norm(x, parameter("weight"), parameter("bias"))
+
+
+def layer_norm_without_bias(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
+    """`nn.LayerNorm(bias=False)`."""
+    return nn.layer_norm(x, parameter("weight"), None)

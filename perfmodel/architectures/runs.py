@@ -2,7 +2,11 @@
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from ..tape.core import tape
+from ..tape.pointwise import cast
+from ..tape.tensor import Tensor
 
 LONGEST_PATTERN = 8  # layers until they come again alike (Jamba); a longer one is recorded layer by layer
 
@@ -93,3 +97,9 @@ def times_in_a_row(keys: Sequence[Hashable], first: int, period: int) -> int:
     while keys[first + times * period : first + (times + 1) * period] == pattern:
         times += 1
     return times
+
+
+def given_to_block(x: Any) -> Any:
+    """What all blocks share as one of them gets it: a float as FSDP2 casts it (`Tape.input_dtype`)."""
+    dtype = tape().input_dtype
+    return cast(x, dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating else x

@@ -13,6 +13,7 @@ ROWS = {
     "liger::rms_norm": "fused_norm",
     "dropout_layer_norm::dropout_add_ln_fwd": "fused_norm",
     "liger::cross_entropy": "cross_entropy",
+    "xentropy::forward": "cross_entropy",
     "bitsandbytes::int8_vector_quant": "fused_norm",  # a row a program
     "bitsandbytes::dequantize_4bit": "dequantise",
 }

@@ -328,3 +328,9 @@ def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bo
     if len(on) > 1 and set(on) != {"rslora", "pissa"}:
         raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")
     return on[0] if on else "lora"
+
+
+def unknown_to(parallel: str) -> tuple[str, ...]:
+    """Fields of a setup that a form has not: DeepSpeed exchanges as its stage does, and only FSDP casts to reduce."""
+    each = ("sync_each_batch",) if parallel.startswith("zero") else ()
+    return each if parallel.startswith("fsdp") else ("reduce_dtype", *each)

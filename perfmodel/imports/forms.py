@@ -380,12 +380,11 @@ def _on_mesh(form: AskedForm, keys: Keys) -> AskedForm:
         UserError: as of `mesh_of`.
     """
     replicates = form.parallel in (None, "ddp")
-    once = accumulation(keys).get("sync_each_batch")  # but under DeepSpeed, which always does (`Imported.on_several`)
+    each = {"sync_each_batch": True} if accumulation(keys).get("sync_each_batch") else {}
     mesh = mesh_of(keys, shards=not replicates)
-    besides = (f"{ONCE} (accelerator_config)",) if once else ()
     return replace(
-        form, tp=max(form.tp, mesh.tp), cp=mesh.cp, cp_rotate=mesh.cp_rotate, besides=besides, on_mesh=mesh.unlike,
-        shard_group=mesh.shard_group, group=mesh.group,
+        form, tp=max(form.tp, mesh.tp), cp=mesh.cp, cp_rotate=mesh.cp_rotate, setup={**form.setup, **each},
+        on_mesh=mesh.unlike, shard_group=mesh.shard_group, group=mesh.group,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from . import packing
 from .fields import DTYPES, FLASH, TORCHS_MUON, attention, flavour, own_code, spec
-from .forms import ONCE, AskedForm, form_of
+from .forms import AskedForm, form_of
 from .keys import NO_TRAINING, Keys
 from .targets import as_targets
 
@@ -21,7 +21,6 @@ OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside i
 FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
 OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTurbo does"  # `clip_grad_norm_`
 # Of its own FSDP2 (distributed/fsdp2.py, `get_mp_policy` and `prepare_model`), where that of accelerate is modelled
-REDUCED = "gradients reduced in 16 bits, not in fp32"
 BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
 NO_UNITS = "adapters in the units of their blocks, not in one each"
 NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
@@ -110,10 +109,11 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
         keys.one_of("cp_mode", {"ulysses": True}, True)  # the only one that is registered (parallelization/)
     dist = Keys(_dist(keys), f"{keys.origin}: dist_config")
     name = dist.one_of("name", {name: name for name in ("fsdp2", "fsdpturbo", "deepspeed")}, None)
-    exchanged = (ONCE,) if (samples(keys) or 0) > keys.count("micro_batch_size", 1) else ()
+    several = (samples(keys) or 0) > keys.count("micro_batch_size", 1)
+    setup: dict[str, Any] = {"sync_each_batch": True} if several else {}
     if name is None:
         found = form_of(keys)
-        return replace(found, unlike=(*found.unlike, *exchanged))
+        return replace(found, setup={**found.setup, **setup})
     if name == "deepspeed":
         return form_of(keys.but(deepspeed=dist.get("config_file")))
     options = {"version": 2, **dist.values}
@@ -121,9 +121,10 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
     half, adapts = keys.flag("bf16", True), _section(keys, "peft_config").get("name") == "lora"
-    own = ((REDUCED, half), (BESIDE_BLOCKS, True), (NO_UNITS, adapts), (ONCE, bool(exchanged)))
+    own = ((BESIDE_BLOCKS, True), (NO_UNITS, adapts))
     unlike = (*sharded.unlike, *(words for words, on in own if on))
-    return replace(sharded, setup={"amp": "bf16"} if half else {}, unlike=unlike)
+    setup |= {"amp": "bf16", "reduce_dtype": "fp32"} if half else {}
+    return replace(sharded, setup=setup, unlike=unlike)
 
 
 def _in_bf16(keys: Keys, config_file: Any) -> bool:

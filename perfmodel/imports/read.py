@@ -14,7 +14,7 @@ from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTI
 from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
-from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unscaled
+from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unknown_to, unscaled
 from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
@@ -140,6 +140,9 @@ class Imported:
         offloads = form.offload != "none" and "cp" not in shared and offloadable(form, setup)
         setup |= {"offload": form.offload if offloads else "none", "reshard": form.reshard}
         setup["shard_group"] = form.shard_group if groups_shards(setup) else None
+        once = setup["offload"] != "none" and setup.pop("sync_each_batch", False)
+        for name in unknown_to(setup["parallel"]):
+            setup.pop(name, None)
         adapts = self.tool == TRL and self.method not in (None, "full") and setup["parallel"] == "zero3"
         if adapts and setup.get("checkpoint") == "block":
             setup["checkpoint"] = "block-reentrant"  # under ZeRO-3 (sft_trainer.py)
@@ -147,12 +150,11 @@ class Imported:
         uncast = adapts and "adapter_dtype" not in str(self.method) and setup.get("dtype") != "fp32"
         kept = [d for d in self.differences if not d.startswith((*OF_ONE_GPU, *self.of_engine))]
         said = [OFFLOADED] if form.offload != "none" and not offloads else []
+        said += [ONCE] if once and not setup["parallel"].startswith("zero") else []
         said += [ONE_GROUP] if form.shard_group and not setup["shard_group"] and form.group == 1 else []
         said += cut_otherwise(setup, self.method) if self.tool == FACTORY else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
-        if setup["parallel"].startswith("zero"):  # DeepSpeed exchanges them for each, whatever is asked
-            told = dict.fromkeys(words for words in told if not words.startswith(ONCE))
         return replace(self, setup=setup, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":

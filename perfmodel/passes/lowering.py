@@ -238,7 +238,7 @@ def _layer_norm(b: Builder) -> None:
 @rule("native_layer_norm_backward")
 def _layer_norm_backward(b: Builder) -> None:
     """Two sums of a row and the input's gradient; sums down the columns for weight and bias."""
-    g, x, mean, rstd, weight, _ = b.reads()
+    g, x, mean, rstd, weight, *_ = b.reads()
     spec = b.op.inputs[1]
     rows, width = product(spec.shape[:-1]), spec.shape[-1]
     made = list(zip(b.op.writes, b.op.outputs, strict=True))

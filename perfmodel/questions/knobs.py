@@ -137,9 +137,12 @@ def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | N
 
 
 def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = None) -> dict[str, Any]:
-    """What of a setup another form changes; what only FSDP has goes with it."""
-    of_fsdp = {"reshard": reshard, "shard_group": group}
-    return {"parallel": form, **{name: value for name, value in of_fsdp.items() if getattr(setup, name) != value}}
+    """What of a setup another form changes; what only some forms have goes with them."""
+    of_forms = {
+        "reshard": reshard, "shard_group": group, "reduce_dtype": setup.reduce_dtype if form in OF_FSDP else None,
+        "sync_each_batch": setup.sync_each_batch and not form.startswith("zero"),
+    }  # fmt: skip
+    return {"parallel": form, **{name: value for name, value in of_forms.items() if getattr(setup, name) != value}}
 
 
 def _optimizer(setup: Setup) -> Knob:

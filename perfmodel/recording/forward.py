@@ -42,7 +42,7 @@ def forward_passes(
         build.given_positions = model_buffer(setup.shape)
     passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
-    after, passes.after = passes.after, None  # else it would hold itself
+    after, passes.after = passes.after or build.after, None  # else it would hold itself
     for of, others in ((OF_CRITIC, critic), (OF_REFERENCE, frozen)):
         for p in others.values():
             p.name = of + p.name.removeprefix(of)

@@ -80,6 +80,7 @@ def build(
         from .forms import parallel_form  # few ask for several
 
         step.form = parallel_form(step, capability)
+        tape.input_dtype = setup.amp if setup.parallel == "fsdp2" and step.form is not None else None
     with no_collector(), recording(tape):
         ending = _shared(step, tape, shared) if shared else _micro_batches(step, tape, {})
         record_update(step, tape, inner)
@@ -128,10 +129,10 @@ def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable
 
 
 def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs: dict[Any, Any]) -> Callable[[], None]:
-    """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone."""
-    count = step.setup.grad_accum
+    """The micro-batches of one of several GPUs, which exchange the gradients of the last one alone, or of each."""
+    count, each = step.setup.grad_accum, step.setup.sync_each_batch
     tape.wrapping = form
-    for times, reduces in ((1, False), (count - 2, False), (1, True))[0 if count > 1 else 2 :]:
+    for times, reduces in ((1, each), (count - 2, each), (1, True))[0 if count > 1 else 2 :]:
         form.reduces = reduces
         if times > 0:
             step.groups.append(Group(_micro_batch(step, tape, kept, programs)[0], times))

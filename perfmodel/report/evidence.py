@@ -21,7 +21,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "parallel": "what several GPUs do", "ddp": "what DDP knows of the graph",
     "reshard": "weights freed behind the forward pass", "shard_group": "GPUs that shards lie over",
     "fsdp_units": "what FSDP2 gathers together",
-    "reduce_dtype": "dtype that gradients are reduced in",
+    "reduce_dtype": "dtype that gradients are reduced in", "sync_each_batch": "gradients exchanged each micro-batch",
     "offload": "in the host's memory",
     "tp": "GPUs that share every layer", "sequence_parallel": "tokens shared between them",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",

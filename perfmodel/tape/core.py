@@ -70,9 +70,10 @@ class Tape:
     takes every parameter's complete gradient away, as a hook that PyTorch runs after it is accumulated; one that leaves
     it there is `after_gradient`. `wrapping` runs around every block; then the lowest and the highest one of a run of
     like blocks are parts of their own. `buffer_dtype` is what modules keep their buffers in where it is not the dtype
-    that their weights are used in; `buffers` are those that were seen. `view_replay` is how autograd treats a view that
-    is changed in place: as for tensor subclasses (fake tensors), or plain tensors; fake ones also have a layer norm's
-    statistics in another dtype.
+    that their weights are used in; `buffers` are those that were seen. `input_dtype` is what floats that
+    blocks are given are cast to (FSDP2's `cast_forward_inputs`), None: they stay. `view_replay` is how autograd treats
+    a view that is changed in place: as for tensor subclasses (fake tensors), or plain tensors; fake ones also have a
+    layer norm's statistics in another dtype.
 
     `alike` says whether further micro-batches do the same as the one that is recorded, but for adding their gradients
     to those that are there: then its parts also get the ops that do, marked `Attrs.later`, and where no `flow` is
@@ -110,6 +111,7 @@ class Tape:
         self.after_gradient: Callable[[Parameter], None] | None = None
         self.wrapping: Wrapping | None = None
         self.buffer_dtype: str | None = None
+        self.input_dtype: str | None = None
         self.buffers: list[Spec] = []
         self.ring: Any = None  # `tape.packages.ring.SharedSequence` of the ranks that share a sequence
         self.alike = False

@@ -29,21 +29,23 @@ def _embedding_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return (emit("embedding_dense_backward", (g, indices), node.attrs[0], g.dtype),)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """LayerNorm over the last dim; statistics in fp32 on CUDA, on the CPU in the weight's dtype.
 
     Fake tensors have them in x's dtype there (`Tape.view_replay`).
     """
     if tape().device == "cuda":
-        x, weight, bias = autocast_fp32(x), autocast_fp32(weight), autocast_fp32(bias)
-    node = differentiate("NativeLayerNormBackward0", (x, weight, bias), _layer_norm_backward)
+        x, weight = autocast_fp32(x), autocast_fp32(weight)
+        bias = None if bias is None else autocast_fp32(bias)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    node = differentiate("NativeLayerNormBackward0", given, _layer_norm_backward)
     on_cpu = x.dtype if tape().view_replay else weight.dtype
     statistics = on_cpu if tape().device == "cpu" else "fp32"
     out = new_tensor(x.shape, x.dtype)
     mean, rstd = (new_tensor((*x.shape[:-1], 1), statistics) for _ in range(2))
     if node:
-        node.save(x, weight, bias)
-    record("native_layer_norm", (x, weight, bias), (out, mean, rstd))
+        node.save(*given)
+    record("native_layer_norm", given, (out, mean, rstd))
     if node:
         node.save(mean, rstd)
         node.produces(out)
@@ -51,13 +53,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _layer_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (x, weight, bias, mean, rstd) = grads, node.unpack()
+    (g,), (*given, mean, rstd) = grads, node.unpack()
     assert g is not None
-    outs = [
-        new_tensor(s.shape, s.dtype) if need else None for s, need in zip((x, weight, bias), node.needs, strict=True)
-    ]
+    outs = [new_tensor(s.shape, s.dtype) if need else None for s, need in zip(given, node.needs, strict=True)]
     made = [o for o in outs if o is not None]
-    record("native_layer_norm_backward", (g, x, mean, rstd, weight, bias), made)
+    record("native_layer_norm_backward", (g, given[0], mean, rstd, *given[1:]), made)
     return tuple(outs)
 
 

@@ -30,8 +30,8 @@ def known(name: str) -> bool:
 @pytest.mark.parametrize(("name", "parameters"), [x for x in (*PUBLISHED.items(), *BUILT.items()) if known(x[0])])
 def test_bundled_models_have_their_published_parameter_count(name: str, parameters: int) -> None:
     """The first figure a user compares; it also fixes every width of the model."""
-    attention = "sdpa" if load(name).values["model_type"] == "qwen" else "eager"
     model = from_config(load(name))
+    attention = "eager" if "eager" in model.traits.attention else model.traits.attention[0]
     objective = "reward" if model.classifier is not None and model.classifier.labels == 1 else "sft"
     step = step_of(model, batch=1, seq=8, attention=attention, objective=objective)
     assert step.total == step.trainable == parameters
@@ -101,7 +101,9 @@ def test_a_model_type_that_is_no_string_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN_HEAD_DIM])
 def test_heads_that_do_not_divide_the_width_are_refused(name: str) -> None:
     """Rounding the head size down would lose a part of the model."""
-    key = {"gpt2": "n_head", "gpt_bigcode": "n_head", "gpt_neo": "num_heads"}.get(name, "num_attention_heads")
+    key = {"gpt2": "n_head", "gpt_bigcode": "n_head", "gpt_neo": "num_heads", "mpt": "n_heads"}.get(
+        name, "num_attention_heads"
+    )
     message = refusal({**SMALL[name], key: 5, "num_key_value_heads": 5})
     assert "64" in message
     assert "5" in message
@@ -136,7 +138,7 @@ def test_kv_heads_that_do_not_divide_the_heads_are_refused(name: str) -> None:
         ("gpt_neox", {"rotary_pct": 0.1}), ("gpt_neox", {"hidden_act": "sigmoid"}), ("phi", {"qk_layernorm": True}),
         ("phi", {"partial_rotary_factor": 1.5}), ("falcon", {"alibi": True}), ("falcon", {"parallel_attn": False}),
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}), ("phi", {"num_key_value_heads": 3}),
-        ("gpt_bigcode", {"scale_attn_weights": False}),
+        ("gpt_bigcode", {"scale_attn_weights": False}), ("mpt", {"attn_config": "alibi"}),
         ("roberta", {"position_embedding_type": "relative_key"}), ("roberta", {"max_position_embeddings": 2}),
         ("bert", {"architectures": ["BertForQuestionAnswering"]}), ("bert", {"architectures": ["BertLMHeadModel"]}),
         ("falcon", {"architectures": ["FalconForTokenClassification"]}), ("llama", {"architectures": ["LlamaModel"]}),

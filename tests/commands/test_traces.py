@@ -64,7 +64,7 @@ def test_the_first_line_says_that_a_file_is_answered_by_a_trace(model: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("model", "images", "says"), [("falcon-h1-1.5b", 0, []), ("falcon-h1-1.5b", 1, [SDPA]), ("mpt-7b", 0, [SDPA])]
+    ("model", "images", "says"), [("falcon-h1-1.5b", 0, []), ("falcon-h1-1.5b", 1, [SDPA]), ("mamba-2.8b", 0, [SDPA])]
 )
 def test_flash_attn_is_followed_where_the_model_has_it(model: str, images: int, says: list[Any]) -> None:
     """Most configs of large models ask for it; towers of images take it over ragged rows, which no trace has."""

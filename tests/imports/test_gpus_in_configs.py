@@ -123,16 +123,19 @@ def test_gpus_share_a_batch_that_accelerate_splits(tmp_path: Path, split: bool) 
     [
         (None, 4, True),
         ({"name": "fsdp2"}, 4, True),
-        (None, 8, False),
         ({"name": "deepspeed", "config_file": "ds_z2_config.json"}, 4, False),
     ],
 )
 def test_gradients_of_every_micro_batch_are_exchanged(
     tmp_path: Path, dist: dict[str, Any] | None, gpus: int, told: bool
 ) -> None:
-    """LLaMA-Factory v1 has no `no_sync`; of a single micro-batch there is nothing to say."""
+    """LLaMA-Factory v1 has no `no_sync`, and its FSDP2 reduces in fp32."""
     found = read(written(tmp_path, {**V1, "global_batch_size": 16, "dist_config": dist}))
-    assert (ONCE in found.on_several(found.asks()).over((gpus,)).differences) == told
+    several = found.on_several(found.asks()).over((gpus,))
+    assert several.setup.get("sync_each_batch", False) == told
+    assert several.setup.get("reduce_dtype") == ("fp32" if several.setup["parallel"] == "fsdp2" else None)
+    assert ONCE not in several.differences
+    Setup(**several.setup, gpus=gpus)
 
 
 def test_micro_batches_on_several_numbers_of_gpus_are_told(tmp_path: Path) -> None:
@@ -152,15 +155,15 @@ EVERY = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
         ({"deepspeed": "zero2.json"}, False), ({"deepspeed": "zero3.json"}, False),
     ],
 )  # fmt: skip
-def test_gradients_exchanged_for_every_micro_batch_are_told(tmp_path: Path, form: dict[str, Any], told: bool) -> None:
+def test_gradients_are_exchanged_for_every_micro_batch(tmp_path: Path, form: dict[str, Any], told: bool) -> None:
     """accelerate's `no_sync` is left out then, under FSDP too; DeepSpeed does it anyway."""
     own = tmp_path / "accelerator.json"
     own.write_text(json.dumps(EVERY))
     for config in (EVERY, str(own)):
         found = read(written(tmp_path, {**TRL, **form, "gradient_accumulation_steps": 4, "accelerator_config": config}))
         several = found.on_several(found.asks())
-        assert any(words.startswith(ONCE) for words in several.differences) == told
-        assert not any(words.startswith(ONCE) for words in found.differences)
+        assert several.setup.get("sync_each_batch", False) == told
+        assert not any(words.startswith(ONCE) for words in (*several.differences, *found.differences))
 
 
 @pytest.mark.parametrize("file", [TRL, FACTORY, AXOLOTL])

@@ -38,6 +38,7 @@ CELLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gpt_neox", "pfeiffer:r=8", {"dtype": "fp32"}),
     ("gpt_bigcode", "pfeiffer:r=8", {}),
     ("falcon", "houlsby:r=8", {}),
+    ("mpt", "pfeiffer:r=8", {}),
 )
 
 

@@ -43,6 +43,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full", {"amp": "bf16", "reduce_dtype": "fp32"}),
     ("full", {"dtype": "bf16", "reduce_dtype": "fp32", "reshard": False, "grad_accum": 2}),
     ("lora:r=4", {"dtype": "bf16", "amp": "bf16", "reduce_dtype": "fp32", "shard_group": 2}),
+    ("full", {"amp": "bf16", "reduce_dtype": "fp32", "grad_accum": 3, "sync_each_batch": True, "reshard": False}),
+    ("lora:r=4", {"grad_accum": 2, "sync_each_batch": True}),
     ("full", {"shard_group": 2}),
     ("lora:r=4", {"shard_group": 2, "reshard": False, "grad_accum": 2, "gpus": 6}),
 )

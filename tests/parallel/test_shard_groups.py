@@ -92,12 +92,13 @@ def test_groups_lie_beside_those_that_share_layers_and_sequences(tp: int, cp: in
 
 def test_advice_leaves_groups_behind_with_fsdp() -> None:
     """Beside FSDP with options of its own the other forms are tried as well."""
-    setup = Setup(**{**USUAL, "gpus": 8}, parallel="fsdp2", shard_group=4, reshard=False)
+    own: dict[str, Any] = {"shard_group": 4, "reshard": False, "reduce_dtype": "fp32", "sync_each_batch": True}
+    setup = Setup(**{**USUAL, "gpus": 8}, parallel="fsdp2", **own)
     advice = advise("llama-3.2-1b", "lora:r=8", setup, "h100-sxm")
     assert advice.best is not None
     best = advice.best.prediction.setup  # so small a model is whole on each GPU, and waits for no weights
     assert best.parallel in ("ddp", "zero1", "zero2")
-    assert (best.reshard, best.shard_group) == (True, None)
+    assert (best.reshard, best.shard_group, best.reduce_dtype) == (True, None, None)
 
 
 def test_advice_lays_fsdp_out_as_memory_allows() -> None:

@@ -25,6 +25,7 @@ SUBLAYERS = {  # the last module of each sublayer, and the block's norm before t
     "bert": ("attention.output.dropout", "output.dropout", None),
     "gpt_neox": ("post_attention_dropout", "post_mlp_dropout", "post_attention_layernorm"),
     "gpt_bigcode": ("attn.resid_dropout", "mlp.dropout", "ln_2"),
+    "mpt": ("attn.out_proj", "ffn.down_proj", "norm_2"),
     "falcon": ("self_attention.dense", "mlp.dense_4h_to_h", "input_layernorm"),
 }
 

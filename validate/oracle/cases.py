@@ -97,6 +97,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {
         "model_type": "gpt_bigcode", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64,
     },
+    "mpt": {
+        "model_type": "mpt", "d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64,
+    },
     "roberta": {
         "model_type": "roberta", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 64,
@@ -137,6 +140,7 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neo": {"embed_dropout": 0.1, "attention_dropout": 0.1, "resid_dropout": 0.1},
     "opt": {"dropout": 0.0},
+    "mpt": {"attn_config": {"clip_qkv": 6.0}, "d_model": 96, "n_heads": 6},  # of no power of two
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "t5": {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"},
@@ -203,6 +207,8 @@ FURTHER: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # what the
     ("gpt_neo", {"architectures": ["GPTNeoForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("opt", {"architectures": ["OPTForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
     ("gpt_neox", {"architectures": ["GPTNeoXForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("mpt", {"architectures": ["MptForSequenceClassification"], "pad_token_id": 0}, CLASSIFYING[:2]),
+    ("mpt", {"architectures": ["MptForTokenClassification"]}, OF_TOKENS[:2]),
     ("phi", {"architectures": ["PhiForTokenClassification"]}, OF_TOKENS[:2]),
     ("gemma2", {"architectures": ["Gemma2ForSequenceClassification"]}, CLASSIFYING[:2]),
     ("gemma", {"architectures": ["GemmaForTokenClassification"]}, OF_TOKENS[:2]),
@@ -249,6 +255,7 @@ REFUSED = {
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe_lite",
+        "mpt",
         *STACKS,
     ),
     "lora:r=4,targets=all-linear,dropout=0.1": tuple(MIXTURES),  # no adapter of experts has dropout

@@ -245,7 +245,7 @@ def trace_rank(
 
     def run() -> None:
         for _ in range(setup.grad_accum - 1):
-            with not_reducing(model, setup):
+            with nullcontext() if setup.sync_each_batch else not_reducing(model, setup):
                 micro_batch()
         micro_batch()
         recorder.host.makes = setup.offload == "params"

@@ -20,7 +20,8 @@ WAYS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 REDUCED: tuple[dict[str, Any], ...] = (  # in another dtype than that of the gradients
     {"reduce_dtype": "fp32"}, {"reduce_dtype": "fp32", "gpus": 4, "shard_group": 2}, {"reduce_dtype": "bf16"},
-    {"reduce_dtype": "fp32", "offload": "params"}, {"reduce_dtype": "fp16", "gpus": 3, "reshard": False},
+    {"reduce_dtype": "fp32", "sync_each_batch": True, "grad_accum": 3}, {"reduce_dtype": "fp32", "offload": "params"},
+    {"reduce_dtype": "fp16", "gpus": 3, "reshard": False}, {"sync_each_batch": True, "gpus": 4, "shard_group": 2},
 )  # fmt: skip
 BY_BLOCKS: tuple[dict[str, Any], ...] = (  # all else in one unit
     {}, {"offload": "params"}, {"reshard": False}, {"gpus": 4, "shard_group": 2, "reduce_dtype": "fp32"},
@@ -98,6 +99,10 @@ def rank_grid(which: str) -> Iterator[Case]:
             for ddp in ("plain", "find-unused"):
                 setup = replace(setup, batch=1, seq=3, parallel="ddp", ddp=ddp)
                 yield _case(Config(MANY_BUCKETS, "llama", "llama-large"), method, setup)
+    for k, method in enumerate(("full", "lora:r=4")):  # blocks of MPT get a float that FSDP2 casts
+        for setup in varied(3 + k, 1 if which == "quick" else 5):
+            for form in FORMS:
+                yield _case(Config(SMALL["mpt"], "mpt", "mpt"), method, replace(setup, parallel=form))
     for k, method in enumerate(VIRTUAL):  # tokens and a cache of their own for every block
         for setup in varied(k, 2 if which == "quick" else 5):
             for form in FORMS:

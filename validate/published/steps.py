@@ -6,6 +6,7 @@ data/published/families.csv holds steps of model families that joined later, spl
 several_gpus.csv those of several GPUs, to which nothing was fitted.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
 from perfmodel.program.software import SoftwareStack
 from perfmodel.resources import DATA, read_rows
-from perfmodel.setup import Setup
+from perfmodel.setup import DTYPES, Setup
 
 from ..accuracy import Errors, Pair, beyond, paired
 
@@ -31,6 +32,7 @@ SEVERAL = DATA / "published" / "several_gpus.csv"
 # columns of several_gpus.csv that are options of `Setup`
 OF_SEVERAL: dict[str, Callable[[str], Any]] = {
     "gpus": int, "nodes": int, "parallel": str, "offload": str, "fsdp_units": str, "reduce_dtype": str,
+    "reshard": lambda flag: flag != "0", "sync_each_batch": lambda flag: flag == "1",
     "node": lambda name: beside_table(name, ".toml"),
 }  # fmt: skip
 # packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
@@ -51,6 +53,7 @@ class PublishedStep:
 
     Attributes:
         head: the class of transformers that was trained, where it is not the bundled config's.
+        config: what else of the config was not the bundled one's.
         seconds: what was timed (step, forward, backward) with its figure.
     """
 
@@ -58,6 +61,7 @@ class PublishedStep:
     family: str
     model: str
     head: str
+    config: dict[str, Any]
     device: str
     method: str
     setup: Setup
@@ -136,7 +140,7 @@ def stack_of(software: str, date: str = "") -> SoftwareStack:
 
 
 def _row(r: dict[str, str]) -> PublishedStep:
-    amp = r["dtype"] if r["amp"] == "1" else None
+    amp = r["dtype"] if r["amp"] == "1" else r["amp"] if r["amp"] in DTYPES else None
     setup = Setup(
         batch=int(r["batch"]),
         seq=int(r["seq"]),
@@ -166,6 +170,7 @@ def _row(r: dict[str, str]) -> PublishedStep:
         family=r["family"],
         model=beside_table(r["model"], ".json"),
         head=r.get("head", ""),
+        config=json.loads(r.get("config") or "{}"),
         device=r["device"],
         method=r["method"],
         setup=setup,
@@ -188,10 +193,11 @@ def beside_table(name: str, suffix: str) -> str:
 
 
 def _model_of(row: PublishedStep) -> str | Config:
-    if not row.head:
+    changes = {"architectures": [row.head], **row.config} if row.head else row.config
+    if not changes:
         return row.model
     config = load(row.model)
-    return Config({**config.values, "architectures": [row.head]}, config.origin, config.name)
+    return Config({**config.values, **changes}, config.origin, config.name)
 
 
 def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:

@@ -166,6 +166,10 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(
             f"reduce_dtype: {setup.parallel} reduces gradients as they are; use --parallel fsdp2, or leave it out"
         )
+    if setup.sync_each_batch and setup.parallel.startswith("zero"):
+        raise UserError(f"sync_each_batch: DeepSpeed's {setup.parallel} exchanges as its stage does; leave it out")
+    if setup.sync_each_batch and setup.offload != "none":
+        raise UserError("sync_each_batch: sums in the host's memory are not modelled; use --offload none")
     if setup.reduce_dtype is not None and setup.sequence_parallel and setup.grad_accum > 1:
         raise UserError("reduce_dtype: sums of DTensors over micro-batches are not modelled; use --grad-accum 1")
     if setup.shard_group is not None:

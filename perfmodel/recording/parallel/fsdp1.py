@@ -368,10 +368,14 @@ class FlatShard(OfBlocks):
             shard.used, shard.grad = True, to_host(mine, Run(REDUCE, after=(summed,)))
             set_event(REDUCED, REDUCE)
             return
-        set_event(REDUCED, REDUCE if casts else summed)
-        mine.storage.copies = unit.parameters[0].count
         shard = unit.shards[0]
         shard.used = True
+        if shard.grad is not None:  # of micro-batches before (`_accumulate_sharded_grad`)
+            record("add_.Tensor", (shard.grad, mine), (shard.grad,), runs=Run(REDUCE, after=(summed,)))
+            set_event(REDUCED, REDUCE)
+            return
+        set_event(REDUCED, REDUCE if casts else summed)
+        mine.storage.copies = unit.parameters[0].count
         shard.grad = Tensor(shard.shape, shard.dtype, shard.strides, shard.numel, mine.storage)
 
 

@@ -43,7 +43,7 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
 from .form import WholeUnits
 from .offload import keep_on_host, to_device, to_host
-from .units import ROOT, ShardedUnit, of_all_layers, predivided
+from .units import ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
 
 GATHERED, COPIED, SCATTERED, REDUCED = "gathered", "copied out", "scattered", "reduced"  # events
 
@@ -316,29 +316,27 @@ class FullyShard(WholeUnits):
         """`post_backward`: the parameters go, the gradients become shards."""
         self.done.add(path)
         unit = state.unit
-        for p in unit.parameters:
-            self._accumulate(p)
+        self._accumulate(unit.parameters)
         state.whole.clear()
         if not self.reduces:
-            for p in unit.parameters:
-                self._cast_to_wait(p)
+            self._cast_to_wait(unit.parameters)
             return
         trained = [(p, s) for p, s in unit.pairs if p.grad is not None or p in self.waiting]
         if not trained:
             return
         for p, _ in trained:
-            _redistribute(p)
+            redistribute(p)
         wait_event(REDUCED if self.across is None else SCATTERED)
         self.reducing = None
         dtype = self.reduce_dtype or trained[0][0].dtype
         numel = sum(shard.numel for _, shard in trained)
         given = empty(numel * self.ranks.size, dtype)
-        grads = [g for p, _ in trained if (g := self.waiting.pop(p, p.grad)) is not None]
+        grads = [self._whole_gradient(p) for p, _ in trained]
         record("fsdp::chunk_cat", grads, (in_buffer(given, (self.ranks.size, numel), dtype),), STRIDED)
         del grads
         tape().part.host.gradients += len(trained)
         for p, _ in trained:
-            _drop_gradient(p)
+            drop_gradient(p)
         self.reducing = given
         reduced = empty(numel, dtype)
         everyone = self.ranks.size * (1 if self.across is None else self.across.size)
@@ -349,11 +347,12 @@ class FullyShard(WholeUnits):
         after = (COMPUTE, REDUCE) if copies or small else (COMPUTE,)  # NCCL waits for the stream that it is called on
         exchange("c10d::_reduce_scatter_base_", given, reduced, self.ranks, after)
         summed, kept = COMMUNICATION, trained[0][1].dtype
+        adds = trained[0][1].grad is not None  # to that of micro-batches before
         if self.across is not None:
             set_event(SCATTERED, COMMUNICATION)
             exchange("c10d::allreduce_", reduced, reduced, self.across, (COMMUNICATION,), on=ACROSS)
             summed = ACROSS
-            if self.offloads or kept != dtype:  # `_all_reduce_state`
+            if self.offloads or adds or kept != dtype:  # `_all_reduce_state`
                 self.summed.append(reduced)
         divides = small and decide(everyone > predivided(everyone))
         if divides:
@@ -362,39 +361,35 @@ class FullyShard(WholeUnits):
             low, reduced = reduced, new_tensor((numel,), kept)
             record("_to_copy", (low,), (reduced,), runs=Run(REDUCE, after=(summed,)))
             del low
+        behind = Run(REDUCE, after=(summed,))
         for _, shard in trained:
             shard.used = True
-            shard.grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
-            if self.offloads:
-                shard.grad = to_host(shard.grad, Run(REDUCE, after=(summed,)))
-        set_event(REDUCED, REDUCE if self.offloads or divides or kept != dtype else summed)
-        if not self.offloads:
+            grad = Tensor(shard.shape, kept, shard.strides, shard.numel, reduced.storage)
+            if shard.grad is not None:
+                record("add_.Tensor", (shard.grad, grad), (shard.grad,), runs=behind)
+            else:
+                shard.grad = to_host(grad, behind) if self.offloads else grad
+        set_event(REDUCED, REDUCE if self.offloads or divides or adds or kept != dtype else summed)
+        if not (self.offloads or adds):
             reduced.storage.copies = trained[0][0].count
 
-    def _accumulate(self, p: Parameter) -> None:
+    def _whole_gradient(self, p: Parameter) -> Tensor:
+        grad = self.waiting.pop(p, p.grad)
+        assert grad is not None
+        return grad
+
+    def _accumulate(self, parameters: Sequence[Parameter]) -> None:
         """`accumulate_unsharded_grad_if_needed`: onto what waits."""
-        if p in self.waiting and p.grad is not None:
-            record("add_.Tensor", (self.waiting[p], p.grad), (self.waiting[p],))
-            _drop_gradient(p)
+        for p in parameters:
+            if p in self.waiting and p.grad is not None:
+                record("add_.Tensor", (self.waiting[p], p.grad), (self.waiting[p],))
+                drop_gradient(p)
 
-    def _cast_to_wait(self, p: Parameter) -> None:
+    def _cast_to_wait(self, parameters: Sequence[Parameter]) -> None:
         """`to_accumulated_grad_if_needed`: a first gradient that waits does so in the dtype that it is reduced in."""
-        if self.reduce_dtype is not None and p.grad is not None and p.grad.dtype != self.reduce_dtype:
-            self.waiting[p] = waits = new_tensor(p.grad.shape, self.reduce_dtype)
-            record("_to_copy", (p.grad,), (waits,))
-            _drop_gradient(p)
-
-
-def _drop_gradient(p: Parameter) -> None:
-    """That of one layer goes, where a part stands for several."""
-    if p.grad is not None:
-        p.grad.storage.copies = 1
-        p.grad = None
-
-
-def _redistribute(p: Parameter) -> None:
-    """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
-    if p.placement is not None and p.placement.moves and p.grad is not None:
-        grad = p.grad
-        p.grad = p.placement.redistributed(grad, p.shape)
-        grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
+        for p in parameters:
+            if self.reduce_dtype is not None and p.grad is not None and p.grad.dtype != self.reduce_dtype:
+                self.waiting[p] = waits = new_tensor(p.grad.shape, self.reduce_dtype)
+                record("_to_copy", (p.grad,), (waits,))
+                del waits
+                drop_gradient(p)

@@ -63,6 +63,21 @@ def of_all_layers(held: Iterable[Tensor]) -> None:
             t.storage.copies = t.storage.home.repeat
 
 
+def drop_gradient(p: Parameter) -> None:
+    """That of one layer goes, where a part stands for several."""
+    if p.grad is not None:
+        p.grad.storage.copies = 1
+        p.grad = None
+
+
+def redistribute(p: Parameter) -> None:
+    """A gradient that does not lie as its parameter does is brought there (`_get_grad_inner_tensor`)."""
+    if p.placement is not None and p.placement.moves and p.grad is not None:
+        grad = p.grad
+        p.grad = p.placement.redistributed(grad, p.shape)
+        grad.storage.copies, p.grad.storage.copies = 1, grad.storage.copies
+
+
 def kept_dtype(p: Parameter, setup: Setup) -> str:
     """What a shard is kept in: with mixed precision masters of what trains (accelerate's `fsdp2_prepare_model`)."""
     if setup.amp is None:

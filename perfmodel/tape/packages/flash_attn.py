@@ -1,7 +1,8 @@
-"""Kernels of the flash-attn package besides attention: RMSNorm (its extension `dropout_layer_norm`), rotary positions.
+"""Kernels of the flash-attn package besides attention: RMSNorm (its extension `dropout_layer_norm`), rotary positions,
+cross entropy (its extension `xentropy`).
 
 Source: flash-attn 2.3.3, flash_attn/ops/rms_norm.py, ops/layer_norm.py (`DropoutAddLayerNormFn`), layers/rotary.py
-(`ApplyRotaryEmb`), csrc/layer_norm/ln_api.cpp.
+(`ApplyRotaryEmb`), csrc/layer_norm/ln_api.cpp; 1.0.9, losses/cross_entropy.py (`SoftmaxCrossEntropyLossFn`).
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from ...program.dims import product
 from ..autograd import differentiate
 from ..core import emit, new_tensor, record, tape
 from ..custom import python_function
+from ..elementary import div
+from ..scores import sum_all
 from ..shape import clone, contiguous, view
 from ..tensor import Grads, Node, Tensor
 
@@ -68,3 +71,34 @@ def _rotary_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
     python_function()
     return (_rotated(clone(g), cos, sin),)  # the copy works around a fault of an old Triton
+
+
+def fused_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`CrossEntropyLoss` of (tokens, vocab) logits, whose gradient is made in backward from what they were."""
+    losses = _token_losses(logits, labels)
+    counted = emit("ne.Scalar", (labels,), labels.shape, "bool")
+    return div(sum_all(losses), sum_all(counted))
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    python_function()
+    node = differentiate("SoftmaxCrossEntropyLossFnBackward", (logits,), _token_losses_backward)
+    with tape().no_grad():
+        losses, lse = (new_tensor(labels.shape, "fp32") for _ in range(2))
+        record("xentropy::forward", (logits, labels), (losses, lse))
+        ignored = emit("eq.Scalar", (labels,), labels.shape, "bool")
+        record("masked_fill_.Scalar", (losses, ignored), (losses,))
+    if node:
+        node.save(logits, lse, labels)
+        node.produces(losses)
+    return losses
+
+
+def _token_losses_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (logits, lse, labels) = grads, node.unpack()
+    assert g is not None
+    python_function()
+    g = contiguous(g)
+    ignored = emit("eq.Scalar", (labels,), labels.shape, "bool")
+    record("masked_fill_.Scalar", (g, ignored), (g,))
+    return (emit("xentropy::backward", (g, logits, lse, labels), logits.shape, logits.dtype),)

@@ -223,6 +223,8 @@ def _prefix_tuning(model: Any, method: PrefixTuning, architecture: Architecture)
 def _prompt(model: Any, config_name: str, method: VirtualTokens, **options: Any) -> Any:
     import peft
 
+    if not {"num_attention_heads", "n_head", "num_heads"} & model.config.to_dict().keys():  # which PEFT looks for
+        options["num_attention_heads"] = model.config.num_attention_heads
     config = getattr(peft, config_name)(task_type="CAUSAL_LM", num_virtual_tokens=method.tokens, **options)
     return peft.get_peft_model(model, config)
 
