@@ -22,6 +22,7 @@ SETUPS = st.builds(
     cp=st.just(2),
     cp_rotate=st.just("ulysses"),
     parallel=st.sampled_from(("zero1", "zero2", "zero3")),
+    attention=st.sampled_from(("sdpa", "flash2")),
     checkpoint=st.sampled_from(("none", "block", "block-reentrant")),
     grad_accum=st.sampled_from((1, 2)),
 )

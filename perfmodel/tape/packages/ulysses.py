@@ -57,7 +57,7 @@ class SharedHeads(NamedTuple):
         """All heads of own tokens, (b, s, h · d), of own heads of all tokens, (b, s · n, h / n, d)."""
         n, (batch, seq, heads, width) = self.ranks.size, out.shape
         out = transpose(out, 0, 1)
-        out = view(out, (seq, batch, heads * width))
+        out = reshape(out, (seq, batch, heads * width))  # a copy where a kernel lays out its output as its queries are
         out = contiguous(view(out, (n, seq // n, batch, heads * width)))
         out = permute(exchanged(out, self.ranks), (1, 2, 0, 3))
         out = reshape(out, (seq // n, batch, n * heads * width))
