@@ -30,6 +30,7 @@ ENGINES = ("torch", "deepspeed-zero3")
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
 FSDP_UNITS = ("accelerate", "blocks")
 ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`
+ULYSSES = "ulysses"  # its `sp_size`
 SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
 DDP = ("plain", "find-unused", "static-graph")
 # each in a file of `perfmodel/objectives/`
@@ -118,7 +119,8 @@ class Setup:
         pp_schedule: in which order (`recording.parallel.schedules`): 1f1b, gpipe, or interleaved:v=CHUNKS of blocks on
             each rank.
         cp: context-parallel ranks, which share every sequence: each has a part of its tokens.
-        cp_rotate: how keys and values get to all of them: allgather, or alltoall, from rank to rank.
+        cp_rotate: how keys and values get to all of them: allgather, or alltoall, from rank to rank; or ulysses, where
+            ranks share the heads within attention in place of the tokens.
         engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
@@ -190,7 +192,7 @@ class Setup:
             ("offload", OFFLOAD),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
-        one_of("cp_rotate", self.cp_rotate, ROTATE)
+        one_of("cp_rotate", self.cp_rotate, (*ROTATE, ULYSSES))
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
             one_of("optimizer", self.optimizer, optimizers.optimizer_names())
         if self.amp is not None:
@@ -277,9 +279,15 @@ class Setup:
         return self.gpus // (self.tp * self.pp * self.cp)
 
     @property
+    def shares_heads(self) -> bool:
+        """Whether ranks that share a sequence share heads within attention."""
+        return self.cp > 1 and self.cp_rotate == ULYSSES
+
+    @property
     def seq_multiple(self) -> int:
         """What `seq` is a multiple of, where ranks share the tokens of a sequence; 1 where any length goes."""
-        return lcm(2 * self.cp if self.cp > 1 else 1, self.tp if self.sequence_parallel else 1)
+        parts = self.cp if self.cp == 1 or self.shares_heads else 2 * self.cp
+        return lcm(parts, self.tp if self.sequence_parallel else 1)
 
     @property
     def shape(self) -> tuple[Dim, Dim]:

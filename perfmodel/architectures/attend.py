@@ -1,10 +1,13 @@
 """Attention by the implementation that the setup names, as transformers' attention interface does."""
 
+from functools import partial
+
 from ..program.dims import decide, same
 from ..program.op import Attrs
 from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
-from ..tape.packages.ring import ring_attention
+from ..tape.packages.ring import SharedSequence, ring_attention
+from ..tape.packages.ulysses import SharedHeads
 from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
 from ..tape.pointwise import cat
 from ..tape.shape import narrow
@@ -42,13 +45,16 @@ def attend(
         packed: documents that see themselves only, or are padded, for flash-attn; the others have them in their mask.
     """
     with tape().belonging_to("attention"):
+        context = tape().context
+        if isinstance(context, SharedHeads):
+            assert positions is not None
+            one = partial(_with_all_tokens, implementation=implementation, causal=causal, p=p)
+            return context.attention(q, k, v, positions, one), None
         if implementation == "eager":
             return eager_attention(q, k, v, mask, form=form, p=p, capped=capped, bias=bias)
         if implementation == "flash2":
             if packed is None:
-                if positions is not None and decide(q.shape[0] == 1):
-                    ask_whether_packed(positions)
-                out = flash2_attention(q, k, v, causal=causal, window=window)
+                out = _flash2(q, k, v, positions, causal=causal, window=window)
             else:
                 attrs = Attrs(causal=causal, window=window, documents=packed.documents)
                 if mask is not None:
@@ -56,8 +62,8 @@ def attend(
                 else:
                     out = packed_attention(q, k, v, packed, attrs)
             return out if same(q.shape[-1], v.shape[-1]) else narrow(out, -1, v.shape[-1]), None
-        if tape().ring is not None:
-            return ring_attention(q, k, v, tape().ring), None
+        if isinstance(context, SharedSequence):
+            return ring_attention(q, k, v, context), None
         return sdpa_attention(q, k, v, mask, causal=causal, p=p), None
 
 
@@ -71,3 +77,21 @@ def extended(layer: Scope, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = cat((past_k, k), -2), cat((past_v, v), -2)
     build.held += [(k, layer.part), (v, layer.part)]
     return k, v
+
+
+def _flash2(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, *, causal: bool, window: int | None = None
+) -> Tensor:
+    """flash-attn's kernel of rows that are not known to be packed."""
+    if positions is not None and decide(q.shape[0] == 1):
+        ask_whether_packed(positions)
+    return flash2_attention(q, k, v, causal=causal, window=window)
+
+
+def _with_all_tokens(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, implementation: str, causal: bool, p: float
+) -> Tensor:
+    """What a rank does with its heads of a sequence that several share."""
+    if implementation == "flash2":
+        return _flash2(q, k, v, positions, causal=causal)
+    return sdpa_attention(q, k, v, None, causal=causal, p=p)

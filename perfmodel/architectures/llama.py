@@ -63,8 +63,8 @@ class Llama(Architecture):
 
     layer_path: ClassVar[str] = "model.layers"
     registers_late: ClassVar[tuple[str, ...]] = (
-        "mlp.gate", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+        "self_attn.q_norm", "self_attn.k_norm", "mlp.gate", "input_layernorm", "post_attention_layernorm",
+        "pre_feedforward_layernorm", "post_feedforward_layernorm",
     )  # fmt: skip
     traits: ClassVar[Traits] = Traits(
         head="causal",

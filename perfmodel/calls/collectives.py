@@ -8,6 +8,8 @@ from ..program.op import Op
 KIND_OF = {
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::allgather_": "all_gather",
+    "c10d::reduce_scatter_": "reduce_scatter",
     "c10d::allreduce_": "all_reduce",
     "c10d::broadcast_": "broadcast",
     "c10d::alltoall_base_": "all_to_all",

@@ -27,6 +27,7 @@ from ..setup import (
     PARALLEL,
     REFERENCES,
     ROTATE,
+    ULYSSES,
 )
 from . import names, traces
 from .given_config import adapter_of_config, config_option, instead_of_config, is_traced, on_its_model, settled
@@ -281,9 +282,10 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--pp-schedule", default="1f1b", show_default=True,
                      help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
         click.option("--cp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that share every sequence (context parallel, accelerate's cp_size); with fsdp2."),
-        click.option("--cp-rotate", type=click.Choice(ROTATE), default="allgather", show_default=True,
-                     help="How keys and values get to all of them (cp_comm_strategy)."),
+                     help="GPUs that share every sequence (context parallel, accelerate's cp_size; ulysses: sp_size)."),
+        click.option("--cp-rotate", type=click.Choice((*ROTATE, ULYSSES)), default="allgather", show_default=True,
+                     help="How keys and values get to all of them (cp_comm_strategy), with fsdp2; ulysses: they "
+                     "share the heads within attention, with zero1 to zero3."),
         click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
         click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..resources import mapping
-from ..setup import ROTATE, WITHIN
+from ..setup import ROTATE, ULYSSES, WITHIN
 from .keys import NOTHING, Keys
 
 MESH = "parallelism_config"
@@ -23,14 +23,15 @@ APART = "batches of their own for any number of GPUs, not one that they share (s
 ONE_GROUP = "shards over all GPUs, not within groups of them"
 OWN_SAMPLES = "samples of its own for every GPU"
 WITHOUT_CP = f"{OWN_SAMPLES}, without context parallel"
-ULYSSES = f"{OWN_SAMPLES}, not Ulysses' attention over sequences that they share"
+WITHOUT_ULYSSES = f"{OWN_SAMPLES}, not Ulysses' attention over sequences that they share"
 # Sizes among a training tool's own keys, and what is answered where one is larger than 1
 OWN = {
     "context_parallel_size": f"{OWN_SAMPLES}, not ring-flash-attn's attention over sequences that they share",
     "sequence_parallel_degree": f"{OWN_SAMPLES}, not ring-flash-attn's attention over sequences that they share",
-    "cp_size": ULYSSES, "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
+    "cp_size": WITHOUT_ULYSSES, "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
     "expert_parallel_size": "without expert parallel",
 }  # fmt: skip
+OF_ULYSSES = ("sdpa", "flash2")  # attention that is modelled with it
 NOT_LIGER = "PyTorch's kernels, not Liger's, which are not modelled with context parallel"
 # Of packed documents under accelerate's context parallel (accelerate/big_modeling.py, `_attach_context_parallel_hooks`)
 MASK_DROPPED = "attention across packed documents, as accelerate has it, without the mask that it makes and drops"
@@ -77,7 +78,9 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
     if sizes["cp_size"] > 1:
         section.one_of("cp_backend", {"torch": True}, True)
         cp_rotate = section.one_of("cp_comm_strategy", {word: word for word in ROTATE}, cp_rotate)
-    for key, answered in (("dp_replicate_size", ONE_GROUP), ("sp_size", ULYSSES), ("tp_size", CUT_WHEN_LOADED)):
+    elif sizes["sp_size"] > 1:
+        cp_rotate = ULYSSES
+    for key, answered in (("dp_replicate_size", ONE_GROUP), ("tp_size", CUT_WHEN_LOADED)):
         if sizes[key] > 1 and (grouped or answered != ONE_GROUP):
             said.differ(answered, key)
     known = ("cp_backend", "cp_comm_strategy")
@@ -86,7 +89,9 @@ def mesh_of(keys: Keys, *, shards: bool) -> Mesh:
         said.differ("keys that are unknown here", *unknown)
     shards_over, shared = (keys.count(key, 1) for key in ("dp_shard_size", "context_parallel_size"))
     group = shards_over * tp * shared if shards and shards_over > 1 else 1
-    return Mesh(tp, sizes["cp_size"], cp_rotate, shard_group, group, tuple(said.told_differences()))
+    return Mesh(
+        tp, max(sizes["cp_size"], sizes["sp_size"]), cp_rotate, shard_group, group, tuple(said.told_differences())
+    )
 
 
 def _shard_group(keys: Keys, sizes: Mapping[str, int]) -> int | None:
@@ -153,6 +158,11 @@ def that_shares(cp: int, cp_rotate: str, setup: Mapping[str, Any]) -> tuple[dict
     if cp == 1:
         return {}, []
     within = setup.get("packing") in WITHIN
+    if cp_rotate == ULYSSES:
+        by_zero = str(setup.get("parallel")).startswith("zero") and setup.get("attention", "sdpa") in OF_ULYSSES
+        if not by_zero or within or setup.get("objective", "sft") != "sft" or setup.get("kernels") == "liger":
+            return {}, [("cp", f"{WITHOUT_ULYSSES} (sp_size)")]
+        return {"cp": cp, "cp_rotate": cp_rotate, "packing": "none"}, []
     if setup.get("objective", "sft") != "sft" or (within and setup["batch"] > 1):
         return {}, [("cp", f"{WITHOUT_CP} (cp_size)")]
     said = [("packing", f"{MASK_DROPPED} (cp_size)")] if within else []

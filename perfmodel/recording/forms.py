@@ -13,10 +13,10 @@ from .collector import no_collector
 from .forward import forward_passes, running
 from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units, zero3_reference
 from .parallel import zero as stages
+from .parallel.context import check_context, context_of
 from .parallel.ddp import BUCKET, FIRST_BUCKET
 from .parallel.ddp_compiled import Uses, cuts_of
 from .parallel.form import ParallelForm, check_form
-from .parallel.ring import check_ring, ring_of
 from .step import Step
 
 STAGES = {"zero1": 1, "zero2": 2}  # of DeepSpeed
@@ -37,7 +37,7 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     check_form(step.setup, step.method)
     if step.setup.compile != "none":
         check_compiled(step.architecture)
-    check_ring(step.setup, step.architecture)
+    check_context(step.setup, step.architecture)
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
@@ -46,11 +46,13 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
         return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late, graphs)
     if setup[0].parallel in STAGES:
         late = step.architecture.registers_late
-        return stages.CutStates(ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads)
+        return stages.CutStates(
+            ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads, wide=setup[0].shares_heads
+        )
     ranks, across = units.sharing(ranks, step.setup)
     survey = units.Survey()
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
-        tape.wrapping, tape.ring = survey, ring_of(step.setup)
+        tape.wrapping, tape.context = survey, context_of(step.setup)
         tape.begin("inputs", "forward")
         step.parameters = forward_passes(step, *setup, {})[0]
     cut = survey.units(

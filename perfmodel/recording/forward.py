@@ -13,6 +13,8 @@ from ..objectives.parts.base import OF_CRITIC, OF_REFERENCE
 from ..program.dims import decide
 from ..program.part import Part
 from ..setup import Setup
+from ..tape.core import tape
+from ..tape.packages.ulysses import SharedHeads, loss_of_all
 from ..tape.tensor import Parameter, Tensor
 from . import zero
 from .step import Step
@@ -42,6 +44,8 @@ def forward_passes(
         build.given_positions = model_buffer(setup.shape)
     passes = objectives.Passes(Scope(build), method, setup, frozen, critic)
     loss = objective.loss(passes)
+    if isinstance(tape().context, SharedHeads):
+        loss = loss_of_all(loss, model_buffer(setup.shape), tape().context.ranks)
     after, passes.after = passes.after or build.after, None  # else it would hold itself
     for of, others in ((OF_CRITIC, critic), (OF_REFERENCE, frozen)):
         for p in others.values():

@@ -18,14 +18,15 @@ from ..setup import Setup
 from ..tape.core import Tape, emit, recording
 from ..tape.elementary import div
 from ..tape.engine import run_backward
+from ..tape.packages.zero3 import zero3_linear
 from ..tape.tensor import Flow
 from . import reuse as sharing
 from . import zero
 from .checks import check_step
 from .collector import no_collector
 from .forward import Kept, forward_passes, running
+from .parallel.context import context_of
 from .parallel.form import ParallelForm
-from .parallel.ring import ring_of
 from .reuse import MicroBatches, Shared
 from .step import Step
 
@@ -69,7 +70,8 @@ def build(
     step = Step(architecture, method, setup, device, [], whole=whole)
     runs = running(step)[0]
     tape = Tape(device, capability, setup.stack, autocast=runs.amp, view_replay=view_replay)
-    tape.ring = ring_of(setup)
+    tape.context = context_of(setup)
+    tape.linear = zero3_linear if step.zero else None
     tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:

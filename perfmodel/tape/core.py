@@ -113,7 +113,8 @@ class Tape:
         self.buffer_dtype: str | None = None
         self.input_dtype: str | None = None
         self.buffers: list[Spec] = []
-        self.ring: Any = None  # `tape.packages.ring.SharedSequence` of the ranks that share a sequence
+        self.context: Any = None  # ranks that share a sequence (`tape.packages.ring`, `tape.packages.ulysses`)
+        self.linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of `F.linear`
         self.alike = False
         self.entering: dict[int, Entering] = {}  # by the id of a run of layers, forward or back
         self.lingering: list[Storage] = []  # what all layers of the current run held

@@ -141,7 +141,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
             raise UserError("seq 1: one token has no next one to predict; use 2 or more")
         logits, labels = contiguous(narrow(logits, 1, seq)), contiguous(narrow(labels, 1, seq))
         target = view(labels, (labels.numel,))
-    elif tape().ring is not None:  # they were shifted before the sequence was cut
+    elif tape().context is not None:  # they were shifted before the sequence was cut
         target = view(labels, (labels.numel,))
     else:
         target = shifted_labels(labels)

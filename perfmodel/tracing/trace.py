@@ -207,6 +207,8 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 def _given_and_made(func: Any, inputs: list[Any], outputs: list[Any]) -> tuple[list[Any], list[Any]]:
     """What a call between ranks reads and writes: buffers that it only writes are arguments too."""
+    if func is torch.ops.c10d.alltoall_base_.default:  # its schema does not say that it writes the first one
+        return inputs[1:2], inputs[:1]
     made = outputs[:1] if func is torch.ops.fsdp.all_gather_copy_in.default else outputs  # the rest is gathered later
     return [t for t in inputs if all(t is not out for out in outputs)] or inputs, made
 

@@ -19,7 +19,7 @@ from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
 from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS
-from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, ULYSSES
+from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, WITHOUT_ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
@@ -116,7 +116,7 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1,
-        [BESIDE_BLOCKS, f"{ULYSSES} (cp_size)"],
+        [BESIDE_BLOCKS, f"{WITHOUT_ULYSSES} (cp_size)"],
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2"}, "bf16": False, "peft_config": {"name": "lora"}}, "fsdp2", 1,
@@ -243,7 +243,7 @@ LAUNCHES: list[tuple[dict[str, Any], tuple[int | None, int | None], str, int, li
     (
         {**EIGHT, "distributed_type": "DEEPSPEED", "deepspeed_config": {**SHORT, "zero_stage": 2}, "parallelism_config":
          {"parallelism_config_sp_size": 4, "parallelism_config_sp_backend": "deepspeed"}},
-        (8, 1), "zero2", 1, [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements", OVERLAPPED, f"{ULYSSES} (sp_size)"],
+        (8, 1), "zero2", 1, [f"{BUCKETS}, not DeepSpeed's 500,000,000 elements", OVERLAPPED],
     ),
     (
         {**LOCAL, "distributed_type": "MULTI_GPU", "dynamo_config": {"dynamo_backend": "INDUCTOR"}, "mine": 1},

@@ -169,9 +169,8 @@ def is_compiled_alike(case: Case) -> bool:
 def zero_grid(which: str) -> Iterator[Case]:
     """As `rank_grid`, of DeepSpeed's ZeRO: the whole model in 16 bits.
 
-    Two things of ZeRO-3 are not modelled, so they are left out: with checkpoints that are not reentrant its own linear
-    layer keeps its input behind the product, which recomputation therefore reaches (one product a block more); and a
-    mixture's block is a leaf, whose gradients come together once its backward is through.
+    A mixture under ZeRO-3 is left out: its block is a leaf, whose gradients come together once its backward is through,
+    which is not modelled.
     """
     for i, config in enumerate(rank_models()):
         for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
@@ -179,10 +178,27 @@ def zero_grid(which: str) -> Iterator[Case]:
                 setups = every() if which == "all" else varied(5 * i + 3 * j + 2 * k, 1 if which == "quick" else 5)
                 for setup in setups:
                     if parallel != "zero3" or config.values["model_type"] not in MIXTURES:
-                        reentrant = parallel == "zero3" and setup.checkpoint == "block"
-                        checkpoint = "block-reentrant" if reentrant else setup.checkpoint
-                        casts: dict[str, Any] = {"dtype": "bf16", "amp": None, "checkpoint": checkpoint}
+                        casts: dict[str, Any] = {"dtype": "bf16", "amp": None}
                         yield _case(config, method, replace(setup, parallel=parallel, offload=offload, **casts))
+    yield from heads_grid(which)
+
+
+def heads_grid(which: str) -> Iterator[Case]:
+    """Ranks that share every sequence by Ulysses, over ZeRO's stages in turn."""
+    for i, name in enumerate(STAGED):
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": None}
+        config = Config({**SMALL[name], **heads, "tie_word_embeddings": i % 2 == 0}, name, name)
+        for j, method in enumerate(("full", "lora:r=4", "lora:r=16,targets=all-linear")):
+            for k, setup in enumerate(varied(5 * i + 3 * j, {"quick": 1, "standard": 3, "all": 12}[which])):
+                ranks, stage = (2, 4)[(i + j) % 2], ZERO[(i + j + k) % 3]
+                several = {
+                    "gpus": ranks * (1 + setup.gpus % 2),
+                    "cp": ranks,
+                    "cp_rotate": "ulysses",
+                    "seq": 256 * ranks,
+                }
+                casts: dict[str, Any] = {"dtype": "bf16", "amp": None}
+                yield _case(config, method, replace(setup, parallel=stage, **several, **casts))
 
 
 def tensor_grid(which: str) -> Iterator[Case]:

@@ -14,7 +14,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py (`reduce_independent_p_g
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from ...optimizers import Update
@@ -57,14 +57,17 @@ class CutStates(WholeUnits):
         limit: elements of a bucket.
         late: `Architecture.registers_late`, for the order in the flat buffer.
         offloaded: whether masters, states and gradients live in the host's memory.
+        wide: whether gradients are summed in fp32, as where ranks share sequences (`allreduce_bucket`).
     """
 
     shares_norm = False
     inside = False
 
-    def __init__(self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str], *, offloaded: bool = False) -> None:
+    def __init__(
+        self, ranks: Ranks, stage: int, limit: Dim, late: Sequence[str], *, offloaded: bool = False, wide: bool = False
+    ) -> None:
         self.ranks, self.stage, self.limit, self.late = ranks, stage, limit, late
-        self.offloaded = offloaded
+        self.offloaded, self.wide = offloaded, wide
         self.mine: list[tuple[Dim, Dim]] = []  # as of `Bucket`, of all gradients of a backward pass
         self.reduces = True
         self.ready: list[Ready] = []
@@ -201,13 +204,26 @@ class CutStates(WholeUnits):
         after = Run(COMMUNICATION, after=(REDUCE,)) if self.offloaded else BESIDE
         ops = [Op("div_.Tensor", whole, whole, nbytes, nbytes, owner="accumulation", runs=after)]
         if decide(self.ranks.size > 1):
-            ops += [all_reduce(elements, dtype, self.ranks) for elements in bucket.messages]
+            ops += [op for elements in bucket.messages for op in self._summed(elements, dtype)]
         for elements, kept in bucket.mine if self.offloaded else ():
             ops += self._offloaded(Spec(dtype, (elements,)), Spec(dtype, (kept,)))
         return ops
 
+    def _summed(self, elements: Dim, dtype: str) -> list[Op]:
+        """A message is all-reduced, where gradients are summed in fp32 with a copy there and back."""
+        if not self.wide or dtype == "fp32":
+            return [all_reduce(elements, dtype, self.ranks)]
+        low, high = Spec(dtype, (elements,)), Spec("fp32", (elements,))
+        return [
+            Op("_to_copy", (low,), (high,), low.nbytes, high.nbytes, owner="accumulation", runs=BESIDE),
+            all_reduce(elements, "fp32", self.ranks),
+            Op("copy_", (low, high), (low,), low.nbytes + high.nbytes, low.nbytes, owner="accumulation", runs=BESIDE),
+        ]
+
     def _room(self, bucket: Bucket) -> Dim:
-        """Bytes that the norm of its largest gradient takes, in fp64."""
+        """Bytes that the norm of its largest gradient takes, in fp64, or its largest message in fp32."""
+        if self.wide:
+            return existing((reduce(larger, bucket.messages),), "fp32").nbytes
         kept = [kept for _, kept in bucket.mine] if self.offloaded and self.reduces else []
         return existing((reduce(larger, kept),), "fp64").nbytes if kept else 0
 
@@ -235,18 +251,27 @@ def largest(trained: Sequence[Parameter]) -> Dim:
 def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict[Coming, Dim], Dim]:
     """Where each layer's parameters begin in the flat buffer, as their modules were made, and how long that is."""
 
-    def made(p: Parameter) -> tuple[int, int]:
-        layer, _, name = IN_BLOCK.sub(r"\1 ", p.name.removesuffix(COPY), count=1).rpartition(" ")
-        module = name.rpartition(".")[0]
-        return int(layer or 0), 1 + late.index(module) if module in late else 0
+    def made(p: Parameter, modules: list[str]) -> tuple[int, int, int, int, int, bool]:
+        layer, module = layer_and_module(p)
+        parent = module.partition(".")[0]
+        behind, within = (1 + late.index(name) if name in late else 0 for name in (parent, module))
+        first = next(i for i, other in enumerate(modules) if other.partition(".")[0] == parent)
+        return int(layer or 0), behind, first, within, modules.index(module), p.name.endswith(".bias")
 
     places, at = {}, 0
     for count, run in runs(trained):
+        modules = [layer_and_module(p)[1] for p in run]
         for layer in range(count):
-            for p in sorted(run, key=made):
+            for p in sorted(run, key=partial(made, modules=modules)):
                 places[Coming(p, layer)] = at
                 at = at + p.numel
     return places, at
+
+
+def layer_and_module(p: Parameter) -> tuple[str, str]:
+    """The number of a parameter's block, if it is in one, and the path of its module, in a block from there."""
+    layer, _, name = IN_BLOCK.sub(r"\1 ", p.name.removesuffix(COPY), count=1).rpartition(" ")
+    return layer, name.rpartition(".")[0]
 
 
 def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> list[tuple[int, Bucket]]:

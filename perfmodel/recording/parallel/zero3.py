@@ -52,12 +52,12 @@ class CutWeights(WholeUnits):
     Args:
         units: the blocks and the rest, with a rank's part of each parameter.
         hidden: hidden size of the model.
-        checkpoint: `Setup.checkpoint`: where a block is run again within backward, DeepSpeed lets frozen weights go
-            behind its forward pass (`update_recompute_parameters`); with reentrant checkpoints it does not.
+        checkpoint: `Setup.checkpoint`.
         offload: `Setup.offload`.
         passes: what DeepSpeed's trace of modules has of the calls of the model in a micro-batch.
         frozen: the hooks around a reference model, if there is one.
         small: elements of a weight that stays whole; None: as of transformers' "auto".
+        wide: whether gradients are summed in fp32, as where ranks share sequences.
     """
 
     shares_norm = False
@@ -65,8 +65,9 @@ class CutWeights(WholeUnits):
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str, offload: str = "none", *,
         passes: Sequence[Foreseen], frozen: "CutWeights | None" = None, small: int | None = None,
+        wide: bool = False,
     ) -> None:  # fmt: skip
-        self.ranks, self.limit = ranks, hidden**2
+        self.ranks, self.limit, self.wide = ranks, hidden**2, wide
         self.small = PERSISTENT * hidden if small is None else small
         self.passes, self.place, self.frozen = passes, -1, frozen
         self.gone: set[str] = set()  # units whose small weights are not there
@@ -81,7 +82,6 @@ class CutWeights(WholeUnits):
         self.whole: dict[str, dict[str, Tensor]] = {}  # what is gathered of each unit, by name of the parameter
         elements = sum(p.numel * p.count for unit in units for p in unit.parameters if self._is_cut(p))
         self.stays = decide(2 * elements <= REUSE)  # from its forward pass until its backward pass
-        self.frozen_stay = self.stays and checkpoint != "block"
         self.checkpoint = checkpoint
 
     @property
@@ -245,6 +245,20 @@ class CutWeights(WholeUnits):
             self.gone.add(path)
             self._gather(path, parameters)
 
+    def _gather_behind_recomputation(self, path: str) -> None:
+        """Frozen weights go as the first module is through (`update_recompute_parameters`), and come again one by one.
+
+        The first one backward, whose saved tensors have the block run again, needs its own no more. What the block
+        saved as it ran again holds the memory of the others all the while, so that one more is there at a time.
+        """
+        parameters = self.units[path].parameters
+        first = parameters[-1].name.rpartition(".")[0]
+        again = [p for p in parameters if self._is_cut(p) and not (p.requires_grad or p.name.startswith(first))]
+        for p in again:
+            self._gathered(p)
+        if again:
+            wait_event(COMMUNICATION)
+
     @property
     def _words(self) -> list[Parameter]:
         """The weight of the embedding of the words."""
@@ -262,8 +276,7 @@ class CutWeights(WholeUnits):
     def _free(self, path: str) -> None:
         """Behind a forward pass: what the trace says is not used again soon goes; without one all does."""
         for p in self.units[path].parameters:
-            stays = self.stays if p.requires_grad else self.frozen_stay
-            if not (stays and self.seen.backward):
+            if not (self.stays and self.seen.backward):
                 self.whole[path].pop(p.name, None)
         if not self.seen.forward:
             self.gone.add(path)
@@ -292,6 +305,8 @@ class CutWeights(WholeUnits):
         (path,) = node.attrs
         if self.seen.backward:
             self._gather(path)
+            if self.checkpoint == "block" and path != ROOT:
+                self._gather_behind_recomputation(path)
             return tuple(grads)
         once, again = self._for_backward(path)
         self._gather(path, once)
@@ -353,15 +368,21 @@ class CutWeights(WholeUnits):
 
     def _reduced(self, bucket: tuple[Dim, ...], dtype: str) -> list[Op]:
         """`reduce_scatter_coalesced`: the parts of each rank side by side, divided, reduced and scattered."""
+        own, dtype = dtype, "fp32" if self.wide else dtype
         mine = (Spec(dtype, (sum(bucket),)),)
         whole = (Spec(dtype, (sum(bucket) * self.ranks.size,)),)
         size, part = whole[0].nbytes, mine[0].nbytes
         beside = Run(COMMUNICATION, (REDUCE,)) if self.offloaded else Run(COMMUNICATION)
-        ops = [Op("cat", whole, whole, size, size, owner="accumulation", runs=beside)] if len(bucket) > 1 else []
+        ops = []
+        if own != dtype:
+            ops += [_cast(n * self.ranks.size, own, dtype) for n in bucket]
+        ops += [Op("cat", whole, whole, size, size, owner="accumulation", runs=beside)] if len(bucket) > 1 else []
         ops.append(Op("div_.Tensor", whole, whole, size, size, owner="accumulation", runs=beside))
         if decide(self.ranks.size > 1):
             scattered = Attrs(ranks=self.ranks)
             ops.append(Op("c10d::_reduce_scatter_base_", whole, mine, size, part, attrs=scattered, runs=beside))
+        if own != dtype:
+            ops += [_cast(n, dtype, own) for n in bucket]
         for elements in bucket if self.offloaded else ():
             ops += self._offloaded(Spec(dtype, (elements,)))
         return ops
@@ -374,3 +395,10 @@ class CutWeights(WholeUnits):
         if self.reduces:
             ops += [*zero_offload.norm_of(mine), *zero_offload.to_master(mine)]
         return ops
+
+
+def _cast(elements: Dim, given: str, made: str) -> Op:
+    """A gradient, or a rank's part of it, on its way into a message or out of it."""
+    low, high = Spec(given, (elements,)), Spec(made, (elements,))
+    runs = Run(COMMUNICATION)
+    return Op("_to_copy", (low,), (high,), low.nbytes, high.nbytes, owner="accumulation", runs=runs)

@@ -48,4 +48,6 @@ def cut_weights(
         cut = survey.frozen.units(parameters, ranks.size, setup, tied=False, flat=True)
         frozen = FrozenCut(cut, ranks, 0, "none", passes=foreseen(survey.frozen.passes, trained=False), small=SMALL)
     passes = foreseen(survey.passes)
-    return CutWeights(units, ranks, hidden, setup.checkpoint, setup.offload, passes=passes, frozen=frozen)
+    return CutWeights(
+        units, ranks, hidden, setup.checkpoint, setup.offload, passes=passes, frozen=frozen, wide=setup.shares_heads
+    )

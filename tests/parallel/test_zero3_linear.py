@@ -1,0 +1,54 @@
+"""Laws of the linear layer that DeepSpeed's ZeRO-3 puts in the place of PyTorch's, which need no DeepSpeed."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ring_laws import LAYERS, LLAMA
+
+from perfmodel import methods
+from perfmodel.architectures import from_config
+from perfmodel.prediction.memory import peak_bytes
+from perfmodel.recording.record import build
+from perfmodel.recording.step import Step
+from perfmodel.setup import Setup
+
+PRODUCTS = ("mm", "addmm")
+
+
+def step_of(method: str, **setup: Any) -> Step:
+    """A rank's step."""
+    architecture = from_config(LLAMA)
+    return build(architecture, methods.parse(method).bind(architecture), Setup(gpus=2, **setup))
+
+
+def products(step: Step) -> int:
+    """Products of a step."""
+    return sum(count for _, op, count in step.ops() if op.name in PRODUCTS)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.sampled_from((1024, 4096)), st.sampled_from((1, 2)))
+def test_a_lora_keeps_the_inputs_of_frozen_layers(seq: int, batch: int) -> None:
+    """PyTorch's layer keeps nothing of x for a weight without a gradient; a Function that saves x does: the gated
+    activation of every layer is what a LoRA on queries and values would not need."""
+    zero3, zero2 = (step_of("lora:r=4", parallel=form, seq=seq, batch=batch) for form in ("zero3", "zero2"))
+    wide = batch * seq * 1024 * 2 * LAYERS  # B of the MLP's inner values in bf16
+    assert peak_bytes(zero3) > peak_bytes(zero2) + wide
+    assert products(zero3) == products(zero2)
+
+
+@pytest.mark.parametrize("method", ["full", "lora:r=4", "lora:r=4,targets=all-linear"])
+def test_a_block_that_is_run_again_runs_its_last_product(method: str) -> None:
+    """Its input is saved behind the product, so that early stopping comes too late; a reentrant checkpoint has no such
+    stop."""
+    usual, again = (products(step_of(method, parallel=form, seq=64, checkpoint="block")) for form in ("fsdp2", "zero3"))
+    last = (
+        2 if method.endswith("all-linear") else 1
+    )  # the adapter's own product is the last one, and its first is saved
+    assert usual < again <= usual + last * LAYERS
+    reentrant = [
+        products(step_of(method, parallel=form, seq=64, checkpoint="block-reentrant")) for form in ("fsdp2", "zero3")
+    ]
+    assert reentrant[0] == reentrant[1]
