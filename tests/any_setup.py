@@ -69,6 +69,7 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},
     {"tp": (2, 4), "sequence_parallel": (True,), "seq": (64, 2048), "amp": (None,)},
     {"parallel": ("fsdp2",), "cp": (2, 4), "cp_rotate": ROTATE, "seq": (64, 2048)},
+    {"parallel": ("zero1", "zero2", "zero3"), "cp": (2, 4), "cp_rotate": ("ulysses",), "seq": (64, 2048)},
     {"parallel": ("fsdp2",), "tp": (1, 2), "cp": (1, 2), "shard_group": (2, 4), "seq": (64, 2048)},
     {"pp": (2, 3), "pp_schedule": ("1f1b", "gpipe", "interleaved:v=2"), "grad_accum": (4, 6, 12), "amp": (None,)},
 )  # fmt: skip
