@@ -13,7 +13,7 @@ from .collector import no_collector
 from .forward import forward_passes, running
 from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units, zero3_reference
 from .parallel import zero as stages
-from .parallel.context import check_context, context_of
+from .parallel.context import check_shared_sequences, context_of
 from .parallel.ddp import BUCKET, FIRST_BUCKET
 from .parallel.ddp_compiled import Uses, cuts_of
 from .parallel.form import ParallelForm, check_form
@@ -37,7 +37,7 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     check_form(step.setup, step.method)
     if step.setup.compile != "none":
         check_compiled(step.architecture)
-    check_context(step.setup, step.architecture)
+    check_shared_sequences(step.setup, step.architecture)
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)

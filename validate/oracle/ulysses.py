@@ -68,7 +68,7 @@ def exchanging(setup: Setup) -> Iterator[None]:
         yield
 
 
-def loss_of(engine: Any, setup: Setup) -> Callable[[], torch.Tensor]:
+def trainer_loss(engine: Any, setup: Setup) -> Callable[[], torch.Tensor]:
     """The Trainer's loss of a micro-batch: of a model as it is, or of ranks that share sequences."""
     ids = torch.zeros(setup.shape, dtype=torch.long)
     mask = torch.ones_like(ids)

@@ -88,7 +88,7 @@ def traced_by_deepspeed(case: Case) -> parallel.RankRecorder:
     config = deepspeed_config(setup, architecture.hidden)
     groups = ulysses.groups_of(model, setup)
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=_adamw(trained, setup), mpu=groups)
-    loss_of = ulysses.loss_of(engine, setup)
+    loss_of = ulysses.trainer_loss(engine, setup)
     with ulysses.exchanging(setup):
         _steps(engine, loss_of, setup, real)
     return real

@@ -48,3 +48,10 @@ def all_reduce(elements: Dim, dtype: str, ranks: Ranks) -> Op:
     return Op(
         "c10d::allreduce_", buffer, buffer, buffer[0].nbytes, buffer[0].nbytes, attrs=Attrs(ranks=ranks), runs=SENT
     )
+
+
+def cast_gradient(elements: Dim, given: str, made: str) -> Op:
+    """A gradient, or a rank's part of it, in another dtype on its way into a message or out of it."""
+    before, behind = Spec(given, (elements,)), Spec(made, (elements,))
+    runs = Run(COMMUNICATION)
+    return Op("_to_copy", (before,), (behind,), before.nbytes, behind.nbytes, owner="accumulation", runs=runs)

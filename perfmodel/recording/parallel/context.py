@@ -38,7 +38,7 @@ def context_of(setup: Setup) -> SharedSequence | SharedHeads | None:
     return SharedHeads(ranks) if setup.shares_heads else SharedSequence(ranks, setup.cp_rotate == "allgather")
 
 
-def check_context(setup: Setup, architecture: Architecture) -> None:
+def check_shared_sequences(setup: Setup, architecture: Architecture) -> None:
     """Raise `UserError` where ranks that share a sequence are not modelled with the rest of a setup."""
     if setup.cp == 1:
         return

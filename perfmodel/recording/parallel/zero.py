@@ -27,7 +27,7 @@ from ...program.streams import COMMUNICATION, REDUCE, Run
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Parameter, Tensor
 from . import zero_offload
-from .collectives import all_reduce, exchange
+from .collectives import all_reduce, cast_gradient, exchange
 from .form import WholeUnits
 from .messages import Coming, Ready, coming, interleaved
 
@@ -215,7 +215,7 @@ class CutStates(WholeUnits):
             return [all_reduce(elements, dtype, self.ranks)]
         low, high = Spec(dtype, (elements,)), Spec("fp32", (elements,))
         return [
-            Op("_to_copy", (low,), (high,), low.nbytes, high.nbytes, owner="accumulation", runs=BESIDE),
+            cast_gradient(elements, dtype, "fp32"),
             all_reduce(elements, "fp32", self.ranks),
             Op("copy_", (low, high), (low,), low.nbytes + high.nbytes, low.nbytes, owner="accumulation", runs=BESIDE),
         ]

@@ -30,7 +30,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .. import zero
 from . import zero_offload
-from .collectives import SENT, empty, exchange, wait_event
+from .collectives import SENT, cast_gradient, empty, exchange, wait_event
 from .form import WholeUnits
 from .messages import Ready, coming, interleaved
 from .module_trace import Foreseen
@@ -375,14 +375,14 @@ class CutWeights(WholeUnits):
         beside = Run(COMMUNICATION, (REDUCE,)) if self.offloaded else Run(COMMUNICATION)
         ops = []
         if own != dtype:
-            ops += [_cast(n * self.ranks.size, own, dtype) for n in bucket]
+            ops += [cast_gradient(n * self.ranks.size, own, dtype) for n in bucket]
         ops += [Op("cat", whole, whole, size, size, owner="accumulation", runs=beside)] if len(bucket) > 1 else []
         ops.append(Op("div_.Tensor", whole, whole, size, size, owner="accumulation", runs=beside))
         if decide(self.ranks.size > 1):
             scattered = Attrs(ranks=self.ranks)
             ops.append(Op("c10d::_reduce_scatter_base_", whole, mine, size, part, attrs=scattered, runs=beside))
         if own != dtype:
-            ops += [_cast(n, dtype, own) for n in bucket]
+            ops += [cast_gradient(n, dtype, own) for n in bucket]
         for elements in bucket if self.offloaded else ():
             ops += self._offloaded(Spec(dtype, (elements,)))
         return ops
@@ -395,10 +395,3 @@ class CutWeights(WholeUnits):
         if self.reduces:
             ops += [*zero_offload.norm_of(mine), *zero_offload.to_master(mine)]
         return ops
-
-
-def _cast(elements: Dim, given: str, made: str) -> Op:
-    """A gradient, or a rank's part of it, on its way into a message or out of it."""
-    low, high = Spec(given, (elements,)), Spec(made, (elements,))
-    runs = Run(COMMUNICATION)
-    return Op("_to_copy", (low,), (high,), low.nbytes, high.nbytes, owner="accumulation", runs=runs)

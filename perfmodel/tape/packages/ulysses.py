@@ -45,7 +45,7 @@ class SharedHeads(NamedTuple):
     def _heads_for_tokens(self, x: Tensor) -> Tensor:
         (seq, batch, heads, width), n = x.shape, self.ranks.size
         x = view(x, (seq, batch, n, heads // n, width))
-        x = exchanged(contiguous(permute(x, (2, 0, 1, 3, 4))), self.ranks)
+        x = sent_around(contiguous(permute(x, (2, 0, 1, 3, 4))), self.ranks)
         return view(x, (seq * n, batch, heads // n, width))
 
     def positions(self, own: Tensor) -> Tensor:
@@ -59,12 +59,12 @@ class SharedHeads(NamedTuple):
         out = transpose(out, 0, 1)
         out = reshape(out, (seq, batch, heads * width))  # a copy where a kernel lays out its output as its queries are
         out = contiguous(view(out, (n, seq // n, batch, heads * width)))
-        out = permute(exchanged(out, self.ranks), (1, 2, 0, 3))
+        out = permute(sent_around(out, self.ranks), (1, 2, 0, 3))
         out = reshape(out, (seq // n, batch, n * heads * width))
         return contiguous(transpose(out, 0, 1))  # what transformers' attention does with any output
 
 
-def exchanged(x: Tensor, ranks: Ranks) -> Tensor:
+def sent_around(x: Tensor, ranks: Ranks) -> Tensor:
     """What the ranks send this one, of (n, …) that it sends them; its gradient goes the same way."""
     node = differentiate("dim_zero_all_to_all", (x,), _sent_back, (ranks,))
     with tape().no_grad():
