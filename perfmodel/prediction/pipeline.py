@@ -281,13 +281,12 @@ def _ended(clocks: Sequence[RankClocks], *, clips: bool) -> Span:
 
 def _one_micro_batch(ours: RankStep, priced: PricedParts) -> tuple[Seconds, Seconds]:
     """Seconds of both passes of a micro-batch by themselves, all stages of a rank together."""
-    micros = ours.step.setup.grad_accum
-    found = [0.0, 0.0]
-    for stage, chunk in zip(ours.stages, ours.chunks, strict=True):
-        for i, way in enumerate((FORWARD, BACKWARD)):
-            middle = Pass(way, stage.number, min(1, micros - 1))
-            found[i] = found[i] + priced.in_a_row(chunk.passes.of(middle, micros)).end
-    return found[0], found[1]
+    middle = min(1, ours.step.setup.grad_accum - 1)
+    found = dict.fromkeys((FORWARD, BACKWARD), 0.0)
+    for action, parts in ours.actions:
+        if isinstance(action, Pass) and action.micro == middle:
+            found[action.way] = found[action.way] + priced.in_a_row(parts).end
+    return found[FORWARD], found[BACKWARD]
 
 
 def _phases(ours: RankStep, priced: PricedParts, span: Span) -> Phases:

@@ -10,33 +10,33 @@ does it: the layers of other stages are removed, and each stage makes positions 
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ..architectures.base import Architecture
-from ..architectures.heads import OUTPUT
 from ..architectures.runs import Stage, times_in_a_row
 from ..errors import UserError
 from ..methods.parts.base import Method
-from ..optimizers.parts.update import existing, runs
+from ..optimizers.parts.update import existing
 from ..program.dims import decide
 from ..program.op import Attrs, Op, Spec
 from ..program.part import Group, Part
 from ..program.ranks import Ranks
 from ..setup import Setup
-from ..tape.core import Tape, emit, record, recording
-from ..tape.engine import run_backward
+from ..tape.core import Tape, recording
 from ..tape.tensor import Tensor
 from .checks import check_step
 from .collector import no_collector
-from .forward import Kept, forward_passes, running
 from .parallel import ddp
 from .parallel.collectives import SENT
 from .parallel.form import check_form
-from .parallel.schedules import BACKWARD, FORWARD, Action, Pass, Post, Reduce, Schedule
+from .parallel.schedules import FORWARD, Action, Pass, Post, Schedule, Wait
 from .record import record_update
+from .stage import StageForm, StageProgram, forward, sharded
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
+REPLICAS = ("ddp", "fsdp2")  # forms of replicas beside which it is
 ALONE: dict[str, Any] = {
     "tp": 1,
     "cp": 1,
@@ -51,28 +51,6 @@ ALONE: dict[str, Any] = {
 LONGEST_PATTERN = 64  # actions of an order until they come again alike
 
 
-class StagePasses(NamedTuple):
-    """Parts of a stage's passes: of its first micro-batch, of those between, and of its last one.
-
-    They differ in what becomes of gradients, and in what is freed of the micro-batch before.
-    """
-
-    forward: tuple[list[Part], list[Part], list[Part]]
-    backward: tuple[list[Part], list[Part], list[Part]]
-
-    def of(self, done: Pass, micros: int) -> list[Part]:
-        """Those of one micro-batch."""
-        which = 2 if done.micro == micros - 1 else min(done.micro, 1)
-        return (self.forward if done.way == FORWARD else self.backward)[which]
-
-
-class Chunk(NamedTuple):
-    """A stage as its rank records it: its passes, and the division of its gradients."""
-
-    passes: StagePasses
-    scaled: list[Part]
-
-
 @dataclass(eq=False)
 class RankStep:
     """The step of one rank of a pipeline.
@@ -80,6 +58,7 @@ class RankStep:
     Attributes:
         step: all of it, in its order; its parts are those of `actions` and `update`.
         stages: those that it has.
+        programs: what each of them runs.
         actions: what it does until its gradients are there, each with its parts.
         update: clipping and the optimizer.
         message: what stages send one another: hidden states, or their gradient.
@@ -88,7 +67,7 @@ class RankStep:
     rank: int
     step: Step
     stages: list[Stage]
-    chunks: list[Chunk]
+    programs: list[StageProgram]
     actions: list[tuple[Action, list[Part]]]
     update: list[Part]
     message: Spec
@@ -119,12 +98,12 @@ def build_ranks(
     check_pipeline(architecture, method, setup, schedule)
     how = Recorder(architecture, method.under(setup.stack, setup.dtype), setup, device, capability, schedule)
     stages = how.stages()
-    orders = schedule.orders(setup.pp, setup.grad_accum, lambda stage: stages[stage].given)
+    orders = schedule.orders(setup.pp, setup.grad_accum, lambda stage: stages[stage].given, sharded=how.sharded)
     found: list[RankStep] = []
     alike: dict[Hashable, RankStep] = {}
     for rank, order in enumerate(orders):
         own = stages[rank :: setup.pp]
-        key = tuple(map(how.key, own))
+        key = tuple(map(how.key, own)), how.key_of_order(order)
         found.append(how.rank_step(rank, stages, order, alike.get(key)))
         alike.setdefault(key, found[-1])
     return found
@@ -139,8 +118,8 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual:
             raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")
-    if not decide(setup.replicas == 1) and setup.parallel != "ddp":
-        raise UserError(f"pp: stages are not modelled with {setup.parallel}; use --parallel ddp")
+    if not decide(setup.replicas == 1) and setup.parallel not in REPLICAS:
+        raise UserError(f"pp: stages are not modelled with {setup.parallel}; use --parallel {' or '.join(REPLICAS)}")
     known = method.name in METHODS and getattr(method, "implementation", "peft") == "peft"
     if not known or getattr(method, "inner", "full") != "full":
         raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} are")
@@ -180,7 +159,7 @@ class Recorder(NamedTuple):
                 tape, step = self._begin()
                 with no_collector(), recording(tape):
                     tape.begin("inputs", "forward")
-                    known[key] = self._forward(step, stage, {})[0].requires_grad
+                    known[key] = forward(step, stage, self._message, {})[0].requires_grad
             given = known[key]
         if not given:
             raise UserError(f"method {self.method.spec()}: nothing trains in {self.architecture.name}")
@@ -191,126 +170,78 @@ class Recorder(NamedTuple):
         of_blocks = [(self.architecture.layer_kind(i), self.method.layer_key(i)) for i in stage.blocks]
         return stage.first, stage.last, stage.given, tuple(of_blocks)
 
+    def key_of_order(self, order: Sequence[Action]) -> Hashable:
+        """What of an order decides which programs its rank runs: of shards, what comes behind what."""
+        if not self.sharded:
+            return None
+        done = [
+            (type(a), a.stage // self.setup.pp, (a.way, a.micro > 0) if isinstance(a, Pass) else None)
+            for a in order
+            if not isinstance(a, (Post, Wait))
+        ]
+        return frozenset(pairwise(done))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether replicas of a stage have shards of it."""
+        return self.setup.parallel == "fsdp2" and not decide(self.setup.replicas == 1)
+
     def rank_step(self, rank: int, of_all: list[Stage], order: list[Action], alike: RankStep | None) -> RankStep:
         """The step of one rank; `alike` has the same programs, in another order."""
         stages = of_all[rank :: self.setup.pp]
         if alike is not None:
-            step, chunks, update = alike.step, alike.chunks, alike.update
+            step, programs, update = alike.step, alike.programs, alike.update
+            actions = self._actions(order, programs)
         else:
             tape, step = self._begin()
             with no_collector(), recording(tape):
-                chunks = [self._chunk(step, tape, stage) for stage in stages]
+                programs = [self._program(step, tape, stage) for stage in stages]
+                actions = self._actions(order, programs)
+                step.form = programs[0].form
+                step.parameters = [p for program in programs for p in program.updated()]
                 record_update(step, tape)
             update = list(tape.parts)
-        micros, by_stage = self.setup.grad_accum, {stage.number: i for i, stage in enumerate(stages)}
-        actions: list[tuple[Action, list[Part]]] = []
-        posts: dict[Hashable, list[Part]] = {}
-        for action in order:
-            if isinstance(action, Pass):
-                parts = chunks[by_stage[action.stage]].passes.of(action, micros)
-            elif isinstance(action, Post):
-                ways = tuple([done.way for done in action.sends]), tuple([done.way for done in action.receives])
-                parts = posts.setdefault(ways, [self._transfer(*ways)])
-            else:
-                parts = chunks[by_stage[action.stage]].scaled if isinstance(action, Reduce) else []
-            actions.append((action, parts))
+        micros = self.setup.grad_accum
         groups = [*as_groups([parts for _, parts in actions if parts]), Group(update)]
         buffers = sum((not s.first) + (not s.last and of_all[s.number + 1].given) for s in stages)
-        step = replace(step, groups=groups, received_bytes=buffers * micros * self._message.nbytes)
-        return RankStep(rank, step, stages, chunks, actions, update, self._message.spec)
+        step = replace(step, groups=groups, received_bytes=buffers * micros * self._message().nbytes)
+        return RankStep(rank, step, stages, programs, actions, update, self._message().spec)
 
-    @property
+    def _actions(self, order: Sequence[Action], programs: Sequence[StageProgram]) -> list[tuple[Action, list[Part]]]:
+        """What a rank does, with the parts of it."""
+        by_stage = {program.stage.number: program for program in programs}
+        posts: dict[Hashable, list[Part]] = {}
+        found: list[tuple[Action, list[Part]]] = []
+        for action in order:
+            if isinstance(action, Post):
+                ways = tuple([done.way for done in action.sends]), tuple([done.way for done in action.receives])
+                found.append((action, posts.setdefault(ways, [self._transfer(*ways)])))
+            else:
+                found.append((action, [] if isinstance(action, Wait) else by_stage[action.stage].run(action)))
+        return found
+
     def _message(self) -> Tensor:
         """What stages send one another: hidden states, or the gradient of them."""
         return existing((*self.setup.shape, self.architecture.hidden), self.setup.dtype)
 
     def _begin(self) -> tuple[Tape, Step]:
         step = Step(self.architecture, self.method, self.setup, self.device, [])
-        if not decide(self.setup.replicas == 1):
-            step.form = ddp.Replicated(Ranks(self.setup.replicas))
         return Tape(self.device, self.capability, self.setup.stack), step
 
-    def _chunk(self, step: Step, tape: Tape, stage: Stage) -> Chunk:
-        """Record the passes of a stage for the first, another, and the last micro-batch."""
-        known = {p.name for p in step.parameters}
-        micros, kept, made = self.setup.grad_accum, dict[Any, Any](), list[tuple[list[Part], list[Part]]]()
-        for last in (False, False, True)[max(0, 3 - micros) :]:
-            made.append(self._micro_batch(step, tape, stage, kept, reduces=last))
-        while len(made) < 3:
-            made.insert(0, made[0])
-        forward, backward = zip(*made, strict=True)
-        return Chunk(StagePasses(forward, backward), self._ended(step, tape, known, kept))
-
-    def _forward(self, step: Step, stage: Stage, kept: Kept) -> tuple[Tensor, Tensor | None]:
-        """Record a forward pass of a stage: its output, the loss of the last one, and what it received for it."""
-        received = None
-        if not stage.first:
-            received = self._message
-            received.requires_grad = stage.given
-        step.parameters, out, _ = forward_passes(step, *running(step), kept, stage, received)
-        return out, received
-
-    def _micro_batch(
-        self, step: Step, tape: Tape, stage: Stage, kept: Kept, *, reduces: bool
-    ) -> tuple[list[Part], list[Part]]:
-        """Record both passes of a micro-batch; returns the parts of either.
-
-        Args:
-            kept: what the schedule's own variables hold until the next pass: the output, and the gradient of the input.
-            reduces: whether its gradients are exchanged with other replicas.
-        """
-        form = step.form
-        tape.begin("inputs", "forward")
-        if isinstance(form, ddp.Replicated):
-            form.reduces, form.synchronised = reduces, False  # buffers went out before the first step alone
-            tape.wrapping = form
-        out, received = self._forward(step, stage, kept)
-        logits = kept.get(OUTPUT) if self._holds else kept.pop(OUTPUT, None)
-        if out.requires_grad:
-            tape.backward_of(tape.part)
-            run_backward(out, emit("ones_like", (out,), (), out.dtype) if stage.last else self._message)
-        tape.begin("exchange", "backward")
-        with tape.no_grad():
-            if isinstance(form, ddp.Replicated) and form.ready:
-                form.end_of_backward()
-        tape.wrapping = None
-        for p in step.parameters:
-            p.accumulator = None
-            if p.grad is not None:
-                p.grad.storage.copies = p.count
-        if received is not None and received.node is not None and self._holds:
-            kept["gradient"] = received.node.saved.pop(), tape.part
-        del out, received, logits
-        parts = list(tape.parts)
-        tape.parts.clear()
-        tape.twins.clear()
-        return [p for p in parts if p.phase == FORWARD], [p for p in parts if p.phase == BACKWARD]
-
-    @property
-    def _holds(self) -> bool:
-        """Whether local variables of the schedule outlive a pass: those of 1F1B do, from one to the next."""
-        return self.schedule.name == "1f1b"
-
-    def _ended(self, step: Step, tape: Tape, known: set[str], kept: Kept) -> list[Part]:
-        """`scale_grads`, as losses are means over a micro-batch; the schedule's variables go."""
-        own = [p for p in step.parameters if p.name not in known and p.grad is not None]
-        with tape.no_grad():
-            for count, run in runs(own) if self.setup.grad_accum > 1 else ():
-                tape.begin("scale", "backward").repeat = count
-                for p in run:
-                    assert p.grad is not None
-                    record("div_.Tensor", (p.grad,), (p.grad,))
-        tape.begin("end", "backward")
-        kept.clear()
-        made = list(tape.parts)
-        tape.parts.clear()
-        return made
+    def _program(self, step: Step, tape: Tape, stage: Stage) -> StageProgram:
+        """A stage with what its replicas do."""
+        form: StageForm = None
+        if self.sharded:
+            form = sharded(step, self._begin()[0], stage, self._message)
+        elif not decide(self.setup.replicas == 1):
+            form = ddp.Replicated(Ranks(self.setup.replicas))
+        return StageProgram(step, tape, stage, form, self._message, holds=self.schedule.name == "1f1b")
 
     def _transfer(self, sends: Sequence[str], receives: Sequence[str]) -> Part:
         """Messages that are begun together."""
         part = Part("transfer", (*receives, *sends)[0])
         pair = Attrs(ranks=Ranks(2, self.setup.gpus // self.setup.pp))
-        message = self._message.spec
+        message = self._message().spec
         for name, of in (("c10d::send", sends), ("c10d::recv_", receives)):
             part.ops += [Op(name, (message,), (), message.nbytes, 0, attrs=pair, runs=SENT) for _ in of]
         return part

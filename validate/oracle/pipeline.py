@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # whose collectives do nothing
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -37,7 +41,7 @@ from perfmodel.tracing.trace import eager_program
 
 from . import counts
 from .cases import Case
-from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, alone, collectives, in_another_order
+from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, alone, collectives, in_another_order, local
 
 PATIENCE = 300  # s for all ranks of a case
 SCHEDULES = {"1f1b": schedules.Schedule1F1B, "gpipe": schedules.ScheduleGPipe}
@@ -144,7 +148,10 @@ def _rank(case: Case, ours: RankStep, rank: int, folder: Path, out: Connection) 
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.setup.gpus)
         replicas = case.setup.gpus // case.setup.pp
         lines = [dist.new_group(list(range(i, case.setup.gpus, replicas))) for i in range(replicas)]
-        sides = [dist.new_group(list(range(i * replicas, (i + 1) * replicas))) for i in range(case.setup.pp)]
+        kind = "fake" if case.setup.parallel == "fsdp2" else "gloo"  # which has no average of what it scatters
+        sides = [
+            dist.new_group(list(range(i * replicas, (i + 1) * replicas)), backend=kind) for i in range(case.setup.pp)
+        ]
         recorder, elements = _step(case, ours, lines[rank % replicas], sides[rank // replicas])
         dist.barrier()  # who ends closes connections
         out.send(
@@ -164,8 +171,10 @@ def _step(case: Case, ours: RankStep, line: Any, side: Any) -> tuple[StageRecord
     """
     setup = case.setup
     modules = [_module(case, stage) for stage in ours.stages]
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     base_dtype = next(modules[0].parameters()).dtype
+    if setup.parallel == "fsdp2" and setup.replicas > 1:
+        shard_stages(modules, setup, side)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     elements = sum(p.numel() for m in modules for p in m.parameters()), sum(p.numel() for p in trained)
     recorder = StageRecorder()
     stages = [
@@ -192,14 +201,14 @@ def _step(case: Case, ours: RankStep, line: Any, side: Any) -> tuple[StageRecord
 
     with eager_program(), _observed(recorder, stages):
         run()
-        if setup.replicas > 1:
+        if setup.replicas > 1 and setup.parallel == "ddp":
             for stage in stages:
                 if any(p.requires_grad for p in stage.submod.parameters()):
                     stage.submod = torch.nn.parallel.DistributedDataParallel(stage.submod, process_group=side)
             run()
         buffers = [info.buffer for stage in stages for info in _received(stage) if info.buffer is not None]
         held = updates.held(update) if update is not None else ()
-        recorder.hold((*(p for m in modules for p in m.parameters()), *held, *buffers))
+        recorder.hold(map(local, (*(p for m in modules for p in m.parameters()), *held, *buffers)))
         del buffers
         recorder.recording = True
         run()
@@ -224,6 +233,17 @@ def _module(case: Case, stage: Stage) -> StageModule:
         reentrant = case.setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     return StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
+
+
+def shard_stages(modules: list[StageModule], setup: Any, group: Any) -> None:
+    """Shards of each stage over its replicas, cut into units as torchtitan does it (distributed/fsdp.py)."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    for module in modules:
+        base, stage = module.base, module.stage
+        units = [*([base.embed_tokens] if stage.first else []), *base.layers]
+        for unit in (*units, *([[base.norm, module.head]] if stage.last else [])):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=setup.reshard)
+        fully_shard(module, mesh=mesh)
 
 
 def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:
@@ -298,6 +318,7 @@ def clip(trained: list[Any], stages: Any, nothing: torch.Tensor) -> None:
     """To a norm of 1 over all stages; of one in which nothing trains it is `nothing`, a zero."""
     grads = [p.grad for p in trained if p.grad is not None]
     total = torch.nn.utils.get_total_norm(grads) if grads else nothing
+    total = total.full_tensor() if isinstance(total, DTensor) else total
     total **= 2
     dist.all_reduce(total, group=stages)
     total **= 0.5

@@ -56,20 +56,24 @@ class Gathered:
         offloaded: whether its shards live in the host's memory.
         whole: its parameters' memory while they are gathered.
         coming: what is gathered but not copied out yet.
+        event: what its copy waits for.
     """
 
     unit: ShardedUnit
     offloaded: bool = False
     whole: list[Tensor] = field(default_factory=list)
     coming: Tensor | None = None
+    event: str = GATHERED
 
-    def gather(self, ranks: Ranks, like: ShardedUnit | None = None) -> None:
-        """`unshard`: copies into one buffer, and the all-gather; of a unit that is like this one, if it is given."""
+    def gather(self, ranks: Ranks, like: ShardedUnit | None = None, on: str = GATHER_COPY) -> None:
+        """`unshard`: copies into one buffer on a stream, and the all-gather; of a unit that is like this one, if it is
+        given.
+        """
         unit = like or self.unit
         if self.whole or self.coming is not None or not unit.parameters:
             return
         dtype, numels = unit.dtype, unit.numels
-        flat = None if self.offloaded else self._cast(unit)
+        flat = None if self.offloaded else self._cast(unit, on)
         sent = [
             self._moved(p, shard, n, dtype)
             if self.offloaded
@@ -78,10 +82,25 @@ class Gathered:
         ]
         self.coming = into = empty(sum(numels) * ranks.size, dtype)
         mine = in_buffer(into, (sum(numels),), dtype)
-        record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(GATHER_COPY))
+        record("fsdp::all_gather_copy_in", sent, (mine,), runs=Run(on))
         del sent, flat
-        exchange("c10d::_allgather_base_", mine, into, ranks, (GATHER_COPY,))
-        set_event(GATHERED, COMMUNICATION)
+        exchange("c10d::_allgather_base_", mine, into, ranks, (on,))
+        set_event(self.event, COMMUNICATION)
+
+    def copied_out(self, ranks: Ranks) -> Tensor:
+        """`foreach_all_gather_copy_out`: whole parameters of what came; returns the buffer that it came in."""
+        unit, coming = self.unit, self.coming
+        assert coming is not None
+        self.coming = None
+        self.whole = self.allocated(ranks)
+        rows = [in_buffer(w, (ranks.size, n), unit.dtype) for w, n in zip(self.whole, unit.numels, strict=True)]
+        buffer = in_buffer(coming, (ranks.size, sum(unit.numels)), unit.dtype)
+        record("fsdp::split_with_sizes_copy", (buffer,), rows, STRIDED, runs=Run(after=(self.event,)))
+        return coming
+
+    def allocated(self, ranks: Ranks) -> list[Tensor]:
+        """Memory of whole parameters."""
+        return [new_tensor((ranks.size, shard.numel), p.dtype) for p, shard in self.unit.pairs]
 
     def _moved(self, p: Parameter, shard: Parameter, n: Dim, dtype: str) -> Tensor:
         """A shard from the host's memory, in the dtype that it is used in."""
@@ -91,7 +110,7 @@ class Gathered:
             record("_to_copy", (kept,), (moved,), runs=Run(GATHER_COPY))
         return in_buffer(moved, (n,), dtype)
 
-    def _cast(self, unit: ShardedUnit) -> Tensor | None:
+    def _cast(self, unit: ShardedUnit, on: str) -> Tensor | None:
         """A buffer with what is kept in another dtype, in the one that it is used in."""
         moved = unit.cast
         if not moved:
@@ -100,7 +119,7 @@ class Gathered:
         flat = empty(sum(shard.numel for _, shard in moved), dtype)
         pieces = [in_buffer(flat, (shard.numel,), dtype) for _, shard in moved]
         kept = [in_buffer(shard, (shard.numel,), shard.dtype) for _, shard in moved]
-        record("_foreach_copy_", [*pieces, *kept], pieces, runs=Run(GATHER_COPY))
+        record("_foreach_copy_", [*pieces, *kept], pieces, runs=Run(on))
         return flat
 
 
@@ -280,22 +299,16 @@ class FullyShard(WholeUnits):
             return
         tape().part.host.units += 1
         state.gather(self.ranks)
-        assert state.coming is not None
         before = self.copied  # a local variable holds it up to the end (`prev_all_gather_state`)
         if forward:
             self._forget_copied()
-        unit, ranks = state.unit, self.ranks.size
-        state.whole = [new_tensor((ranks, shard.numel), p.dtype) for p, shard in unit.pairs]
-        rows = [in_buffer(whole, (ranks, n), unit.dtype) for whole, n in zip(state.whole, unit.numels, strict=True)]
-        coming = in_buffer(state.coming, (ranks, sum(unit.numels)), unit.dtype)
-        record("fsdp::split_with_sizes_copy", (coming,), rows, STRIDED, runs=Run(after=(GATHERED,)))
+        coming = state.copied_out(self.ranks)
         if forward:
-            self.copied = state.coming
+            self.copied = coming
             set_event(COPIED, COMPUTE)
         else:
             wait_event(COMPUTE, GATHER_COPY)
-        state.coming = None
-        del before
+        del before, coming
 
     @hooked
     def _forget_copied(self) -> None:

@@ -5,7 +5,8 @@ opposite one; a schedule says in which order a rank does its share. An order is 
 compared with the real program's and put on clocks.
 
 Sources: torch 2.13, distributed/pipelining/schedules.py (`ScheduleGPipe`, `Schedule1F1B`, `ScheduleInterleaved1F1B`,
-`_add_send_recv`); https://arxiv.org/abs/1811.06965 (GPipe), https://arxiv.org/abs/2104.04473 (1F1B, interleaved).
+`_add_send_recv`, `_add_unshard_reshard`); https://arxiv.org/abs/1811.06965 (GPipe), https://arxiv.org/abs/2104.04473
+(1F1B, interleaved).
 """
 
 from collections import Counter
@@ -39,12 +40,25 @@ class Wait(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """Behind the last backward pass of a stage: its gradients are divided by the number of micro-batches."""
+    """Behind a stage's last backward pass: gradients are reduced, and divided by the number of micro-batches."""
 
     stage: int
 
 
-Action = Pass | Post | Wait | Reduce
+class Gather(NamedTuple):
+    """All shards of a stage are gathered, to be there when one of its passes begins."""
+
+    stage: int
+
+
+class Free(NamedTuple):
+    """What is gathered of a stage goes."""
+
+    stage: int
+
+
+Action = Pass | Post | Wait | Reduce | Gather | Free
+ACTIVE = 3  # stages of a rank that are gathered at a time (`_add_unshard_reshard`)
 
 
 class Schedule(NamedTuple):
@@ -73,16 +87,19 @@ class Schedule(NamedTuple):
                 f"use --grad-accum {ranks * rounds}"
             )
 
-    def orders(self, ranks: int, micros: int, returns: Callable[[int], bool]) -> list[list[Action]]:
+    def orders(
+        self, ranks: int, micros: int, returns: Callable[[int], bool], *, sharded: bool = False
+    ) -> list[list[Action]]:
         """What each rank does, in its order.
 
         Args:
             returns: whether a stage sends a gradient back to the one before it.
+            sharded: whether stages are gathered of shards: interleaved ones ahead of their passes.
         """
         pipeline = Pipeline(ranks * self.chunks, micros, returns)
         if self.name == "interleaved":
             passes = [list(_interleaved(rank, ranks, self.chunks, micros)) for rank in range(ranks)]
-            return _with_transfers(pipeline, passes)
+            return _with_transfers(pipeline, [list(_with_gathers(own)) for own in passes] if sharded else passes)
         one = _one_forward_one_backward if self.name == "1f1b" else _fill_and_drain
         return [[a for a in one(pipeline, stage) if a not in (Post(), Wait(Post()))] for stage in range(ranks)]
 
@@ -176,6 +193,19 @@ def _interleaved(rank: int, ranks: int, chunks: int, micros: int) -> Iterator[Ac
             yield done
             if done.micro == micros - 1:
                 yield Reduce(done.stage)
+
+
+def _with_gathers(order: list[Action]) -> Iterator[Action]:
+    """The order of a rank with the stages gathered that come next, in the place of those that do not."""
+    active: list[int] = []
+    for i, action in enumerate(order):
+        if isinstance(action, Pass):
+            coming = list(dict.fromkeys(a.stage for a in order[i:] if isinstance(a, Pass)))[:ACTIVE]
+            yield from (Free(stage) for stage in active if stage not in coming)
+            yield from (Gather(stage) for stage in coming if stage not in active)
+            active = coming
+        yield action
+    yield from map(Free, active)
 
 
 def _with_transfers(of: Pipeline, passes: list[list[Action]]) -> list[list[Action]]:

@@ -197,8 +197,11 @@ class Survey(WholeUnits):
         tied: bool,
         flat: bool = False,
         classifies: bool = False,
+        staged: bool = False,
     ) -> list[ShardedUnit]:
         """The units of a model as its modules are found, that of the rest last; `flat` as in `shard_of`.
+
+        Of a stage of a pipeline (`staged`) they are torchtitan's.
 
         Scales of packed weights are no parameters of a module, so they stay whole on every rank. What is packed in
         bytes FSDP2 cannot cut (accelerate's `fsdp2_prepare_model` leaves it out); under FSDP1 it is stored as floats
@@ -218,13 +221,15 @@ class Survey(WholeUnits):
             adapted = not setup.sequence_parallel and any(
                 p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters
             )
-            first, tail = self._beside(tied=tied, adapted=adapted, classifies=classifies)
+            first, tail = (
+                self._of_stage() if staged else self._beside(tied=tied, adapted=adapted, classifies=classifies)
+            )
             groups = [*first, *groups, *tail]
         found = {group: [p for p, name in left.items() if name.startswith(group)] for group in groups}
         found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
-        stay = {*tail, *(group for group in groups if HEAD in group)}
-        if setup.fsdp_units == "accelerate":  # `reshard_after_forward` of the root is None there
+        stay = set() if staged else {*tail, *(group for group in groups if HEAD in group)}
+        if setup.fsdp_units == "accelerate" and not staged:  # `reshard_after_forward` of the root is None there
             stay.add((ROOT,))
         return [
             ShardedUnit(
@@ -233,6 +238,12 @@ class Survey(WholeUnits):
             )
             for group, those in found.items()
         ]  # fmt: skip
+
+    def _of_stage(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """The same of a stage, of what it has of them (torchtitan, distributed/fsdp.py: `apply_fsdp_to_decoder`)."""
+        words = [path for path in self.modules if path[:-1].endswith(WORDS)]
+        behind = tuple(path for path in self.modules if path not in words)
+        return [(path,) for path in words], [behind] if behind else []
 
     def _beside(
         self, *, tied: bool, adapted: bool, classifies: bool
