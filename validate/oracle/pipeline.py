@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # whose collectives do nothing
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -199,7 +199,7 @@ def _step(case: Case, ours: RankStep, line: Any, side: Any) -> tuple[StageRecord
                 update.step()
                 update.zero_grad(set_to_none=True)
 
-    with eager_program(), _observed(recorder, stages):
+    with eager_program(), _observed(recorder, stages, schedule):
         run()
         if setup.replicas > 1 and setup.parallel == "ddp":
             for stage in stages:
@@ -260,8 +260,10 @@ def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:
 
 
 @contextmanager
-def _observed(recorder: StageRecorder, stages: list[Any]) -> Iterator[None]:
+def _observed(recorder: StageRecorder, stages: list[Any], schedule: Any) -> Iterator[None]:
     """Passes, losses and messages are seen, each in its phase; a message in that of what is received with it.
+
+    What is gathered ahead of passes counts as forward.
 
     gloo holds on to what is sent as long as somebody has the handle, as NCCL does not: it gets a copy.
     """
@@ -290,6 +292,11 @@ def _observed(recorder: StageRecorder, stages: list[Any]) -> Iterator[None]:
             for what in ("recv", "send"):
                 name = f"get_{way}_{what}_ops"
                 setattr(stage, name, tagged(phase, getattr(stage, name)))
+        for module in stage.submod.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard = seen("forward", module.unshard)  # type: ignore[method-assign]
+    if hasattr(schedule, "_assert_unsharded"):
+        schedule._assert_unsharded = seen("forward", schedule._assert_unsharded)
     home: Any = schedules
     begin, of_loss = home._batch_p2p, home._PipelineSchedule._compute_loss
 
