@@ -38,7 +38,6 @@ from .step import Step
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
 REPLICAS = ("ddp", "fsdp2")  # forms of replicas beside which it is
 ALONE: dict[str, Any] = {
-    "tp": 1,
     "cp": 1,
     "amp": None,
     "kernels": "torch",
@@ -96,7 +95,11 @@ def build_ranks(
     """
     schedule = Schedule.parse(setup.pp_schedule)
     check_pipeline(architecture, method, setup, schedule)
-    how = Recorder(architecture, method.under(setup.stack, setup.dtype), setup, device, capability, schedule)
+    whole = architecture
+    if setup.tp > 1:
+        architecture = whole.part_of(setup.tp)
+        method = method.bind(architecture)
+    how = Recorder(whole, architecture, method.under(setup.stack, setup.dtype), setup, device, capability, schedule)
     stages = how.stages()
     orders = schedule.orders(setup.pp, setup.grad_accum, lambda stage: stages[stage].given, sharded=how.sharded)
     found: list[RankStep] = []
@@ -136,8 +139,9 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
 
 
 class Recorder(NamedTuple):
-    """Records ranks of one pipeline."""
+    """Records ranks of one pipeline; `architecture` is what one of those has that share the layers of the whole."""
 
+    whole: Architecture
     architecture: Architecture
     method: Method
     setup: Setup
@@ -225,7 +229,7 @@ class Recorder(NamedTuple):
         return existing((*self.setup.shape, self.architecture.hidden), self.setup.dtype)
 
     def _begin(self) -> tuple[Tape, Step]:
-        step = Step(self.architecture, self.method, self.setup, self.device, [])
+        step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)
         return Tape(self.device, self.capability, self.setup.stack), step
 
     def _program(self, step: Step, tape: Tape, stage: Stage) -> StageProgram:
@@ -234,7 +238,7 @@ class Recorder(NamedTuple):
         if self.sharded:
             form = sharded(step, self._begin()[0], stage, self._message)
         elif not decide(self.setup.replicas == 1):
-            form = ddp.Replicated(Ranks(self.setup.replicas))
+            form = ddp.Replicated(Ranks(self.setup.replicas, self.setup.tp))
         return StageProgram(step, tape, stage, form, self._message, holds=self.schedule.name == "1f1b")
 
     def _transfer(self, sends: Sequence[str], receives: Sequence[str]) -> Part:

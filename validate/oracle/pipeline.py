@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # whose collectives do nothing
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
@@ -35,6 +35,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording import pipeline
 from perfmodel.recording.parallel.schedules import Pass, Post, Schedule
 from perfmodel.recording.pipeline import RankStep
+from perfmodel.setup import Setup
 from perfmodel.tracing.programs import updates
 from perfmodel.tracing.programs.dtypes import DTYPES
 from perfmodel.tracing.trace import eager_program
@@ -146,13 +147,8 @@ def _rank(case: Case, ours: RankStep, rank: int, folder: Path, out: Connection) 
     warnings.filterwarnings("ignore")
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.setup.gpus)
-        replicas = case.setup.gpus // case.setup.pp
-        lines = [dist.new_group(list(range(i, case.setup.gpus, replicas))) for i in range(replicas)]
-        kind = "fake" if case.setup.parallel == "fsdp2" else "gloo"  # which has no average of what it scatters
-        sides = [
-            dist.new_group(list(range(i * replicas, (i + 1) * replicas)), backend=kind) for i in range(case.setup.pp)
-        ]
-        recorder, elements = _step(case, ours, lines[rank % replicas], sides[rank // replicas])
+        mesh = mesh_of_stages(case.setup)
+        recorder, elements = _step(case, ours, mesh)
         dist.barrier()  # who ends closes connections
         out.send(
             {"trace": recorder.trace, "transfers": recorder.transfers, "collectives": recorder.collectives,
@@ -163,17 +159,17 @@ def _rank(case: Case, ours: RankStep, rank: int, folder: Path, out: Connection) 
         raise
 
 
-def _step(case: Case, ours: RankStep, line: Any, side: Any) -> tuple[StageRecorder, tuple[int, int]]:
+def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, tuple[int, int]]:
     """A later step of a rank: in the first one shapes are exchanged, in the next ones DDP fills other buckets.
 
     DDP comes once shapes are known: their exchange runs a forward pass behind which its reducer waits for gradients,
     and torch 2.13 then breaks off where two backward passes follow without a forward one between them.
     """
-    setup = case.setup
-    modules = [_module(case, stage) for stage in ours.stages]
+    setup, line = case.setup, mesh.get_group("pp")
+    modules = [_module(case, stage, mesh) for stage in ours.stages]
     base_dtype = next(modules[0].parameters()).dtype
     if setup.parallel == "fsdp2" and setup.replicas > 1:
-        shard_stages(modules, setup, side)
+        shard_stages(modules, setup, mesh)
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     elements = sum(p.numel() for m in modules for p in m.parameters()), sum(p.numel() for p in trained)
     recorder = StageRecorder()
@@ -204,7 +200,9 @@ def _step(case: Case, ours: RankStep, line: Any, side: Any) -> tuple[StageRecord
         if setup.replicas > 1 and setup.parallel == "ddp":
             for stage in stages:
                 if any(p.requires_grad for p in stage.submod.parameters()):
-                    stage.submod = torch.nn.parallel.DistributedDataParallel(stage.submod, process_group=side)
+                    stage.submod = torch.nn.parallel.DistributedDataParallel(
+                        stage.submod, process_group=mesh.get_group("dp_shard")
+                    )
             run()
         buffers = [info.buffer for stage in stages for info in _received(stage) if info.buffer is not None]
         held = updates.held(update) if update is not None else ()
@@ -223,11 +221,11 @@ def _received(stage: Any) -> Iterator[Any]:
     return chain.from_iterable((*stage.args_recv_info.values(), *stage.grad_recv_info.values()))
 
 
-def _module(case: Case, stage: Stage) -> StageModule:
+def _module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
     """A stage of the model with the method on it."""
     architecture = from_config(case.config)
     method = methods.parse(case.method).bind(architecture)
-    model = alone(case.config, case.setup, architecture, method)
+    model = alone(case.config, case.setup, architecture, method, mesh)
     model.train()
     if case.setup.checkpoint != "none":
         reentrant = case.setup.checkpoint == "block-reentrant"
@@ -235,15 +233,27 @@ def _module(case: Case, stage: Stage) -> StageModule:
     return StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
 
 
-def shard_stages(modules: list[StageModule], setup: Any, group: Any) -> None:
+def mesh_of_stages(setup: Setup) -> DeviceMesh:
+    """Stages by replicas, groups of them and those that share layers; what is no replica of DDP exchanges nothing."""
+    group = setup.replicas if setup.shard_group is None else min(setup.replicas, setup.shard_group)
+    several = {"dp_replicate": setup.replicas // group, "dp_shard": group, "tp": setup.tp}
+    sizes = {"pp": setup.pp, **{name: n for name, n in several.items() if n > 1}}
+    fake = [name for name in sizes if name == "tp" or (name != "pp" and setup.parallel == "fsdp2")]
+    return init_device_mesh(
+        "cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=dict.fromkeys(fake, "fake")
+    )  # fmt: skip
+
+
+def shard_stages(modules: list[StageModule], setup: Setup, mesh: DeviceMesh) -> None:
     """Shards of each stage over its replicas, cut into units as torchtitan does it (distributed/fsdp.py)."""
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    names = mesh.mesh_dim_names or ()
+    over = mesh[tuple(name for name in names if name.startswith("dp"))]
     for module in modules:
         base, stage = module.base, module.stage
         units = [*([base.embed_tokens] if stage.first else []), *base.layers]
         for unit in (*units, *([[base.norm, module.head]] if stage.last else [])):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=setup.reshard)
-        fully_shard(module, mesh=mesh)
+            fully_shard(unit, mesh=over, reshard_after_forward=setup.reshard)
+        fully_shard(module, mesh=over)
 
 
 def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:
