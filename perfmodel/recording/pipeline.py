@@ -39,7 +39,6 @@ METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is mo
 REPLICAS = ("ddp", "fsdp2")  # forms of replicas beside which it is
 ALONE: dict[str, Any] = {
     "cp": 1,
-    "amp": None,
     "kernels": "torch",
     "images": 0,
     "group_by_length": False,
@@ -230,7 +229,7 @@ class Recorder(NamedTuple):
 
     def _begin(self) -> tuple[Tape, Step]:
         step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)
-        return Tape(self.device, self.capability, self.setup.stack), step
+        return Tape(self.device, self.capability, self.setup.stack, autocast=self.setup.amp), step
 
     def _program(self, step: Step, tape: Tape, stage: Stage) -> StageProgram:
         """A stage with what its replicas do."""

@@ -37,7 +37,7 @@ from perfmodel.recording.parallel.schedules import Pass, Post, Schedule
 from perfmodel.recording.pipeline import RankStep
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import updates
-from perfmodel.tracing.programs.dtypes import DTYPES
+from perfmodel.tracing.programs.dtypes import DTYPES, TORCH_DTYPES
 from perfmodel.tracing.trace import eager_program
 
 from . import counts
@@ -230,7 +230,10 @@ def _module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
     if case.setup.checkpoint != "none":
         reentrant = case.setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    return StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
+    module = StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
+    if case.setup.amp and case.setup.parallel == "ddp":
+        module.forward = torch.autocast("cpu", TORCH_DTYPES[case.setup.amp])(module.forward)  # type: ignore[method-assign]
+    return module
 
 
 def mesh_of_stages(setup: Setup) -> DeviceMesh:
