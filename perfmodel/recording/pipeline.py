@@ -27,6 +27,7 @@ from ..tape.core import Tape, recording
 from ..tape.tensor import Tensor
 from .checks import check_step
 from .collector import no_collector
+from .forward import running
 from .parallel import ddp
 from .parallel.collectives import SENT
 from .parallel.form import check_form
@@ -95,6 +96,8 @@ def build_ranks(
     schedule = Schedule.parse(setup.pp_schedule)
     check_pipeline(architecture, method, setup, schedule)
     whole = architecture
+    if decide(setup.replicas == 1):  # there is nothing to shard
+        setup = replace(setup, parallel="ddp", reshard=True, shard_group=None)
     if setup.tp > 1:
         architecture = whole.part_of(setup.tp)
         method = method.bind(architecture)
@@ -225,11 +228,15 @@ class Recorder(NamedTuple):
 
     def _message(self) -> Tensor:
         """What stages send one another: hidden states, or the gradient of them."""
-        return existing((*self.setup.shape, self.architecture.hidden), self.setup.dtype)
+        dtype = self.setup.amp if self.sharded and self.setup.amp else self.setup.dtype
+        return existing((*self.setup.shape, self.architecture.hidden), dtype)
 
     def _begin(self) -> tuple[Tape, Step]:
         step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)
-        return Tape(self.device, self.capability, self.setup.stack, autocast=self.setup.amp), step
+        runs = running(step)[0]
+        tape = Tape(self.device, self.capability, self.setup.stack, autocast=runs.amp)
+        tape.buffer_dtype = self.setup.dtype if self.setup.dtype != runs.dtype else None
+        return tape, step
 
     def _program(self, step: Step, tape: Tape, stage: Stage) -> StageProgram:
         """A stage with what its replicas do."""

@@ -149,7 +149,9 @@ class StageProgram:
             run_backward(out, emit("ones_like", (out,), (), out.dtype) if self.stage.last else self.message())
         tape.begin("exchange", BACKWARD)
         with tape.no_grad():
-            if isinstance(form, Replicated) and form.ready:
+            if isinstance(form, ShardedStage):
+                form.end_of_micro_batch()
+            elif isinstance(form, Replicated) and form.ready:
                 form.end_of_backward()
         tape.wrapping = None
         for p in step.parameters:
@@ -218,4 +220,4 @@ def sharded(step: Step, tape: Tape, stage: Stage, message: Callable[[], Tensor])
     ranks, across = sharing(Ranks(step.setup.replicas, step.setup.tp), step.setup)
     own = [p for p in step.parameters if p.name not in known]
     units = survey.units(own, ranks.size, step.setup, tied=False, staged=True)
-    return ShardedStage(units, ranks, across, stage.number)
+    return ShardedStage(units, ranks, across, stage.number, "fp32" if step.setup.amp else None)

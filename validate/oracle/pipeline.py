@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # whose collectives do nothing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -231,7 +231,7 @@ def _module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
         reentrant = case.setup.checkpoint == "block-reentrant"
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     module = StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
-    if case.setup.amp and case.setup.parallel == "ddp":
+    if case.setup.amp and not (case.setup.parallel == "fsdp2" and case.setup.replicas > 1):
         module.forward = torch.autocast("cpu", TORCH_DTYPES[case.setup.amp])(module.forward)  # type: ignore[method-assign]
     return module
 
@@ -251,12 +251,17 @@ def shard_stages(modules: list[StageModule], setup: Setup, mesh: DeviceMesh) -> 
     """Shards of each stage over its replicas, cut into units as torchtitan does it (distributed/fsdp.py)."""
     names = mesh.mesh_dim_names or ()
     over = mesh[tuple(name for name in names if name.startswith("dp"))]
+    amp = {"param_dtype": TORCH_DTYPES[setup.amp], "reduce_dtype": torch.float32} if setup.amp else {}
+    precision = MixedPrecisionPolicy(**amp, cast_forward_inputs=False)
     for module in modules:
         base, stage = module.base, module.stage
+        for p in module.parameters():
+            if p.requires_grad and amp:
+                p.data = p.data.float()
         units = [*([base.embed_tokens] if stage.first else []), *base.layers]
         for unit in (*units, *([[base.norm, module.head]] if stage.last else [])):
-            fully_shard(unit, mesh=over, reshard_after_forward=setup.reshard)
-        fully_shard(module, mesh=over)
+            fully_shard(unit, mesh=over, mp_policy=precision, reshard_after_forward=setup.reshard)
+        fully_shard(module, mesh=over, mp_policy=precision)
 
 
 def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:

@@ -4,7 +4,8 @@ Its schedule switches off, for every backward pass, that gradients are reduced a
 stage has no more passes to do, its units are freed and reduced one after another, in the order of its modules. Forward
 passes free as they do without a pipeline: never if the weights are to stay, which is torchtitan's default
 (`get_fsdp_reshard_after_forward_policy`), else block by block, so that who comes behind a forward pass gathers again,
-and who comes behind a backward pass does not.
+and who comes behind a backward pass does not. With mixed precision gradients are summed and reduced in fp32, as
+torchtitan has it.
 
 Sources: torch 2.13, distributed/pipelining/stage.py (`backward_maybe_with_nosync`, `perform_reduce_grad`), schedules.py
 (`UNSHARD`, `RESHARD`); distributed/fsdp/_fully_shard/.
@@ -16,7 +17,7 @@ from itertools import groupby
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMPUTE
-from ...tape.core import new_tensor, tape
+from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .fsdp2 import GATHERED, FullyShard, Gathered
 from .units import ROOT, ShardedUnit
@@ -25,11 +26,20 @@ State = tuple[tuple[bool, bool], ...]  # of each unit: whether it is there, and 
 
 
 class ShardedStage(FullyShard):
-    """The hooks of FSDP2 around a stage."""
+    """The hooks of FSDP2 around a stage.
 
-    def __init__(self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None, number: int) -> None:
+    Attributes:
+        dtype: in which gradients of micro-batches are summed and reduced, None: that of parameters as they are used.
+        sums: of gradients so far, in another dtype than theirs.
+    """
+
+    def __init__(
+        self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None, number: int, summed: str | None
+    ) -> None:
         super().__init__(units, ranks, None, across=across)
         self.reduces = False
+        self.dtype = summed
+        self.sums: dict[Parameter, Tensor] = {}
         for held in self.units.values():
             held.event = f"{GATHERED} {number}"
 
@@ -73,6 +83,8 @@ class ShardedStage(FullyShard):
         """`perform_reduce_grad`: all gradients, behind the last backward pass."""
         self.reduces = True
         for path, held in self._in_parts("reduce", "backward"):
+            for p in held.unit.parameters:
+                p.grad = self.sums.pop(p, p.grad)
             self._reduce(path, held)
         tape().begin("reduce", "backward")
         self.end_of_backward()
@@ -87,9 +99,32 @@ class ShardedStage(FullyShard):
             made.repeat = run.repeat if run is not None else 1
             yield from those
 
+    def end_of_micro_batch(self) -> None:
+        """Units whose input needed no gradient."""
+        for path, held in self.units.items():
+            if path not in self.done:
+                self._sum(held)
+        self.done.clear()
+
     def _post_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         """Gradients and weights stay."""
+        (path,) = node.attrs
+        self.done.add(path)
+        self._sum(self.units[path])
         return tuple(grads)
+
+    def _sum(self, held: Gathered) -> None:
+        """`accumulate_unsharded_grad_if_needed`, `to_accumulated_grad_if_needed`."""
+        for p in held.unit.parameters:
+            if p.grad is None or self.dtype is None or p.grad.dtype == self.dtype:
+                continue
+            p.grad.storage.copies = 1
+            if p in self.sums:
+                record("add_.Tensor", (self.sums[p], p.grad), (self.sums[p],))
+            else:
+                self.sums[p] = new_tensor(p.grad.shape, self.dtype)
+                record("_to_copy", (p.grad,), (self.sums[p],))
+            p.grad = None
 
 
 def _run_of(unit: ShardedUnit) -> Part | None:
