@@ -287,7 +287,9 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
                 cut = (Ranks(step.setup.tp),) if step.setup.sequence_parallel else ()  # what is cut are DTensors
                 across = (*((form.ranks,) if form is not None and form.shares_norm else ()), *cut)
                 part = tape.begin("clip", "optimizer")
-                trained, dtype = optimizers.trainable(step.parameters), step.method.dtype_of_trained(step.setup.dtype)
+                masters = form is not None and step.setup.parallel == "fsdp2" and step.setup.amp is not None
+                dtype = "fp32" if masters else step.method.dtype_of_trained(step.setup.dtype)
+                trained = optimizers.trainable(step.parameters)
                 optimizers.clip_grad_norm(part, trained, across, step.stages, dtype, step.parameters if cut else ())
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)

@@ -169,6 +169,7 @@ def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, 
     modules = [_module(case, stage, mesh) for stage in ours.stages]
     base_dtype = next(modules[0].parameters()).dtype
     if setup.parallel == "fsdp2" and setup.replicas > 1:
+        base_dtype = torch.float32 if setup.amp else base_dtype
         shard_stages(modules, setup, mesh)
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     elements = sum(p.numel() for m in modules for p in m.parameters()), sum(p.numel() for p in trained)
