@@ -226,9 +226,10 @@ class Setup:
         if self.sequence_parallel and self.tp == 1:
             raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
         if self.shard_group is not None:
-            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus) // self.tp
+            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus) // (self.tp * self.pp)
             if group < 2 or np.any((gpus > group) & (gpus % group > 0)):
                 of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
+                of += "" if self.pp == 1 else f" (of {self.pp} stages)"
                 raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job{of} are no groups of so many")
         if not SCHEDULE.fullmatch(self.pp_schedule):
             raise UserError(f"pp_schedule {self.pp_schedule!r} is unknown: use 1f1b, gpipe or interleaved:v=2")

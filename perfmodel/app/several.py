@@ -19,6 +19,7 @@ COUNTS = ("tp", "pp", "cp")
 # Fields that take nothing but these; of them they offer those that mean something
 CLOSED = {"node": tuple(nodes.names()), "cp_rotate": ROTATE, "ddp": DDP, "offload": OFFLOAD}
 AS_USUAL = "none"  # of a field that is None at first
+STAGED = ("ddp", "fsdp2")  # forms that replicas of a pipeline have
 SCHEDULES = ("1f1b", "gpipe", "interleaved:v=2", "interleaved:v=4")
 OFFLOADED = {"zero1": OFFLOAD[:2], "zero2": OFFLOAD[:2], "zero3": OFFLOAD, "fsdp1": OFFLOAD[::2], "fsdp2": OFFLOAD[::2]}
 MOST_SHARES = 64  # GPUs beyond which a field offers nothing; more can be typed
@@ -36,14 +37,15 @@ def offered(deciding: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     if gpus > 1:
         shares = tuple(n for n in range(1, min(gpus, MOST_SHARES) + 1) if gpus % n == 0)
         found |= {"nodes": (AS_USUAL, *shares), "node": (AS_USUAL, *nodes_of(str(deciding["device"]))), "tp": shares}
-        if parallel == "ddp":
+        if parallel in STAGED:
             found["pp"] = shares
             found |= {"pp_schedule": SCHEDULES} if pp > 1 else {}
-            found |= {"ddp": DDP} if pp == 1 and gpus > tp else {}
-        if parallel == "fsdp2":
+        if parallel == "ddp" and pp == 1 and gpus > tp:
+            found["ddp"] = DDP
+        if parallel == "fsdp2" and pp == 1:
             found["cp"] = shares
             found |= {"cp_rotate": ROTATE} if cp > 1 else {}
-    shared = tp > 1 or (parallel == "fsdp2" and cp > 1)  # beside which offloading is not modelled
+    shared = tp > 1 or (parallel == "fsdp2" and max(cp, pp) > 1)  # beside which offloading is not modelled
     if parallel in OFFLOADED and (parallel.startswith("zero") if gpus == 1 else not shared):
         found["offload"] = OFFLOADED[parallel]
     return found

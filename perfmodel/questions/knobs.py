@@ -128,7 +128,8 @@ def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | N
     yield (form, True, None), name
     if form not in OF_FSDP:
         return
-    groups = [n for n in GROUPS if isinstance(setup.gpus, int) and n < setup.gpus and setup.gpus % n == 0]
+    gpus = setup.gpus // setup.pp
+    groups = [n for n in GROUPS if isinstance(gpus, int) and n < gpus and gpus % n == 0]
     for group in (None, *groups):
         where = name if group is None else f"{name} in groups of {group}"
         if group is not None:

@@ -124,7 +124,9 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
         if getattr(setup, name) != usual:
             raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")
     if not decide(setup.replicas == 1) and setup.parallel not in REPLICAS:
-        raise UserError(f"pp: stages are not modelled with {setup.parallel}; use --parallel {' or '.join(REPLICAS)}")
+        own = ", whose pipeline module is another program" if setup.parallel.startswith("zero") else ""
+        use = " or ".join(REPLICAS)
+        raise UserError(f"pp: stages are not modelled with {setup.parallel}{own}; use --parallel {use}")
     known = method.name in METHODS and getattr(method, "implementation", "peft") == "peft"
     if not known or getattr(method, "inner", "full") != "full":
         raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} are")
@@ -215,7 +217,6 @@ class Recorder(NamedTuple):
 
     def _actions(self, order: Sequence[Action], programs: Sequence[StageProgram]) -> list[tuple[Action, list[Part]]]:
         """What a rank does, with the parts of it."""
-        by_stage = {program.stage.number: program for program in programs}
         posts: dict[Hashable, list[Part]] = {}
         found: list[tuple[Action, list[Part]]] = []
         for action in order:
@@ -223,7 +224,9 @@ class Recorder(NamedTuple):
                 ways = tuple([done.way for done in action.sends]), tuple([done.way for done in action.receives])
                 found.append((action, posts.setdefault(ways, [self._transfer(*ways)])))
             else:
-                found.append((action, [] if isinstance(action, Wait) else by_stage[action.stage].run(action)))
+                found.append(
+                    (action, [] if isinstance(action, Wait) else programs[action.stage // self.setup.pp].run(action))
+                )
         return found
 
     def _message(self) -> Tensor:

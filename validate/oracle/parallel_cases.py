@@ -54,6 +54,13 @@ MESHES: tuple[tuple[int, int, dict[str, Any]], ...] = (  # groups of so many sha
     (1, 2, {"tp": 2}), (2, 2, {"tp": 2}), (2, 4, {"cp": 2}), (1, 3, {"tp": 2}), (3, 2, {"cp": 2}), (2, 3, {"tp": 2}),
     (1, 2, {"tp": 2, "cp": 2}), (2, 4, {"tp": 2, "cp": 2}),
 )  # fmt: skip
+# What replicas of stages do, how many there are, and who shares what beside them
+STAGE_WAYS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {"parallel": "fsdp2"}), (2, {"parallel": "fsdp2", "reshard": False}), (1, {"tp": 2}),
+    (3, {"parallel": "fsdp2", "reshard": False, "dtype": "fp32", "amp": "bf16"}), (1, {"dtype": "fp32", "amp": "bf16"}),
+    (4, {"parallel": "fsdp2", "shard_group": 2, "dtype": "bf16", "amp": "bf16"}), (2, {"parallel": "fsdp2", "tp": 2}),
+    (2, {"dtype": "bf16", "amp": "bf16"}), (3, {"parallel": "fsdp2", "dtype": "fp32"}),
+)  # fmt: skip
 RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
 CHECKPOINTS = ("none", "block", "block-reentrant")
 PRECISIONS: tuple[dict[str, Any], ...] = (
@@ -266,6 +273,27 @@ def pipeline_grid(which: str) -> Iterator[Case]:
                 )  # fmt: skip
                 layers = {"num_hidden_layers": 6 + n % 3, "tie_word_embeddings": False}
                 config = Config({**SMALL[name], **layers}, name, name)
+                yield _case(config, method, setup)
+
+
+def stage_mesh_grid(which: str) -> Iterator[Case]:
+    """Stages whose replicas have shards, whose layers several share, and in mixed precision."""
+    for i, name in enumerate(STAGED):
+        config = Config({**SMALL[name], "num_hidden_layers": 6 + i % 3, "tie_word_embeddings": False}, name, name)
+        for j, method in enumerate(STAGED_METHODS):
+            for k in range({"quick": 1, "standard": 4, "all": 2 * len(STAGE_WAYS)}[which]):
+                n = 5 * i + 8 * j + k
+                replicas, way = STAGE_WAYS[n % len(STAGE_WAYS)]
+                if method not in TENSOR_METHODS and "tp" in way:
+                    replicas, way = STAGE_WAYS[(n + i + 1) % 2]
+                shared = way.get("tp", 1)
+                plain: dict[str, Any] = {"clip_grad": False, "optimizer": "adamw-loop"} if shared > 1 else {}
+                schedule, ranks, micros = SCHEDULES[(n + i + 3 * j + k) % len(SCHEDULES)]
+                base: dict[str, Any] = {"optimizer": "adamw-foreach", "clip_grad": n % 4 != 3, **plain, **way}
+                setup = replace(
+                    BASE, **base, checkpoint=("none", "block")[n // 2 % 2], gpus=ranks * replicas * shared, pp=ranks,
+                    pp_schedule=schedule, grad_accum=micros,
+                )  # fmt: skip
                 yield _case(config, method, setup)
 
 

@@ -28,7 +28,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     if several:
         chosen = [
             *parallel_cases.rank_grid(grid), *parallel_cases.compiled_grid(grid), *parallel_cases.pipeline_grid(grid),
-            *_of_deepspeed(grid),
+            *parallel_cases.stage_mesh_grid(grid), *_of_deepspeed(grid),
         ]  # fmt: skip
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
@@ -80,7 +80,7 @@ def _changed(result: Any) -> str:
 def _form(setup: Any) -> str:
     stages = f"pp {setup.pp_schedule}" if setup.pp > 1 else f"cp {setup.cp_rotate}" if setup.cp > 1 else ""
     stages = stages or ("compiled" if setup.compile != "none" else "")
-    return " ".join(filter(None, [stages, setup.parallel if setup.replicas > 1 else ""])) or "tp"
+    return " ".join(filter(None, [stages, setup.parallel if setup.replicas > 1 else "", "tp" if setup.tp > 1 else ""]))
 
 
 def _row(r: Any) -> dict[str, Any]:
