@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
 from perfmodel.recording import pipeline as recording
-from perfmodel.recording.parallel.schedules import Pass, Post
+from perfmodel.recording.parallel.schedules import Free, Gather, Pass, Post, Reduce
 from validate.oracle import parallel_cases, pipeline
 from validate.oracle.cases import Case
 
@@ -27,13 +27,28 @@ CHOSEN = [
     next(c for c in GRID if c.setup.pp_schedule.startswith(schedule) and (c.setup.pp, c.setup.gpus) == ranks)
     for schedule, ranks in (("1f1b", (3, 3)), ("interleaved", (2, 4)), ("gpipe", (2, 2)))
 ]
+MESHES = list(parallel_cases.stage_mesh_grid("standard"))
+WANTED = (  # gathered again and again or once, ahead of passes, in mixed precision, and of layers that others share
+    ((2, 4), {"parallel": "fsdp2", "pp_schedule": "1f1b", "reshard": True, "grad_accum": 3}),
+    ((2, 4), {"parallel": "fsdp2", "pp_schedule": "interleaved:v=3", "reshard": False}),
+    ((2, 8), {"parallel": "fsdp2", "shard_group": 2, "amp": "bf16"}),
+    ((2, 8), {"parallel": "fsdp2", "tp": 2}),
+    ((2, 2), {"parallel": "ddp", "amp": "bf16", "dtype": "fp32"}),
+)
+SHARDED = [
+    next(c for c in MESHES if (c.setup.pp, c.setup.gpus) == ranks and of.items() <= c.setup.as_dict().items())
+    for ranks, of in WANTED
+]
+
+
+WORDS = {Gather: "UNSHARD", Free: "RESHARD", Reduce: "REDUCE_GRAD"}
 
 
 def named(case: Case) -> str:
     return f"{case.config.name} {case.method} {case.setup.pp_schedule} {case.setup.gpus}"
 
 
-@pytest.mark.parametrize("case", CHOSEN, ids=named)
+@pytest.mark.parametrize("case", [*CHOSEN, *SHARDED], ids=named)
 def test_the_tape_equals_every_rank_of_a_real_pipeline(case: Case) -> None:
     """Zero tolerance: calls, bytes, messages with both ends in their order between products; peak within 3 %."""
     result = pipeline.compare_pipeline(case)
@@ -63,26 +78,32 @@ def test_a_wrong_order_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line.startswith("rank 0") for line in said)
 
 
-@pytest.mark.parametrize(("ranks", "chunks", "micros"), [(2, 2, 4), (3, 2, 6), (4, 3, 8), (2, 1, 5), (4, 2, 4)])
-def test_interleaved_orders_are_those_of_the_real_schedule(ranks: int, chunks: int, micros: int) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "chunks", "micros"), [(2, 2, 4), (3, 2, 6), (4, 3, 8), (2, 1, 5), (4, 2, 4), (2, 5, 4), (5, 4, 10)]
+)
+def test_interleaved_orders_are_those_of_the_real_schedule(ranks: int, chunks: int, micros: int, sharded: bool) -> None:
     """More ranks and runs of blocks than a machine has cores: the real schedule is asked for its order alone."""
     real = object.__new__(schedules.ScheduleInterleaved1F1B)
     real.pp_group_size, real.n_local_stages, real._n_microbatches = ranks, chunks, micros
     real.microbatches_per_round = micros // max(1, micros // ranks)
     orders = {r: real._calculate_single_rank_operations(r) for r in range(ranks)}
+    if sharded:
+        orders = {r: list(schedules._add_unshard_reshard(order)) for r, order in orders.items()}
     passes = {r: schedules._add_reduce_grad(order, micros) for r, order in orders.items()}
     theirs = schedules._add_send_recv(passes, lambda stage: stage % ranks, ranks * chunks)
-    ours = recording.Schedule("interleaved", chunks).orders(ranks, micros, lambda stage: True)
+    ours = recording.Schedule("interleaved", chunks).orders(ranks, micros, lambda stage: True, sharded=sharded)
     for rank, order in enumerate(ours):
-        assert [word for a in order for word in said_by_torch(a)] == [
-            w for w in map(str, theirs[rank]) if not w.endswith("GRAD")
-        ]
+        assert [word for a in order for word in said_by_torch(a)] == list(map(str, theirs[rank]))
 
 
 def said_by_torch(action: object) -> list[str]:
     """An action as PyTorch writes it; a receive has the number of the stage that gets it."""
     if isinstance(action, Pass):
         return [f"{action.stage}{action.way[0].upper()}{action.micro}"]
+    for kind, word in WORDS.items():
+        if isinstance(action, kind):
+            return [f"{action.stage}{word}"]
     if not isinstance(action, Post):
         return []
     ends = [(d.stage, "SEND", d) for d in action.sends]

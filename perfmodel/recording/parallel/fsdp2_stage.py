@@ -22,6 +22,10 @@ from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .fsdp2 import GATHERED, FullyShard, Gathered
 from .units import ROOT, ShardedUnit
 
+AGAIN = (
+    "FSDP2 gathers a stage's weights again behind every forward pass; torchtitan leaves them gathered beside pipelines "
+    "unless told otherwise (--no-reshard)"
+)
 State = tuple[tuple[bool, bool], ...]  # of each unit: whether it is there, and whether it is on its way
 
 
@@ -42,6 +46,12 @@ class ShardedStage(FullyShard):
         self.sums: dict[Parameter, Tensor] = {}
         for held in self.units.values():
             held.event = f"{GATHERED} {number}"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That weights which are gathered again and again are a choice."""
+        again = any(not held.unit.stays for held in self.units.values())
+        return (AGAIN,) if again else ()
 
     @property
     def parameters(self) -> list[Parameter]:

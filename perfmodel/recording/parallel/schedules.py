@@ -11,6 +11,7 @@ Sources: torch 2.13, distributed/pipelining/schedules.py (`ScheduleGPipe`, `Sche
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from ...errors import UserError
@@ -197,13 +198,15 @@ def _interleaved(rank: int, ranks: int, chunks: int, micros: int) -> Iterator[Ac
 
 def _with_gathers(order: list[Action]) -> Iterator[Action]:
     """The order of a rank with the stages gathered that come next, in the place of those that do not."""
-    active: list[int] = []
+    active: set[int] = set()
     for i, action in enumerate(order):
         if isinstance(action, Pass):
-            coming = list(dict.fromkeys(a.stage for a in order[i:] if isinstance(a, Pass)))[:ACTIVE]
-            yield from (Free(stage) for stage in active if stage not in coming)
-            yield from (Gather(stage) for stage in coming if stage not in active)
-            active = coming
+            coming = list(islice(dict.fromkeys(a.stage for a in order[i:] if isinstance(a, Pass)), ACTIVE))
+            gone, new = [s for s in active if s not in coming], [s for s in coming if s not in active]
+            active.difference_update(gone)
+            active.update(new)
+            yield from map(Free, gone)
+            yield from map(Gather, new)
         yield action
     yield from map(Free, active)
 
