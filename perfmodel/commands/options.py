@@ -278,7 +278,7 @@ def _rest() -> tuple[Decorator, ...]:
         click.option("--sequence-parallel", is_flag=True,
                      help="They share the tokens between those layers, too; adapters are NeMo Automodel's."),
         click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that have some blocks each (pipeline), of --grad-accum micro-batches; with ddp, fsdp2, --tp."),
+                     help="GPUs with some blocks each (pipeline), of --grad-accum micro-batches; with ddp or fsdp2."),
         click.option("--pp-schedule", default="1f1b", show_default=True,
                      help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
         click.option("--cp", type=click.IntRange(1), default=1, show_default=True,

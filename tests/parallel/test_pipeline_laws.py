@@ -217,7 +217,7 @@ def test_links_that_cost_nothing_leave_work_and_bubbles(job: Job) -> None:
         p = with_messages(0.0, method, setup)
     assert p.time.communication.exposed["total"] == pytest.approx(0.0, abs=1e-6 * p.time.phases["total"])
     assert p.pipeline is not None
-    assert p.time.busy + p.pipeline.bubble <= p.time.phases["total"] * (1 + ROUNDING)
+    assert p.time.device_busy + p.pipeline.bubble <= p.time.phases["total"] * (1 + ROUNDING)
 
 
 @settings(max_examples=3, deadline=None)

@@ -1,9 +1,8 @@
 """`perfmodel validate counts --parallel`: ranks of a pipeline against those of `torch.distributed.pipelining`.
 
 Every rank is a process of its own on gloo, forked from this one: shapes, and whether a gradient comes back, go from
-stage to stage as in any run. The model is cut as torchtitan cuts one: the blocks of other stages are removed, so are
-the embedding, the last norm and the head where another stage has them; gradients are clipped to a norm that is summed
-over stages (torchtitan, distributed/utils.py).
+stage to stage as in any run. Gradients are clipped to a norm that is summed over stages (torchtitan,
+distributed/utils.py).
 """
 
 import multiprocessing
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # whose collectives do nothing
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,20 +27,19 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from perfmodel import methods
 from perfmodel.architectures import from_config
-from perfmodel.architectures.runs import Stage
 from perfmodel.prediction import memory
 from perfmodel.program.part import PHASES
 from perfmodel.recording import pipeline
 from perfmodel.recording.parallel.schedules import Pass, Post, Schedule
 from perfmodel.recording.pipeline import RankStep
-from perfmodel.setup import Setup
 from perfmodel.tracing.programs import updates
-from perfmodel.tracing.programs.dtypes import DTYPES, TORCH_DTYPES
+from perfmodel.tracing.programs.dtypes import DTYPES
 from perfmodel.tracing.trace import eager_program
 
 from . import counts
 from .cases import Case
-from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, alone, collectives, in_another_order, local
+from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, collectives, in_another_order, local
+from .stages import mesh_of_stages, shard_stages, stage_module
 
 PATIENCE = 300  # s for all ranks of a case
 SCHEDULES = {"1f1b": schedules.Schedule1F1B, "gpipe": schedules.ScheduleGPipe}
@@ -56,28 +53,6 @@ class Transfer(NamedTuple):
     dtype: str
     elements: int
     products: int
-
-
-class StageModule(torch.nn.Module):
-    """What is left of a causal model on a stage: ids or hidden states in, hidden states or logits out."""
-
-    def __init__(self, model: Any, stage: Stage) -> None:
-        super().__init__()
-        base, self.stage = model.model, stage
-        base.layers = base.layers[stage.blocks.start : stage.blocks.stop]
-        base.config.num_hidden_layers = len(stage.blocks)
-        if not stage.first:
-            base.embed_tokens = None
-        if not stage.last:
-            base.norm = torch.nn.Identity()
-        self.base, self.head = base, model.lm_head if stage.last else torch.nn.Identity()
-
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """One micro-batch."""
-        given = {"input_ids": x} if self.stage.first else {"inputs_embeds": x}
-        out = self.base(**given, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        logits: torch.Tensor = self.head(out)
-        return logits
 
 
 class StageRecorder(RankRecorder):  # type: ignore[no-untyped-call]
@@ -166,7 +141,7 @@ def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, 
     and torch 2.13 then breaks off where two backward passes follow without a forward one between them.
     """
     setup, line = case.setup, mesh.get_group("pp")
-    modules = [_module(case, stage, mesh) for stage in ours.stages]
+    modules = [stage_module(case, stage, mesh) for stage in ours.stages]
     base_dtype = next(modules[0].parameters()).dtype
     if setup.parallel == "fsdp2" and setup.replicas > 1:
         base_dtype = torch.float32 if setup.amp else base_dtype
@@ -220,49 +195,6 @@ def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, 
 def _received(stage: Any) -> Iterator[Any]:
     """What a stage keeps to receive into."""
     return chain.from_iterable((*stage.args_recv_info.values(), *stage.grad_recv_info.values()))
-
-
-def _module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
-    """A stage of the model with the method on it."""
-    architecture = from_config(case.config)
-    method = methods.parse(case.method).bind(architecture)
-    model = alone(case.config, case.setup, architecture, method, mesh)
-    model.train()
-    if case.setup.checkpoint != "none":
-        reentrant = case.setup.checkpoint == "block-reentrant"
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    module = StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
-    if case.setup.amp and not (case.setup.parallel == "fsdp2" and case.setup.replicas > 1):
-        module.forward = torch.autocast("cpu", TORCH_DTYPES[case.setup.amp])(module.forward)  # type: ignore[method-assign]
-    return module
-
-
-def mesh_of_stages(setup: Setup) -> DeviceMesh:
-    """Stages by replicas, groups of them and those that share layers; what is no replica of DDP exchanges nothing."""
-    group = setup.replicas if setup.shard_group is None else min(setup.replicas, setup.shard_group)
-    several = {"dp_replicate": setup.replicas // group, "dp_shard": group, "tp": setup.tp}
-    sizes = {"pp": setup.pp, **{name: n for name, n in several.items() if n > 1}}
-    fake = [name for name in sizes if name == "tp" or (name != "pp" and setup.parallel == "fsdp2")]
-    return init_device_mesh(
-        "cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=dict.fromkeys(fake, "fake")
-    )  # fmt: skip
-
-
-def shard_stages(modules: list[StageModule], setup: Setup, mesh: DeviceMesh) -> None:
-    """Shards of each stage over its replicas, cut into units as torchtitan does it (distributed/fsdp.py)."""
-    names = mesh.mesh_dim_names or ()
-    over = mesh[tuple(name for name in names if name.startswith("dp"))]
-    amp = {"param_dtype": TORCH_DTYPES[setup.amp], "reduce_dtype": torch.float32} if setup.amp else {}
-    precision = MixedPrecisionPolicy(**amp, cast_forward_inputs=False)
-    for module in modules:
-        base, stage = module.base, module.stage
-        for p in module.parameters():
-            if p.requires_grad and amp:
-                p.data = p.data.float()
-        units = [*([base.embed_tokens] if stage.first else []), *base.layers]
-        for unit in (*units, *([[base.norm, module.head]] if stage.last else [])):
-            fully_shard(unit, mesh=over, mp_policy=precision, reshard_after_forward=setup.reshard)
-        fully_shard(module, mesh=over, mp_policy=precision)
 
 
 def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:
