@@ -1,8 +1,8 @@
 """`perfmodel validate counts --parallel`: ranks of a pipeline against those of `torch.distributed.pipelining`.
 
-Every rank is a process of its own on gloo, forked from this one: shapes, and whether a gradient comes back, go from
-stage to stage as in any run. Gradients are clipped to a norm that is summed over stages (torchtitan,
-distributed/utils.py).
+The rank of each stage is a process of its own on gloo, forked from this one: shapes, and whether a gradient comes back,
+go from stage to stage as in any run. What its replicas exchange goes nowhere, as in `parallel`. Gradients are clipped
+to a norm that is summed over stages (torchtitan, distributed/utils.py).
 """
 
 import multiprocessing
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
@@ -90,18 +89,17 @@ def compare_pipeline(case: Case) -> counts.Result:
 
 def _traced(case: Case, ranks: list[RankStep]) -> list[dict[str, Any]]:
     """What each rank does, in a process each; of several replicas those of the first."""
-    fork, count = multiprocessing.get_context("fork"), case.setup.gpus
-    replicas = count // len(ranks)
+    fork = multiprocessing.get_context("fork")
     with TemporaryDirectory() as folder:
-        pairs = [fork.Pipe(duplex=False) for _ in range(count)]
+        pairs = [fork.Pipe(duplex=False) for _ in ranks]
         processes = [
-            fork.Process(target=_rank, args=(case, ranks[i // replicas], i, Path(folder), pairs[i][1]), daemon=True)
-            for i in range(count)
+            fork.Process(target=_rank, args=(case, ours, Path(folder), out), daemon=True)
+            for ours, (_, out) in zip(ranks, pairs, strict=True)
         ]
         try:
             for process in processes:
                 process.start()
-            return [_answer(end) for end, _ in pairs][::replicas]
+            return [_answer(end) for end, _ in pairs]
         finally:
             for process in processes:
                 process.kill()
@@ -117,30 +115,33 @@ def _answer(end: Connection) -> dict[str, Any]:
     return found
 
 
-def _rank(case: Case, ours: RankStep, rank: int, folder: Path, out: Connection) -> None:
+def _rank(case: Case, ours: RankStep, folder: Path, out: Connection) -> None:
     """A rank's process: a step of the real program, sent back as plain values."""
     warnings.filterwarnings("ignore")
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.setup.gpus)
-        mesh = mesh_of_stages(case.setup)
-        recorder, elements = _step(case, ours, mesh)
-        dist.barrier()  # who ends closes connections
+        count = case.setup.gpus
+        line = list(range(0, count, count // case.setup.pp))
+        store = torch._C._distributed_c10d.FileStore(str(folder / "store"))
+        dist.init_process_group("fake", store=store, rank=line[ours.rank], world_size=count)
+        stages = dist.new_group(line, backend="gloo", use_local_synchronization=True)
+        recorder, elements = _step(case, ours, stages)
+        dist.barrier(group=stages)  # who ends closes connections
         out.send(
             {"trace": recorder.trace, "transfers": recorder.transfers, "collectives": recorder.collectives,
              "elements": elements}
         )  # fmt: skip
     except Exception as error:  # told in the process that asks
-        out.send({"error": f"rank {rank}: {error!r}, because of {error.__cause__!r}"})
+        out.send({"error": f"rank {ours.rank}: {error!r}, because of {error.__cause__!r}"})
         raise
 
 
-def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, tuple[int, int]]:
+def _step(case: Case, ours: RankStep, line: Any) -> tuple[StageRecorder, tuple[int, int]]:
     """A later step of a rank: in the first one shapes are exchanged, in the next ones DDP fills other buckets.
 
     DDP comes once shapes are known: their exchange runs a forward pass behind which its reducer waits for gradients,
     and torch 2.13 then breaks off where two backward passes follow without a forward one between them.
     """
-    setup, line = case.setup, mesh.get_group("pp")
+    setup, mesh = case.setup, mesh_of_stages(case.setup)
     modules = [stage_module(case, stage, mesh) for stage in ours.stages]
     base_dtype = next(modules[0].parameters()).dtype
     if setup.parallel == "fsdp2" and setup.replicas > 1:
@@ -174,11 +175,11 @@ def _step(case: Case, ours: RankStep, mesh: DeviceMesh) -> tuple[StageRecorder, 
     with eager_program(), _observed(recorder, stages, schedule):
         run()
         if setup.replicas > 1 and setup.parallel == "ddp":
+            here = [dist.get_rank()]
+            alone_in_line = dist.new_group(here, backend="gloo", use_local_synchronization=True)
             for stage in stages:
                 if any(p.requires_grad for p in stage.submod.parameters()):
-                    stage.submod = torch.nn.parallel.DistributedDataParallel(
-                        stage.submod, process_group=mesh.get_group("dp_shard")
-                    )
+                    stage.submod = torch.nn.parallel.DistributedDataParallel(stage.submod, process_group=alone_in_line)
             run()
         buffers = [info.buffer for stage in stages for info in _received(stage) if info.buffer is not None]
         held = updates.held(update) if update is not None else ()
@@ -289,6 +290,8 @@ def _judged(case: Case, ours: RankStep, real: dict[str, Any]) -> counts.Result:
     peak, tape = memory.peak_bytes(step), counts.tape_calls(step)
     calls, nbytes = sum(sum(c.values()) for c in trace.calls.values()), sum(trace.bytes.values())
     sent = transfers(ours)
+    of_one = {1: int(case.setup.replicas)}  # DDP's group is of one process
+    found = [c._replace(group=of_one.get(c.group, c.group)) for c in real["collectives"]]
     reduced = [c for c in collectives(step) if c.name not in ("c10d::send", "c10d::recv_")]
     count = len(real["transfers"]) + len(real["collectives"])
     result = counts.Result(case, calls, 0, nbytes, peak / trace.peak, collectives=count)
@@ -302,7 +305,7 @@ def _judged(case: Case, ours: RankStep, real: dict[str, Any]) -> counts.Result:
     pairs = enumerate(zip_longest(sent, real["transfers"]))
     differing = ((i, a, b) for i, (a, b) in pairs if a != b)
     result.differences += [f"message {i}: {a} on the tape, {b} really" for i, a, b in islice(differing, 1)]
-    result.differences += in_another_order(reduced, real["collectives"])
+    result.differences += in_another_order(reduced, found)
     if (step.total, step.trainable) != real["elements"]:
         result.differences.append(f"parameters: {step.total, step.trainable} on the tape, {real['elements']} really")
     if abs(result.peak_ratio - 1) > PEAK_TOLERANCE:

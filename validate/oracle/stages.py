@@ -57,14 +57,11 @@ def stage_module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
 
 
 def mesh_of_stages(setup: Setup) -> DeviceMesh:
-    """Stages by replicas, groups of them and those that share layers; what is no replica of DDP exchanges nothing."""
+    """Stages by replicas, groups of them and those that share layers."""
     group = setup.replicas if setup.shard_group is None else min(setup.replicas, setup.shard_group)
     several = {"dp_replicate": setup.replicas // group, "dp_shard": group, "tp": setup.tp}
     sizes = {"pp": setup.pp, **{name: n for name, n in several.items() if n > 1}}
-    fake = [name for name in sizes if name == "tp" or (name != "pp" and setup.parallel == "fsdp2")]
-    return init_device_mesh(
-        "cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=dict.fromkeys(fake, "fake")
-    )  # fmt: skip
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard_stages(modules: list[StageModule], setup: Setup, mesh: DeviceMesh) -> None:
