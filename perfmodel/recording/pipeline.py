@@ -33,7 +33,7 @@ from .parallel.collectives import SENT
 from .parallel.form import check_form
 from .parallel.schedules import FORWARD, Action, Pass, Post, Schedule, Wait
 from .record import record_update
-from .stage import StageForm, StageProgram, forward, sharded
+from .stage import StageForm, StageProgram, sharded_stage, stage_pass
 from .step import Step
 
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
@@ -167,7 +167,7 @@ class Recorder(NamedTuple):
                 tape, step = self._begin()
                 with no_collector(), recording(tape):
                     tape.begin("inputs", "forward")
-                    known[key] = forward(step, stage, self._message, {})[0].requires_grad
+                    known[key] = stage_pass(step, stage, self._message, {})[0].requires_grad
             given = known[key]
         if not given:
             raise UserError(f"method {self.method.spec()}: nothing trains in {self.architecture.name}")
@@ -245,7 +245,7 @@ class Recorder(NamedTuple):
         """A stage with what its replicas do."""
         form: StageForm = None
         if self.sharded:
-            form = sharded(step, self._begin()[0], stage, self._message)
+            form = sharded_stage(step, self._begin()[0], stage, self._message)
         elif not decide(self.setup.replicas == 1):
             form = ddp.Replicated(Ranks(self.setup.replicas, self.setup.tp))
         return StageProgram(step, tape, stage, form, self._message, holds=self.schedule.name == "1f1b")

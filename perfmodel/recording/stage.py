@@ -25,7 +25,7 @@ from .step import Step
 StageForm = Replicated | ShardedStage | None
 
 
-class Graph(NamedTuple):
+class PassGraph(NamedTuple):
     """What a forward pass leaves for a backward one.
 
     Attributes:
@@ -59,7 +59,7 @@ class StageProgram:
         self.message, self.holds = message, holds
         self.kept: Kept = {}
         self.own = form.parameters if isinstance(form, ShardedStage) else list[Parameter]()
-        self.graphs: list[Graph] = []
+        self.graphs: list[PassGraph] = []
         self.aside: list[Part] = []  # of passes that only make a graph
         self.closed = False  # whether all that it does is known
         self.coming = False  # whether it is gathered ahead, and not copied out yet
@@ -118,14 +118,14 @@ class StageProgram:
         if isinstance(form, Replicated):
             form.reduces, form.synchronised = False, False  # buffers went out before the first step alone
         tape.wrapping = form
-        out, received = forward(step, self.stage, self.message, self.kept)
+        out, received = stage_pass(step, self.stage, self.message, self.kept)
         tape.wrapping = None
         self.own += [p for p in step.parameters if p.name not in known]
         logits = self.kept.get(OUTPUT) if self.holds else self.kept.pop(OUTPUT, None)
         met = {p: p.accumulator for p in step.parameters if p.accumulator is not None}
         for p in met:
             p.accumulator = None
-        self.graphs.append(Graph(tape.part, out, received, logits, met))
+        self.graphs.append(PassGraph(tape.part, out, received, logits, met))
 
     def _backward(self, *, reduces: bool) -> None:
         """A backward pass through any graph.
@@ -196,7 +196,7 @@ class StageProgram:
         self.kept.clear()
 
 
-def forward(step: Step, stage: Stage, message: Callable[[], Tensor], kept: Kept) -> tuple[Tensor, Tensor | None]:
+def stage_pass(step: Step, stage: Stage, message: Callable[[], Tensor], kept: Kept) -> tuple[Tensor, Tensor | None]:
     """Record a forward pass of a stage: its output, the loss of the last one, and what it received for it.
 
     Args:
@@ -210,13 +210,13 @@ def forward(step: Step, stage: Stage, message: Callable[[], Tensor], kept: Kept)
     return out, received
 
 
-def sharded(step: Step, tape: Tape, stage: Stage, message: Callable[[], Tensor]) -> ShardedStage:
+def sharded_stage(step: Step, tape: Tape, stage: Stage, message: Callable[[], Tensor]) -> ShardedStage:
     """What replicas of a stage do under FSDP2: a forward pass tells which parameters each of its units has."""
     known, survey = {p.name for p in step.parameters}, Survey()
     with recording(tape):
         tape.wrapping = survey
         tape.begin("inputs", FORWARD)
-        forward(step, stage, message, {})
+        stage_pass(step, stage, message, {})
     ranks, across = sharing(Ranks(step.setup.replicas, step.setup.tp), step.setup)
     own = [p for p in step.parameters if p.name not in known]
     units = survey.units(own, ranks.size, step.setup, tied=False, staged=True)
