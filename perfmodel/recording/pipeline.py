@@ -232,7 +232,9 @@ class Recorder(NamedTuple):
     def _message(self) -> Tensor:
         """What stages send one another: hidden states, or the gradient of them."""
         dtype = self.setup.amp if self.sharded and self.setup.amp else self.setup.dtype
-        return existing((*self.setup.shape, self.architecture.hidden), dtype)
+        rows, tokens = self.setup.shape
+        tokens = tokens // self.setup.tp if self.setup.sequence_parallel else tokens
+        return existing((rows, tokens, self.architecture.hidden), dtype)
 
     def _begin(self) -> tuple[Tape, Step]:
         step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)

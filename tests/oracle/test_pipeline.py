@@ -5,6 +5,7 @@ A part of the grid of `perfmodel validate counts --parallel`.
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,25 +28,24 @@ CHOSEN = [
     next(c for c in GRID if c.setup.pp_schedule.startswith(schedule) and (c.setup.pp, c.setup.gpus) == ranks)
     for schedule, ranks in (("1f1b", (3, 3)), ("interleaved", (2, 4)), ("gpipe", (2, 2)))
 ]
-MESHES = list(parallel_cases.stage_mesh_grid("standard"))
-WANTED = (  # gathered again and again or once, ahead of passes, in mixed precision, and of layers that others share
-    ((2, 4), {"parallel": "fsdp2", "pp_schedule": "1f1b", "reshard": True, "grad_accum": 3}),
-    ((2, 4), {"parallel": "fsdp2", "pp_schedule": "interleaved:v=3", "reshard": False}),
-    ((2, 8), {"parallel": "fsdp2", "shard_group": 2, "amp": "bf16"}),
-    ((2, 8), {"parallel": "fsdp2", "tp": 2}),
-    ((2, 2), {"parallel": "ddp", "amp": "bf16", "dtype": "fp32"}),
+WANTED: tuple[dict[str, Any], ...] = (  # gathered again and again, once, ahead of passes; cut layers; mixed precision
+    {"parallel": "fsdp2", "pp_schedule": "1f1b", "reshard": True, "grad_accum": 3, "tp": 1},
+    {"parallel": "fsdp2", "pp_schedule": "interleaved:v=3", "reshard": False},
+    {"parallel": "fsdp2", "pp_schedule": "1f1b", "shard_group": 2, "amp": "bf16"},
+    {"parallel": "fsdp2", "pp_schedule": "gpipe", "tp": 2, "sequence_parallel": False},
+    {"parallel": "fsdp2", "pp_schedule": "interleaved:v=2", "tp": 2, "sequence_parallel": True},
+    {"parallel": "ddp", "pp_schedule": "gpipe", "amp": "bf16", "dtype": "fp32"},
 )
-SHARDED = [
-    next(c for c in MESHES if (c.setup.pp, c.setup.gpus) == ranks and of.items() <= c.setup.as_dict().items())
-    for ranks, of in WANTED
-]
+MESHES = [c for c in parallel_cases.stage_mesh_grid("all") if c.setup.pp == 2]
+SHARDED = [next(c for c in MESHES if of.items() <= c.setup.as_dict().items()) for of in WANTED]
 
 
 WORDS = {Gather: "UNSHARD", Free: "RESHARD", Reduce: "REDUCE_GRAD"}
 
 
 def named(case: Case) -> str:
-    return f"{case.config.name} {case.method} {case.setup.pp_schedule} {case.setup.gpus}"
+    setup = case.setup
+    return f"{case.config.name} {case.method} {setup.pp_schedule} {setup.parallel} {setup.gpus}"
 
 
 @pytest.mark.parametrize("case", [*CHOSEN, *SHARDED], ids=named)

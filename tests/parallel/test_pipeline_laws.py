@@ -51,6 +51,7 @@ SETUPS = st.builds(
 )
 WAYS: tuple[dict[str, Any], ...] = (
     {}, {"parallel": "fsdp2"}, {"parallel": "fsdp2", "reshard": False}, {"tp": 2}, {"parallel": "fsdp2", "tp": 2},
+    {"parallel": "fsdp2", "tp": 2, "sequence_parallel": True, "amp": None, "optimizer": "adamw"},
 )  # fmt: skip
 Job = tuple[Setup, str, dict[str, Any]]
 JOBS = st.tuples(SETUPS, st.sampled_from(METHODS), st.sampled_from(WAYS)).filter(
@@ -284,7 +285,7 @@ def test_what_lies_below_all_that_trains_goes_back_nowhere() -> None:
         ({"gpus": 8, "parallel": "zero1"}, "zero1, whose pipeline module is another program; use --parallel ddp"),
         ({"gpus": 8, "parallel": "fsdp2", "offload": "params"}, "not modelled with offload params"),
         ({"gpus": 8, "cp": 2, "parallel": "fsdp2"}, "not modelled with cp 2"),
-        ({"gpus": 8, "tp": 2, "sequence_parallel": True}, "sequence_parallel: not modelled with pp 4"),
+        ({"gpus": 16, "tp": 2, "sequence_parallel": True}, "sequence_parallel: ddp takes no cut layers"),
         ({"gpus": 16, "shard_group": 3, "parallel": "fsdp2"}, r"the 4 GPUs of the job \(of 4 stages\)"),
         ({"kernels": "liger"}, "not modelled with kernels liger"),
         ({"checkpoint": "block-reentrant"}, "use --checkpoint block"),

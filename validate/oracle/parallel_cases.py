@@ -60,6 +60,8 @@ STAGE_WAYS: tuple[tuple[int, dict[str, Any]], ...] = (
     (3, {"parallel": "fsdp2", "reshard": False, "dtype": "fp32", "amp": "bf16"}), (1, {"dtype": "fp32", "amp": "bf16"}),
     (4, {"parallel": "fsdp2", "shard_group": 2, "dtype": "bf16", "amp": "bf16"}), (2, {"parallel": "fsdp2", "tp": 2}),
     (2, {"dtype": "bf16", "amp": "bf16"}), (3, {"parallel": "fsdp2", "dtype": "fp32"}),
+    (1, {"tp": 2, "sequence_parallel": True}),
+    (2, {"parallel": "fsdp2", "reshard": False, "tp": 2, "sequence_parallel": True}),
 )  # fmt: skip
 RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
 CHECKPOINTS = ("none", "block", "block-reentrant")
@@ -284,10 +286,13 @@ def stage_mesh_grid(which: str) -> Iterator[Case]:
             for k in range({"quick": 1, "standard": 4, "all": 2 * len(STAGE_WAYS)}[which]):
                 n = 5 * i + 8 * j + k
                 replicas, way = STAGE_WAYS[n % len(STAGE_WAYS)]
-                if method not in TENSOR_METHODS and "tp" in way:
-                    replicas, way = STAGE_WAYS[(n + i + 1) % 2]
+                tokens = "sequence_parallel" in way
+                cut = method in (SEQUENCE_METHODS if tokens and name in SHARING_TOKENS else TENSOR_METHODS)
+                if "tp" in way and not (cut and (name in SHARING_TOKENS or not tokens)):
+                    tokens, (replicas, way) = False, STAGE_WAYS[(n + i + 1) % 2]
                 shared = way.get("tp", 1)
                 plain: dict[str, Any] = {"clip_grad": False, "optimizer": "adamw-loop"} if shared > 1 else {}
+                plain = {"seq": 16} if tokens else plain
                 schedule, ranks, micros = SCHEDULES[(n + i + 3 * j + k) % len(SCHEDULES)]
                 base: dict[str, Any] = {"optimizer": "adamw-foreach", "clip_grad": n % 4 != 3, **plain, **way}
                 setup = replace(

@@ -150,8 +150,9 @@ def _step(case: Case, ours: RankStep, line: Any) -> tuple[StageRecorder, tuple[i
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     elements = sum(p.numel() for m in modules for p in m.parameters()), sum(p.numel() for p in trained)
     recorder = StageRecorder()
+    of_line: dict[str, Any] = {"group": line, "get_mesh": lambda names, _: mesh[names]}
     stages = [
-        PipelineStage(module, s.number, s.stages, torch.device("cpu"), group=line)
+        PipelineStage(module, s.number, s.stages, torch.device("cpu"), **of_line)
         for module, s in zip(modules, ours.stages, strict=True)
     ]
     schedule = _schedule(setup, stages, case)

@@ -19,7 +19,7 @@ from ...setup import Setup
 BESIDE: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "adamw-foreach", "adamw-loop", "adamw-fused"),
     "attention": ("sdpa", "eager"), "kernels": ("torch",), "amp": (None,), "packing": ("none", "dense"),
-    "cp": (1,), "pp": (1,),
+    "cp": (1,),
 }  # fmt: skip
 PLAIN = {"dropout": 0.0, "modules_to_save": ()}  # options of LoRA
 
