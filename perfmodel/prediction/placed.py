@@ -56,7 +56,7 @@ class Placed:
         """Seconds of a collective of `size` ranks, each `stride` after the one before; of many, shape (rows, *grid)."""
         if np.ndim(self.per_node) and np.ndim(size) == 1:  # they do not vary over the grid, but their nodes do
             nbytes, size, stride = (x[:, None] for x in (nbytes, size, stride))
-        return self.node.collective(kind, nbytes, size, self._nodes(size, stride), dtype)
+        return self.node.collective(kind, nbytes, *self._spread(size, stride), dtype)
 
     def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
         """Seconds of a message from one stage of a pipeline to another; of as many side by side the slowest.
@@ -80,10 +80,12 @@ class Placed:
 
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Multiprocessors that it takes from the kernels beside it."""
-        return self.node.collective_work(kind, nbytes, size, self._nodes(size, stride)).channels
+        return self.node.collective_work(kind, nbytes, *self._spread(size, stride)).channels
 
-    def _nodes(self, size: Any, stride: Any) -> Any:
-        return Ranks(size, stride).nodes(self.per_node)
+    def _spread(self, size: Any, stride: Any) -> tuple[Any, Any]:
+        """Ranks and their nodes; some that lie on nodes unevenly (3 stages on 2) count as so many that do not (4)."""
+        nodes = Ranks(size, stride).nodes(self.per_node)
+        return -(-size // nodes) * nodes, nodes
 
 
 def placed(setup: Setup, on: DeviceProfile) -> Placed:

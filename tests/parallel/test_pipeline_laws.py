@@ -317,3 +317,10 @@ def test_a_message_between_nodes_takes_the_cards() -> None:
     inside = predict(LLAMA, "full", device="h100-sxm", gpus=8, pp=4, grad_accum=8, nodes=1)
     outside = predict(LLAMA, "full", device="h100-sxm", gpus=8, pp=4, grad_accum=8, nodes=4)
     assert outside.time.communication.exposed["total"] > inside.time.communication.exposed["total"]
+
+
+def test_stages_that_lie_on_nodes_unevenly_have_an_answer() -> None:
+    """Twelve GPUs stand on two nodes of six, so the second of three stages on both: NCCL does not mind."""
+    job: dict[str, Any] = {"device": "h100-sxm", "parallel": "fsdp2", "nodes": 2, "grad_accum": 6}
+    uneven, even = (predict(LLAMA, "full", **job, gpus=gpus, pp=pp) for gpus, pp in ((12, 3), (16, 4)))
+    assert uneven.time.communication.exposed["total"] < 2 * even.time.communication.exposed["total"]
