@@ -276,10 +276,11 @@ def pipeline_grid(which: str) -> Iterator[Case]:
                 layers = {"num_hidden_layers": 6 + n % 3, "tie_word_embeddings": False}
                 config = Config({**SMALL[name], **layers}, name, name)
                 yield _case(config, method, setup)
+    yield from stage_mesh_grid(which)
 
 
 def stage_mesh_grid(which: str) -> Iterator[Case]:
-    """Stages whose replicas have shards, whose layers several share, and in mixed precision."""
+    """Its part whose replicas have shards, whose layers several share, and in mixed precision."""
     for i, name in enumerate(STAGED):
         config = Config({**SMALL[name], "num_hidden_layers": 6 + i % 3, "tie_word_embeddings": False}, name, name)
         for j, method in enumerate(STAGED_METHODS):

@@ -28,7 +28,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     if several:
         chosen = [
             *parallel_cases.rank_grid(grid), *parallel_cases.compiled_grid(grid), *parallel_cases.pipeline_grid(grid),
-            *parallel_cases.stage_mesh_grid(grid), *_of_deepspeed(grid),
+            *_of_deepspeed(grid),
         ]  # fmt: skip
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
