@@ -42,7 +42,7 @@ def offered(deciding: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
             found |= {"pp_schedule": SCHEDULES} if pp > 1 else {}
         if parallel == "ddp" and pp == 1 and gpus > tp:
             found["ddp"] = DDP
-        if parallel == "fsdp2" and pp == 1:
+        if parallel == "fsdp2":
             found["cp"] = shares
             found |= {"cp_rotate": ROTATE} if cp > 1 else {}
     shared = tp > 1 or (parallel == "fsdp2" and max(cp, pp) > 1)  # beside which offloading is not modelled

@@ -30,6 +30,7 @@ from .collector import no_collector
 from .forward import running
 from .parallel import ddp
 from .parallel.collectives import SENT
+from .parallel.context import check_context, context_of
 from .parallel.form import check_form
 from .parallel.schedules import FORWARD, Action, Pass, Post, Schedule, Wait
 from .record import record_update
@@ -39,7 +40,6 @@ from .step import Step
 METHODS = ("full", "lora", "dora", "top_k")  # of whose stages the program is modelled
 REPLICAS = ("ddp", "fsdp2")  # forms of replicas beside which it is
 ALONE: dict[str, Any] = {
-    "cp": 1,
     "kernels": "torch",
     "images": 0,
     "group_by_length": False,
@@ -96,7 +96,7 @@ def build_ranks(
     schedule = Schedule.parse(setup.pp_schedule)
     check_pipeline(architecture, method, setup, schedule)
     whole = architecture
-    if decide(setup.replicas == 1):  # there is nothing to shard
+    if decide(setup.replicas * setup.cp == 1):  # there is nothing to shard
         setup = replace(setup, parallel="ddp", reshard=True, shard_group=None)
     if setup.tp > 1:
         architecture = whole.part_of(setup.tp)
@@ -120,6 +120,7 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
         raise UserError("pp: stages are not modelled by a trace; use --pp 1")
     check_step(architecture, method, setup)
     check_form(setup, method)
+    check_context(setup, architecture)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual:
             raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")
@@ -192,7 +193,7 @@ class Recorder(NamedTuple):
     @property
     def sharded(self) -> bool:
         """Whether replicas of a stage have shards of it."""
-        return self.setup.parallel == "fsdp2" and not decide(self.setup.replicas == 1)
+        return self.setup.parallel == "fsdp2" and not decide(self.setup.replicas * self.setup.cp == 1)
 
     def rank_step(self, rank: int, of_all: list[Stage], order: list[Action], alike: RankStep | None) -> RankStep:
         """The step of one rank; `alike` has the same programs, in another order."""
@@ -240,6 +241,7 @@ class Recorder(NamedTuple):
         step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)
         runs = running(step)[0]
         tape = Tape(self.device, self.capability, self.setup.stack, autocast=runs.amp)
+        tape.context = context_of(self.setup)
         tape.buffer_dtype = self.setup.dtype if self.setup.dtype != runs.dtype else None
         return tape, step
 

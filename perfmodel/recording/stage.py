@@ -217,7 +217,7 @@ def sharded_stage(step: Step, tape: Tape, stage: Stage, message: Callable[[], Te
         tape.wrapping = survey
         tape.begin("inputs", FORWARD)
         stage_pass(step, stage, message, {})
-    ranks, across = sharing(Ranks(step.setup.replicas, step.setup.tp), step.setup)
+    ranks, across = sharing(Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), step.setup)
     own = [p for p in step.parameters if p.name not in known]
     units = survey.units(own, ranks.size, step.setup, tied=False, staged=True)
     return ShardedStage(units, ranks, across, stage.number, "fp32" if step.setup.amp else None)

@@ -34,6 +34,7 @@ WANTED: tuple[dict[str, Any], ...] = (  # gathered again and again, once, ahead 
     {"parallel": "fsdp2", "pp_schedule": "1f1b", "shard_group": 2, "amp": "bf16"},
     {"parallel": "fsdp2", "pp_schedule": "gpipe", "tp": 2, "sequence_parallel": False},
     {"parallel": "fsdp2", "pp_schedule": "interleaved:v=2", "tp": 2, "sequence_parallel": True},
+    {"parallel": "fsdp2", "pp_schedule": "1f1b", "cp": 2, "reshard": False},
     {"parallel": "ddp", "pp_schedule": "gpipe", "amp": "bf16", "dtype": "fp32"},
 )
 MESHES = [c for c in parallel_cases.stage_mesh_grid("all") if c.setup.pp == 2]

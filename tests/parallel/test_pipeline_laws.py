@@ -51,6 +51,7 @@ SETUPS = st.builds(
 )
 WAYS: tuple[dict[str, Any], ...] = (
     {}, {"parallel": "fsdp2"}, {"parallel": "fsdp2", "reshard": False}, {"tp": 2}, {"parallel": "fsdp2", "tp": 2},
+    {"parallel": "fsdp2", "cp": 2},
     {"parallel": "fsdp2", "tp": 2, "sequence_parallel": True, "amp": None, "optimizer": "adamw"},
 )  # fmt: skip
 Job = tuple[Setup, str, dict[str, Any]]
@@ -62,7 +63,8 @@ JOBS = st.tuples(SETUPS, st.sampled_from(METHODS), st.sampled_from(WAYS)).filter
 def of_job(job: Job) -> tuple[str, Setup]:
     """Method and setup, on as many GPUs as it takes."""
     setup, method, way = job
-    return method, replace(setup, gpus=setup.gpus * way.get("tp", 1) * (2 if way.get("parallel") else 1), **way)
+    shared = way.get("tp", 1) * way.get("cp", 1)
+    return method, replace(setup, gpus=setup.gpus * shared * (2 if way.get("parallel") else 1), **way)
 
 
 def with_messages(slower: float, method: str, setup: Setup) -> Prediction:
@@ -161,7 +163,8 @@ def test_one_stage_is_what_it_was(setup: Setup, method: str) -> None:
 def test_stages_have_the_model_and_its_work_between_them(job: Job) -> None:
     """No block is lost or done twice: parameters and FLOPs add up, and all that lived in a step has died at its end."""
     method, setup = of_job(job)
-    alone: dict[str, Any] = {"gpus": setup.tp, "pp": 1, "parallel": "ddp", "reshard": True}
+    alone: dict[str, Any] = {"gpus": setup.tp * setup.cp, "pp": 1}
+    alone |= {} if setup.cp > 1 else {"parallel": "ddp", "reshard": True}
     whole = predict(LLAMA, method, replace(setup, **alone), "h100-sxm")
     cut = predict(LLAMA, method, setup, "h100-sxm")
     assert (cut.total_params, cut.trainable_params) == (whole.total_params, whole.trainable_params)
@@ -254,7 +257,7 @@ def test_weights_that_stay_are_gathered_once_a_step(spec: str) -> None:
 def test_a_grid_of_pipelines_equals_its_points(job: Job) -> None:
     """A sweep along batch and GPUs is so many predictions."""
     method, setup = of_job(job)
-    batch, gpus = np.array([[1], [4]]), np.array([setup.pp * setup.tp, 4 * setup.pp * setup.tp])
+    batch, gpus = np.array([[1], [4]]), np.array([1, 4]) * setup.pp * setup.tp * setup.cp
     grid = predict(LLAMA, method, replace(setup, batch=batch, gpus=gpus), "h100-sxm")
     for i, j in np.ndindex(2, 2):
         one = predict(LLAMA, method, replace(setup, batch=int(batch[i, 0]), gpus=int(gpus[j])), "h100-sxm")
@@ -284,7 +287,11 @@ def test_what_lies_below_all_that_trains_goes_back_nowhere() -> None:
         ({"gpus": 8, "parallel": "fsdp1"}, "not modelled with fsdp1; use --parallel ddp or fsdp2"),
         ({"gpus": 8, "parallel": "zero1"}, "zero1, whose pipeline module is another program; use --parallel ddp"),
         ({"gpus": 8, "parallel": "fsdp2", "offload": "params"}, "not modelled with offload params"),
-        ({"gpus": 8, "cp": 2, "parallel": "fsdp2"}, "not modelled with cp 2"),
+        ({"gpus": 8, "cp": 2}, "cp: shared sequences not modelled with parallel ddp; use --parallel fsdp2"),
+        (
+            {"gpus": 8, "cp": 2, "cp_rotate": "ulysses", "parallel": "zero1"},
+            "ulysses not modelled with pp 4; use --pp 1",
+        ),
         ({"gpus": 16, "tp": 2, "sequence_parallel": True}, "sequence_parallel: ddp takes no cut layers"),
         ({"gpus": 16, "shard_group": 3, "parallel": "fsdp2"}, r"the 4 GPUs of the job \(of 4 stages\)"),
         ({"kernels": "liger"}, "not modelled with kernels liger"),

@@ -58,7 +58,8 @@ def on_ring(setup: Setup) -> Any:
 
 @contextmanager
 def _patched(setup: Setup) -> Iterator[None]:
-    group = dist.new_group(list(range(setup.cp)))
+    here = dist.get_rank()
+    group = dist.new_group(list(range(here, here + setup.cp)))
     functional: Any = torch.nn.functional
     known, attend = ring._cp_options.rotate_method, cast(Any, RingAttention).apply
     original = functional.scaled_dot_product_attention

@@ -60,7 +60,8 @@ STAGE_WAYS: tuple[tuple[int, dict[str, Any]], ...] = (
     (3, {"parallel": "fsdp2", "reshard": False, "dtype": "fp32", "amp": "bf16"}), (1, {"dtype": "fp32", "amp": "bf16"}),
     (4, {"parallel": "fsdp2", "shard_group": 2, "dtype": "bf16", "amp": "bf16"}), (2, {"parallel": "fsdp2", "tp": 2}),
     (2, {"dtype": "bf16", "amp": "bf16"}), (3, {"parallel": "fsdp2", "dtype": "fp32"}),
-    (1, {"tp": 2, "sequence_parallel": True}),
+    (1, {"tp": 2, "sequence_parallel": True}), (2, {"parallel": "fsdp2", "cp": 2, "reshard": False}),
+    (1, {"parallel": "fsdp2", "cp": 2, "cp_rotate": "alltoall", "dtype": "fp32", "amp": "bf16"}),
     (2, {"parallel": "fsdp2", "reshard": False, "tp": 2, "sequence_parallel": True}),
 )  # fmt: skip
 RANKS = (2, 3, 4, 5, 8)  # also such as divide no dim
@@ -280,9 +281,10 @@ def pipeline_grid(which: str) -> Iterator[Case]:
 
 
 def stage_mesh_grid(which: str) -> Iterator[Case]:
-    """Its part whose replicas have shards, whose layers several share, and in mixed precision."""
+    """Its part whose replicas have shards, whose layers or sequences several share, and in mixed precision."""
     for i, name in enumerate(STAGED):
-        config = Config({**SMALL[name], "num_hidden_layers": 6 + i % 3, "tie_word_embeddings": False}, name, name)
+        layers = {"num_hidden_layers": 6 + i % 3, "tie_word_embeddings": False, "sliding_window": None}
+        config = Config({**SMALL[name], **layers}, name, name)
         for j, method in enumerate(STAGED_METHODS):
             for k in range({"quick": 1, "standard": 4, "all": 2 * len(STAGE_WAYS)}[which]):
                 n = 5 * i + 8 * j + k
@@ -293,11 +295,12 @@ def stage_mesh_grid(which: str) -> Iterator[Case]:
                     tokens, (replicas, way) = False, STAGE_WAYS[(n + i + 1) % 2]
                 shared = way.get("tp", 1)
                 plain: dict[str, Any] = {"clip_grad": False, "optimizer": "adamw-loop"} if shared > 1 else {}
-                plain = {"seq": 16} if tokens else plain
+                plain = {"seq": 24} if tokens or "cp" in way else plain
                 schedule, ranks, micros = SCHEDULES[(n + i + 3 * j + k) % len(SCHEDULES)]
                 base: dict[str, Any] = {"optimizer": "adamw-foreach", "clip_grad": n % 4 != 3, **plain, **way}
                 setup = replace(
-                    BASE, **base, checkpoint=("none", "block")[n // 2 % 2], gpus=ranks * replicas * shared, pp=ranks,
+                    BASE, **base, checkpoint=("none", "block")[n // 2 % 2], pp=ranks,
+                    gpus=ranks * replicas * shared * way.get("cp", 1),
                     pp_schedule=schedule, grad_accum=micros,
                 )  # fmt: skip
                 yield _case(config, method, setup)

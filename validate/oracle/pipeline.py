@@ -37,6 +37,7 @@ from perfmodel.tracing.trace import eager_program
 
 from . import counts
 from .cases import Case
+from .context_parallel import on_ring, own_tokens
 from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, collectives, in_another_order, local
 from .stages import mesh_of_stages, shard_stages, stage_module
 
@@ -144,7 +145,7 @@ def _step(case: Case, ours: RankStep, line: Any) -> tuple[StageRecorder, tuple[i
     setup, mesh = case.setup, mesh_of_stages(case.setup)
     modules = [stage_module(case, stage, mesh) for stage in ours.stages]
     base_dtype = next(modules[0].parameters()).dtype
-    if setup.parallel == "fsdp2" and setup.replicas > 1:
+    if setup.parallel == "fsdp2" and setup.replicas * setup.cp > 1:
         base_dtype = torch.float32 if setup.amp else base_dtype
         shard_stages(modules, setup, mesh)
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -156,15 +157,17 @@ def _step(case: Case, ours: RankStep, line: Any) -> tuple[StageRecorder, tuple[i
         for module, s in zip(modules, ours.stages, strict=True)
     ]
     schedule = _schedule(setup, stages, case)
-    ids = torch.zeros((setup.batch * setup.grad_accum, setup.seq), dtype=torch.long)
-    mask = torch.ones_like(ids)
+    rows, tokens = setup.shape
+    ids = torch.zeros((rows * setup.grad_accum, tokens), dtype=torch.long)
+    given_to_all = {"attention_mask": torch.ones_like(ids), **own_tokens(setup, ids)}
+    given_to_all.pop("shift_labels", None)
     method = methods.parse(case.method).bind(from_config(case.config))
     update = updates.make(torch.nn.ModuleList(modules), ours.step.optimizer, method) if trained else None
 
     def run() -> None:
         given = (ids,) if stages[0].is_first else ()
         target = {"target": ids} if stages[-1].is_last else {}
-        schedule.step(*given, attention_mask=mask, return_outputs=False, **target)
+        schedule.step(*given, **given_to_all, return_outputs=False, **target)
         nothing = torch.zeros((), dtype=base_dtype)
         with recorder.observe("optimizer"):
             if setup.clip_grad:
@@ -173,7 +176,7 @@ def _step(case: Case, ours: RankStep, line: Any) -> tuple[StageRecorder, tuple[i
                 update.step()
                 update.zero_grad(set_to_none=True)
 
-    with eager_program(), _observed(recorder, stages, schedule):
+    with eager_program(), on_ring(setup), _observed(recorder, stages, schedule):
         run()
         if setup.replicas > 1 and setup.parallel == "ddp":
             here = [dist.get_rank()]
@@ -203,7 +206,8 @@ def _schedule(setup: Any, stages: list[Any], case: Case) -> Any:
     vocabulary = case.config.values["vocab_size"]
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = ForCausalLMLoss(logits, labels, vocabulary)
+        shifted = {"shift_labels": labels} if setup.cp > 1 else {}
+        found: torch.Tensor = ForCausalLMLoss(logits, labels, vocabulary, **shifted)
         return found
 
     name = Schedule.parse(setup.pp_schedule).name

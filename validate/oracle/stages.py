@@ -35,9 +35,12 @@ class StageModule(torch.nn.Module):
             base.norm = torch.nn.Identity()
         self.base, self.head = base, model.lm_head if stage.last else torch.nn.Identity()
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One micro-batch."""
         given = {"input_ids": x} if self.stage.first else {"inputs_embeds": x}
+        given |= {} if position_ids is None else {"position_ids": position_ids}
         out = self.base(**given, attention_mask=attention_mask, use_cache=False).last_hidden_state
         logits: torch.Tensor = self.head(out)
         return logits
@@ -51,15 +54,16 @@ def stage_module(case: Case, stage: Stage, mesh: DeviceMesh) -> StageModule:
     model.train()
     checkpointed(model, case.setup)
     module = StageModule(model.get_base_model() if hasattr(model, "get_base_model") else model, stage)
-    if case.setup.amp and not (case.setup.parallel == "fsdp2" and case.setup.replicas > 1):
+    if case.setup.amp and not (case.setup.parallel == "fsdp2" and case.setup.replicas * case.setup.cp > 1):
         module.forward = torch.autocast("cpu", TORCH_DTYPES[case.setup.amp])(module.forward)  # type: ignore[method-assign]
     return module
 
 
 def mesh_of_stages(setup: Setup) -> DeviceMesh:
     """Stages by replicas, groups of them and those that share layers."""
-    group = setup.replicas if setup.shard_group is None else min(setup.replicas, setup.shard_group)
-    several = {"dp_replicate": setup.replicas // group, "dp_shard": group, "tp": setup.tp}
+    ranks = setup.replicas * setup.cp
+    group = ranks if setup.shard_group is None else min(ranks, setup.shard_group)
+    several = {"dp_replicate": ranks // group, "dp_shard": group, "tp": setup.tp}
     sizes = {"pp": setup.pp, **{name: n for name, n in several.items() if n > 1}}
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 

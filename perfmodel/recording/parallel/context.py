@@ -21,12 +21,13 @@ from ...tape.packages.ulysses import SharedHeads
 
 # What of a setup is modelled beside it, and the values that are
 BESIDE: dict[str, tuple[Any, ...]] = {
-    "pp": (1,), "kernels": ("torch",), "packing": ("none",), "padded": (False,), "offload": ("none",),
+    "kernels": ("torch",), "packing": ("none",), "padded": (False,), "offload": ("none",),
     "objective": ("sft",),
 }  # fmt: skip
 OVER_FSDP: dict[str, tuple[Any, ...]] = {"parallel": ("fsdp2",), "attention": ("sdpa",)}
 OVER_ZERO: dict[str, tuple[Any, ...]] = {
     "parallel": ("zero3", "zero2", "zero1"), "attention": ("sdpa", "flash2"), "tp": (1,),
+    "pp": (1,),
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def check_shared_sequences(setup: Setup, architecture: Architecture) -> None:
     form = f"cp_rotate {setup.cp_rotate}" if setup.shares_heads else "shared sequences"
     for name, known in (BESIDE | (OVER_ZERO if setup.shares_heads else OVER_FSDP)).items():
         if getattr(setup, name) not in known:
-            use = f"--{name} {known[0]}" if name in ("parallel", "attention", "tp") else "--cp 1"
+            use = f"--{name} {known[0]}" if name in ("parallel", "attention", "tp", "pp") else "--cp 1"
             if name == "parallel" and str(setup.parallel).startswith("zero"):
                 use += f", or --cp-rotate {ULYSSES}"
             raise UserError(f"cp: {form} not modelled with {name} {getattr(setup, name)}; use {use}")
