@@ -30,7 +30,7 @@ from .collector import no_collector
 from .forward import running
 from .parallel import ddp
 from .parallel.collectives import SENT
-from .parallel.context import check_context, context_of
+from .parallel.context import check_shared_sequences, context_of
 from .parallel.form import check_form
 from .parallel.schedules import FORWARD, Action, Pass, Post, Schedule, Wait
 from .record import record_update
@@ -46,6 +46,8 @@ ALONE: dict[str, Any] = {
     "offload": "none",
     "ddp": "plain",
     "objective": "sft",
+    "fsdp_units": "accelerate",
+    "sync_each_batch": False,
 }
 LONGEST_PATTERN = 64  # actions of an order until they come again alike
 
@@ -120,7 +122,7 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
         raise UserError("pp: stages are not modelled by a trace; use --pp 1")
     check_step(architecture, method, setup)
     check_form(setup, method)
-    check_context(setup, architecture)
+    check_shared_sequences(setup, architecture)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual:
             raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")

@@ -220,4 +220,5 @@ def sharded_stage(step: Step, tape: Tape, stage: Stage, message: Callable[[], Te
     ranks, across = sharing(Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), step.setup)
     own = [p for p in step.parameters if p.name not in known]
     units = survey.units(own, ranks.size, step.setup, tied=False, staged=True)
-    return ShardedStage(units, ranks, across, stage.number, "fp32" if step.setup.amp else None)
+    reduced = step.setup.reduce_dtype or ("fp32" if step.setup.amp else None)
+    return ShardedStage(units, ranks, across, stage.number, reduced)

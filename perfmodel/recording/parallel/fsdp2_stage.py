@@ -17,7 +17,7 @@ from itertools import groupby
 from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMPUTE
-from ...tape.core import new_tensor, record, tape
+from ...tape.core import new_tensor, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .fsdp2 import GATHERED, FullyShard, Gathered
 from .units import ROOT, ShardedUnit
@@ -30,20 +30,13 @@ State = tuple[tuple[bool, bool], ...]  # of each unit: whether it is there, and 
 
 
 class ShardedStage(FullyShard):
-    """The hooks of FSDP2 around a stage.
-
-    Attributes:
-        dtype: in which gradients of micro-batches are summed and reduced, None: that of parameters as they are used.
-        sums: of gradients so far, in another dtype than theirs.
-    """
+    """The hooks of FSDP2 around a stage."""
 
     def __init__(
-        self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None, number: int, summed: str | None
+        self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None, number: int, reduce_dtype: str | None
     ) -> None:
-        super().__init__(units, ranks, None, across=across)
+        super().__init__(units, ranks, None, across=across, reduce_dtype=reduce_dtype)
         self.reduces = False
-        self.dtype = summed
-        self.sums: dict[Parameter, Tensor] = {}
         for held in self.units.values():
             held.event = f"{GATHERED} {number}"
 
@@ -93,8 +86,6 @@ class ShardedStage(FullyShard):
         """`perform_reduce_grad`: all gradients, behind the last backward pass."""
         self.reduces = True
         for path, held in self._in_parts("reduce", "backward"):
-            for p in held.unit.parameters:
-                p.grad = self.sums.pop(p, p.grad)
             self._reduce(path, held)
         tape().begin("reduce", "backward")
         self.end_of_backward()
@@ -124,17 +115,9 @@ class ShardedStage(FullyShard):
         return tuple(grads)
 
     def _sum(self, held: Gathered) -> None:
-        """`accumulate_unsharded_grad_if_needed`, `to_accumulated_grad_if_needed`."""
-        for p in held.unit.parameters:
-            if p.grad is None or self.dtype is None or p.grad.dtype == self.dtype:
-                continue
-            p.grad.storage.copies = 1
-            if p in self.sums:
-                record("add_.Tensor", (self.sums[p], p.grad), (self.sums[p],))
-            else:
-                self.sums[p] = new_tensor(p.grad.shape, self.dtype)
-                record("_to_copy", (p.grad,), (self.sums[p],))
-            p.grad = None
+        """`post_backward` without a reduction."""
+        self._accumulate(held.unit.parameters)
+        self._cast_to_wait(held.unit.parameters)
 
 
 def _run_of(unit: ShardedUnit) -> Part | None:
