@@ -17,9 +17,9 @@ from ..tape.engine import run_backward
 from ..tape.tensor import Parameter, Tensor
 from .forward import Kept, forward_passes, running
 from .parallel.ddp import Replicated
-from .parallel.fsdp2_stage import ShardedStage
 from .parallel.schedules import BACKWARD, FORWARD, Free, Gather, Pass, Reduce
 from .parallel.units import Survey, sharing
+from .stage_fsdp2 import ShardedStage
 from .step import Step
 
 StageForm = Replicated | ShardedStage | None

@@ -7,8 +7,9 @@ from ... import objectives
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
-from .fsdp2 import FullyShard, Gathered
+from .fsdp2 import FullyShard
 from .fsdp2_blocks import CutModules, ShardedBlocks
+from .gathered import Gathered
 from .units import ROOT, ShardedUnit, Survey, whole_reference
 
 

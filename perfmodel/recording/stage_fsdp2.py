@@ -14,13 +14,14 @@ Sources: torch 2.13, distributed/pipelining/stage.py (`backward_maybe_with_nosyn
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ...program.part import Part
-from ...program.ranks import Ranks
-from ...program.streams import COMPUTE
-from ...tape.core import new_tensor, tape
-from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .fsdp2 import GATHERED, FullyShard, Gathered
-from .units import ROOT, ShardedUnit
+from ..program.part import Part
+from ..program.ranks import Ranks
+from ..program.streams import COMPUTE
+from ..tape.core import new_tensor, tape
+from ..tape.tensor import Grads, Node, Parameter, Tensor
+from .parallel.fsdp2 import FullyShard
+from .parallel.gathered import GATHERED, Gathered
+from .parallel.units import ROOT, ShardedUnit
 
 AGAIN = (
     "FSDP2 gathers a stage's weights again behind every forward pass; torchtitan leaves them gathered beside pipelines "
