@@ -287,6 +287,7 @@ def test_what_lies_below_all_that_trains_goes_back_nowhere() -> None:
         ({"gpus": 8, "parallel": "fsdp1"}, "not modelled with fsdp1; use --parallel ddp or fsdp2"),
         ({"gpus": 8, "parallel": "zero1"}, "zero1, whose pipeline module is another program; use --parallel ddp"),
         ({"gpus": 8, "parallel": "fsdp2", "offload": "params"}, "not modelled with offload params"),
+        ({"gpus": 8, "parallel": "fsdp2", "fsdp_units": "blocks"}, "not modelled with fsdp_units blocks"),
         ({"gpus": 8, "cp": 2}, "cp: shared sequences not modelled with parallel ddp; use --parallel fsdp2"),
         (
             {"gpus": 8, "cp": 2, "cp_rotate": "ulysses", "parallel": "zero1"},
