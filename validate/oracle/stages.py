@@ -73,7 +73,8 @@ def shard_stages(modules: list[StageModule], setup: Setup, mesh: DeviceMesh) -> 
     names = mesh.mesh_dim_names or ()
     over = mesh[tuple(name for name in names if name.startswith("dp"))]
     amp = {"param_dtype": TORCH_DTYPES[setup.amp], "reduce_dtype": torch.float32} if setup.amp else {}
-    precision = MixedPrecisionPolicy(**amp, cast_forward_inputs=False)
+    reduced = {"reduce_dtype": TORCH_DTYPES[setup.reduce_dtype]} if setup.reduce_dtype else {}
+    precision = MixedPrecisionPolicy(**(amp | reduced), cast_forward_inputs=False)
     for module in modules:
         base, stage = module.base, module.stage
         for p in module.parameters():
