@@ -26,7 +26,7 @@ QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and w
 EXPERTS = ("grouped_mm", "eager")  # `experts_implementation` of transformers
 COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
-# each in a file of `perfmodel/recording/parallel/`, stages 1 and 2 of ZeRO in one
+# each in a file of `perfmodel/recording/parallel/` or `deepspeed/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
 FSDP_UNITS = ("accelerate", "blocks")
 ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`

@@ -1,6 +1,5 @@
 """A training config given by `--config`: its values are the defaults of a command, its doubts the first line."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -12,8 +11,8 @@ from click.core import ParameterSource
 from ..errors import UserError, escaped
 from ..setup import WITHIN
 from . import given_launch, traces
+from .given_launch import Command
 
-Command = Callable[..., Any]
 CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
 
 

@@ -1,14 +1,19 @@
-"""Several GPUs as a training config, or the launcher's config given by `--accelerate`, has them; what is typed wins."""
+"""Several GPUs: their options, and what a training config or `--accelerate` says of them; what is typed wins."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ..setup import DDP, DTYPES, FSDP_UNITS, OFFLOAD, PARALLEL, ROTATE, ULYSSES
+
 if TYPE_CHECKING:
     from ..imports import Imported
 
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 LAUNCH = f"{__name__}.launch"  # what a launcher's config says, for the command that was given one
 
 
@@ -64,3 +69,42 @@ accelerate_option = click.option(
     help="Take GPUs, nodes and what they do from accelerate's config file, or from DeepSpeed's; beside --config, whose "
     "own words win, or without.",
 )
+
+
+def of_several() -> tuple[Decorator, ...]:
+    """Options of a training setup: what each of several GPUs has, what they share, where they stand."""
+    return (
+        click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
+                     help="What several GPUs do: ddp, each has all; fsdp2 or fsdp1, a shard of all; zero1, zero2 or "
+                     "zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
+        click.option("--ddp", type=click.Choice(DDP), default="plain", show_default=True,
+                     help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
+                     "every step (find_unused_parameters): the Trainer's default without checkpoints or with PEFT."),
+        click.option("--reshard/--no-reshard", default=True, show_default=True,
+                     help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
+                     "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
+        click.option("--fsdp-units", type=click.Choice(FSDP_UNITS), default="accelerate", show_default=True,
+                     help="What FSDP2 gathers at once: blocks, embedding, last norm and head; or blocks, all else."),
+        click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
+        click.option("--sync-each-batch", is_flag=True, help="Gradients are exchanged for every micro-batch."),
+        click.option("--shard-group", type=click.IntRange(2),
+                     help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
+        click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
+                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1 to zero3 "
+                     "(on one GPU as well), updated by its cores; params: weights too, of zero3 or FSDP."),
+        click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs that share every layer (tensor parallel) and work on the same samples."),
+        click.option("--sequence-parallel", is_flag=True,
+                     help="They share the tokens between those layers, too; adapters are NeMo Automodel's."),
+        click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs with some blocks each (pipeline), of --grad-accum micro-batches; with ddp or fsdp2."),
+        click.option("--pp-schedule", default="1f1b", show_default=True,
+                     help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
+        click.option("--cp", type=click.IntRange(1), default=1, show_default=True,
+                     help="GPUs that share every sequence (context parallel, accelerate's cp_size; ulysses: sp_size)."),
+        click.option("--cp-rotate", type=click.Choice((*ROTATE, ULYSSES)), default="allgather", show_default=True,
+                     help="How keys and values get to all of them (cp_comm_strategy), with fsdp2; ulysses: they "
+                     "share the heads within attention, with zero1 to zero3."),
+        click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
+        click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
+    )  # fmt: skip

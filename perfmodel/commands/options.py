@@ -1,7 +1,7 @@
 """What several commands share: options, JSON."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,20 @@ from ..setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
-    DDP,
     DTYPES,
     ENGINES,
     EXPERTS,
     FP8,
-    FSDP_UNITS,
     INT8,
     KERNELS,
     OBJECTIVES,
-    OFFLOAD,
     PACKING,
-    PARALLEL,
     REFERENCES,
-    ROTATE,
-    ULYSSES,
 )
 from . import names, traces
 from .given_config import adapter_of_config, config_option, instead_of_config, is_traced, on_its_model, settled
-from .given_launch import accelerate_option
+from .given_launch import Command, Decorator, accelerate_option, of_several
 from .parted import PARTED
-
-Command = Callable[..., Any]
-Decorator = Callable[[Command], Command]
 
 methods_option = click.option(
     "--methods",
@@ -255,39 +246,7 @@ def _rest() -> tuple[Decorator, ...]:
                      help="Versions of torch, cuda, transformers and peft, such as torch=2.6,cuda=12.4,peft=0.11: they "
                      "decide which attention kernel sdpa gets, the adapters' dtype, how casts to 16 bit run, what one "
                      "kernel of an optimizer over lists takes."),
-        click.option("--parallel", type=click.Choice(PARALLEL), default="ddp", show_default=True,
-                     help="What several GPUs do: ddp, each has all; fsdp2 or fsdp1, a shard of all; zero1, zero2 or "
-                     "zero3, DeepSpeed's parts of states, of gradients too, of weights too."),
-        click.option("--ddp", type=click.Choice(DDP), default="plain", show_default=True,
-                     help="What DDP knows of the graph. find-unused: it looks for parameters without a gradient in "
-                     "every step (find_unused_parameters): the Trainer's default without checkpoints or with PEFT."),
-        click.option("--reshard/--no-reshard", default=True, show_default=True,
-                     help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
-                     "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
-        click.option("--fsdp-units", type=click.Choice(FSDP_UNITS), default="accelerate", show_default=True,
-                     help="What FSDP2 gathers at once: blocks, embedding, last norm and head; or blocks, all else."),
-        click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
-        click.option("--sync-each-batch", is_flag=True, help="Gradients are exchanged for every micro-batch."),
-        click.option("--shard-group", type=click.IntRange(2),
-                     help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
-        click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,
-                     help="What lives in the host's memory. optimizer: masters, states and gradients of zero1 to zero3 "
-                     "(on one GPU as well), updated by its cores; params: weights too, of zero3 or FSDP."),
-        click.option("--tp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that share every layer (tensor parallel) and work on the same samples."),
-        click.option("--sequence-parallel", is_flag=True,
-                     help="They share the tokens between those layers, too; adapters are NeMo Automodel's."),
-        click.option("--pp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs with some blocks each (pipeline), of --grad-accum micro-batches; with ddp or fsdp2."),
-        click.option("--pp-schedule", default="1f1b", show_default=True,
-                     help="Their order: 1f1b, gpipe, or interleaved:v=2 (so many runs of blocks on each GPU)."),
-        click.option("--cp", type=click.IntRange(1), default=1, show_default=True,
-                     help="GPUs that share every sequence (context parallel, accelerate's cp_size; ulysses: sp_size)."),
-        click.option("--cp-rotate", type=click.Choice((*ROTATE, ULYSSES)), default="allgather", show_default=True,
-                     help="How keys and values get to all of them (cp_comm_strategy), with fsdp2; ulysses: they "
-                     "share the heads within attention, with zero1 to zero3."),
-        click.option("--nodes", type=click.IntRange(1), help="Nodes that they are on; default as few as hold them."),
-        click.option("--node", help="What they stand in (see `perfmodel nodes`); default by the device."),
+        *of_several(),
         click.option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True,
                      help="What runs the step; `METHOD:engine=NAME` for one method alone."),
         click.option("--clip-grad/--no-clip-grad", default=True, show_default=True, help="Clip the gradient norm."),

@@ -10,9 +10,10 @@ from ..tape.core import Tape, recording
 from ..tape.tensor import Flow
 from . import zero
 from .collector import no_collector
+from .deepspeed import zero as stages
+from .deepspeed import zero3_reference
 from .forward import forward_passes, running
-from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units, zero3_reference
-from .parallel import zero as stages
+from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units
 from .parallel.context import check_shared_sequences, context_of
 from .parallel.ddp import BUCKET, FIRST_BUCKET
 from .parallel.ddp_compiled import Uses, cuts_of

@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 
 from perfmodel import methods
 from perfmodel.architectures import Config, from_config
-from perfmodel.recording.parallel import zero
+from perfmodel.recording.deepspeed import zero
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import step_of
 
-from perfmodel.recording.parallel.module_trace import Foreseen, foreseen
+from perfmodel.recording.deepspeed.module_trace import Foreseen, foreseen
 from perfmodel.recording.record import held_bytes
 from perfmodel.recording.step import Step
 

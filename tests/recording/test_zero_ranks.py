@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from helpers import step_of
 
+from perfmodel.recording.deepspeed.zero import messages_of
 from perfmodel.recording.parallel.messages import Coming
-from perfmodel.recording.parallel.zero import messages_of
 from perfmodel.recording.step import Step
 from perfmodel.tape.tensor import Parameter
 

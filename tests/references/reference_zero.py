@@ -13,7 +13,7 @@ from reference_objectives import Loss, Run
 from reference_steps import Prepared, gathered, prepared
 
 from perfmodel.prediction import memory
-from perfmodel.recording.parallel import zero3_reference
+from perfmodel.recording.deepspeed import zero3_reference
 from validate.oracle import parallel, zero
 
 CHECKED = "c10d::broadcast_"  # traces of modules are compared among ranks: left out of the tape

@@ -27,11 +27,11 @@ from ...setup import Setup
 from ...tape.autograd import differentiate
 from ...tape.core import emit, hooked, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
+from ..deepspeed.zero import flat_places
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
 from .ddp_compiled import Place
 from .messages import Coming
-from .zero import flat_places
 
 MAP = "i32"  # dtype of the map of parameters that got a gradient
 

@@ -29,13 +29,13 @@ from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .. import zero
+from ..parallel.collectives import SENT, cast_gradient, empty, exchange, wait_event
+from ..parallel.form import WholeUnits
+from ..parallel.messages import Ready, coming, interleaved
+from ..parallel.offload import keep_on_host, to_device
+from ..parallel.units import HEAD, ROOT, ShardedUnit
 from . import zero_offload
-from .collectives import SENT, cast_gradient, empty, exchange, wait_event
-from .form import WholeUnits
-from .messages import Ready, coming, interleaved
 from .module_trace import Foreseen
-from .offload import keep_on_host, to_device
-from .units import HEAD, ROOT, ShardedUnit
 
 LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
 UNTRACED = (

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter
+from ..parallel.units import ROOT, ShardedUnit, Survey
 from .module_trace import foreseen
-from .units import ROOT, ShardedUnit, Survey
 from .zero3 import CutWeights
 
 SMALL = 10**5  # elements of a weight that stays whole (`stage3_param_persistence_threshold`)

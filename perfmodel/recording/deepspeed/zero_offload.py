@@ -16,7 +16,7 @@ from ...program.op import PINNED, PLAIN, Attrs, Op, Spec
 from ...program.streams import COMMUNICATION, REDUCE, Run
 from ...tape.core import record, tape
 from ...tape.tensor import Tensor
-from .offload import work
+from ..parallel.offload import work
 
 BESIDE = Run(REDUCE, after=(COMMUNICATION,))  # what follows a reduction on its stream, ahead of later collectives
 FINITE = (  # of the largest and the smallest element (`has_inf_or_nan`), both in one

@@ -26,10 +26,10 @@ from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, REDUCE, Run
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Parameter, Tensor
+from ..parallel.collectives import all_reduce, cast_gradient, exchange
+from ..parallel.form import WholeUnits
+from ..parallel.messages import Coming, Ready, coming, interleaved
 from . import zero_offload
-from .collectives import all_reduce, cast_gradient, exchange
-from .form import WholeUnits
-from .messages import Coming, Ready, coming, interleaved
 
 ALIGNMENT = 2  # elements that every rank's part is a multiple of (`nccl_start_alignment_factor`)
 BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients under `overlap_comm`, as most configs have it

@@ -1,0 +1,1 @@
+"""What DeepSpeed makes of a step on several GPUs, or with something offloaded on one."""
