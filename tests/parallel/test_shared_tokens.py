@@ -84,7 +84,6 @@ def test_the_setup_is_told() -> None:
         ("full", {"seq": 255}, "tp 4 cuts the tokens of a sequence; use a multiple of it for --seq"),
         ("full", {"gpus": 8}, "ddp takes no cut layers; use --parallel fsdp2 for replicas"),
         ("full", {"parallel": "zero3"}, "zero3 takes no cut layers; use --parallel fsdp2 for replicas"),
-        ("full", {"gpus": 8, "pp": 2, "grad_accum": 2}, "not modelled with pp 2; use --pp 1"),
         ("full", {"lengths": "100:200"}, "tp 4 with sequence_parallel shares samples of one length"),
         ("full", {"optimizer": "sgd"}, "not modelled with optimizer sgd; use --optimizer adamw"),
         ("full", {"kernels": "liger"}, "not modelled with kernels liger; use --kernels torch"),
