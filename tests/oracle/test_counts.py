@@ -265,3 +265,10 @@ def test_the_command_tells_each_difference_in_words_and_as_json(
     (row,) = json.loads(data.stdout)
     assert (row["model"], row["method"], row["calls"]) == (case.config.name, LORA, 7)
     assert row["differences"] == differences
+
+
+def test_methods_take_what_the_quick_grid_gives_them() -> None:
+    """Which method meets which model goes by turns, so that one more model type gives all behind it others."""
+    pairs = {(case.config.name, case.method): case for case in cases.grid("quick")}
+    for case in pairs.values():
+        methods.parse(case.method).bind(from_config(case.config))

@@ -268,6 +268,7 @@ REFUSED = {
     "top_k:k=2,inner=lora": tuple(STACKS),  # PEFT cannot count their blocks
     # whose cache PEFT fills with heads that it has not
     "prefix_tuning": ("bert", "roberta", "falcon", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", *STACKS),
+    "gralora": ("deepseek_v2",),
     "oft": ("gpt2", "deepseek_v2"),  # the layer that would be a target there has inputs of four dimensions
 }
 WHOLE = 9  # of the first so many model types the quick grid tries all methods; the others share most of their code
