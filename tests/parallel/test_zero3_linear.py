@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_ring_laws import LAYERS, LLAMA
 
 from perfmodel import methods
-from perfmodel.architectures import from_config
+from perfmodel.architectures import Config, from_config
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
@@ -52,3 +52,14 @@ def test_a_block_that_is_run_again_runs_its_last_product(method: str) -> None:
         products(step_of(method, parallel=form, seq=64, checkpoint="block-reentrant")) for form in ("fsdp2", "zero3")
     ]
     assert reentrant[0] == reentrant[1]
+
+
+def test_what_is_added_to_its_output_in_place_finds_no_view() -> None:
+    """With a bias PyTorch's layer gives a view of a matrix, whose history is written anew; a Function's is none."""
+    architecture = from_config(Config({**LLAMA.values, "model_type": "qwen2"}, "qwen2", "qwen2"))
+    steps = [
+        build(architecture, methods.parse("reslora:r=4").bind(architecture), Setup(seq=64, gpus=2, parallel=form))
+        for form in ("zero2", "zero3")
+    ]
+    copies = [sum(count for _, op, count in step.ops() if op.name == "new_empty_strided") for step in steps]
+    assert copies[0] > copies[1] == 0

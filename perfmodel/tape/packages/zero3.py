@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ..autograd import differentiate
 from ..core import record, tape
+from ..inplace import OWN_LINEAR
 from ..linalg import addmm, matmul, mm
 from ..pointwise import reduce_dims
 from ..shape import reshape, t, view
@@ -21,7 +22,7 @@ from ..tensor import Grads, Node, Tensor
 def zero3_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x·Wᵀ + b, W of shape (out, in)."""
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    node = differentiate("LinearFunctionForZeroStage3Backward", inputs, _backward, (bias is not None,))
+    node = differentiate(OWN_LINEAR, inputs, _backward, (bias is not None,))
     with tape().no_grad():
         if bias is not None and len(x.shape) == 2:
             out = addmm(bias, x, t(weight))
