@@ -121,7 +121,8 @@ class Setup:
         cp: context-parallel ranks, which share every sequence: each has a part of its tokens.
         cp_rotate: how keys and values get to all of them: allgather, or alltoall, from rank to rank; or ulysses, where
             ranks share the heads within attention in place of the tokens.
-        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.zero`); a method may name its own.
+        engine: what runs the step: torch, or deepspeed-zero3 (`perfmodel.recording.deepspeed`);
+            a method may name its own.
         packing: what lies in a row of `seq` tokens: none, one sample; dense, documents behind one another under one
             causal mask; varlen, documents that attend within themselves (position ids restart and there is no mask);
             flat, the samples of a micro-batch behind one another in one row, as many tokens as they have.

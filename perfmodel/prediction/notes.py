@@ -13,7 +13,8 @@ from ..devices.profile import DeviceProfile
 from ..methods.parts.base import Method
 from ..methods.parts.targeted import Targeted, unmatched
 from ..program.software import CURRENT
-from ..recording import converted, zero
+from ..recording import converted
+from ..recording.deepspeed import zero3_alone
 from ..setup import Setup
 from . import intervals
 from .times import Time
@@ -43,7 +44,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
     notes += _target_notes(built)
     notes += _optimizer_notes(built, seconds, total)
     notes += _unknown_notes(built)
-    notes += [zero.NOTE] if built.zero else []
+    notes += [zero3_alone.NOTE] if built.zero else []
     notes += _mixture_notes(built)
     notes += on.network.notes if on.network is not None else []
     notes += _offload_notes(built, on)

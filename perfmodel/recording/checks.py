@@ -4,7 +4,8 @@ from ..architectures.base import Architecture
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..setup import Setup
-from . import converted, zero
+from . import converted
+from .deepspeed import zero3_alone
 
 
 def check_step(architecture: Architecture, method: Method, setup: Setup) -> None:
@@ -14,7 +15,7 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
     if setup.images:
         raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":
-        zero.check_zero3(setup, method)
+        zero3_alone.check_zero3(setup, method)
     converted.check_converted(architecture, method, setup)
     if setup.attention not in architecture.traits.attention:
         has = " or ".join(architecture.traits.attention)

@@ -8,10 +8,8 @@ from ..program.dims import decide
 from ..program.ranks import Ranks
 from ..tape.core import Tape, recording
 from ..tape.tensor import Flow
-from . import zero
 from .collector import no_collector
-from .deepspeed import zero as stages
-from .deepspeed import zero3_reference
+from .deepspeed import stages, zero3_alone, zero3_reference
 from .forward import forward_passes, running
 from .parallel import ddp_search, fsdp1_reference, fsdp2_reference, units
 from .parallel.context import check_shared_sequences, context_of
@@ -48,7 +46,12 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     if setup[0].parallel in STAGES:
         late = step.architecture.registers_late
         return stages.CutStates(
-            ranks, STAGES[setup[0].parallel], zero.bucket(step), late, offloaded=offloads, wide=setup[0].shares_heads
+            ranks,
+            STAGES[setup[0].parallel],
+            zero3_alone.bucket(step),
+            late,
+            offloaded=offloads,
+            wide=setup[0].shares_heads,
         )
     ranks, across = units.sharing(ranks, step.setup)
     survey = units.Survey()

@@ -16,7 +16,7 @@ from ..setup import Setup
 from ..tape.core import tape
 from ..tape.packages.ulysses import SharedHeads, loss_of_all
 from ..tape.tensor import Parameter, Tensor
-from . import zero
+from .deepspeed import zero3_alone
 from .step import Step
 
 Kept = dict[Any, tuple[Tensor, Part]]  # attributes of modules (`Build.kept`)
@@ -63,7 +63,7 @@ def running(step: Step) -> tuple[Setup, Method]:
     if several and setup.compile != "none" and setup.checkpoint == "block-reentrant":
         setup = replace(setup, checkpoint="block")  # to Dynamo both are one operator
     if step.zero or (several and (casts or setup.parallel in ("zero1", "zero2"))):
-        setup, method = zero.under_zero(setup, method)
+        setup, method = zero3_alone.under_zero(setup, method)
     elif several and setup.parallel == "fsdp1":
         setup = replace(setup, dtype=setup.amp or setup.dtype)  # what is gathered, under autocast too
     return setup, method.under(setup.stack, setup.dtype)

@@ -21,9 +21,9 @@ from ..tape.engine import run_backward
 from ..tape.packages.zero3 import zero3_linear
 from ..tape.tensor import Flow
 from . import reuse as sharing
-from . import zero
 from .checks import check_step
 from .collector import no_collector
+from .deepspeed import zero3_alone
 from .forward import Kept, forward_passes, running
 from .parallel.context import context_of
 from .parallel.form import ParallelForm
@@ -57,7 +57,7 @@ def build(
         UserError: setup and model do not fit (sequence too long, nothing trains, …).
         MixedStructure: array dims do not share one program; split the grid.
     """
-    setup = zero.one_name(replace(setup, engine=method.engine or setup.engine))
+    setup = zero3_alone.one_name(replace(setup, engine=method.engine or setup.engine))
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
     check_step(architecture, method, setup)
@@ -222,7 +222,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     else:
         tape.flow = None
     if step.zero_alone:
-        tape.on_gradient = zero.hook(step, first=not step.parameters)
+        tape.on_gradient = zero3_alone.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
     before = tape.loss.storage if tape.flow is not None and tape.loss is not None else None
     parameters, loss, after = forward_passes(step, setup, method, kept)
@@ -237,7 +237,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     run_backward(loss, seed)
     del seed
     if step.zero_alone:
-        zero.end_of_backward()
+        zero3_alone.end_of_backward()
     if form is not None:
         tape.begin("exchange", "backward")
         with tape.no_grad():
@@ -281,7 +281,7 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
         if own is not None:
             update = own
         elif step.zero:
-            update = zero.record_zero_update(step, step.optimizer)
+            update = zero3_alone.record_zero_update(step, step.optimizer)
         else:
             if clips and objectives.found(step.setup.objective).clips:
                 cut = (Ranks(step.setup.tp),) if step.setup.sequence_parallel else ()  # what is cut are DTensors
@@ -323,5 +323,5 @@ def held_bytes(step: Step) -> Dim:
     """Bytes that method, trainer and engine keep from step to step beside parameters and optimizer state."""
     of_trainer = objectives.found(step.setup.objective).held_bytes(step.architecture, step.setup)
     exchanged = step.form.held_bytes(step.parameters) if step.form is not None else 0
-    flat = zero.flat_bytes(step) if step.zero_alone else 0
+    flat = zero3_alone.flat_bytes(step) if step.zero_alone else 0
     return step.method.held_bytes(step) + of_trainer + exchanged + flat + step.received_bytes

@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 
 from perfmodel import methods
 from perfmodel.architectures import Config, from_config
-from perfmodel.recording.deepspeed import zero
+from perfmodel.recording.deepspeed import stages
 from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
@@ -26,17 +26,17 @@ def test_parameters_lie_as_their_modules_were_made(name: str) -> None:
     architecture = from_config(config)
     setup = fitting(Setup(batch=1, seq=8, gpus=2, parallel="zero1"), architecture.traits)
     found: list[str] = []
-    known = zero.flat_places
+    known = stages.flat_places
 
     def noted(*args):  # type: ignore[no-untyped-def]
         places, total = known(*args)
         for place in places:
-            block = zero.layer_and_module(place.parameter)[0]
+            block = stages.layer_and_module(place.parameter)[0]
             at = f".{int(block) + place.layer}." if block else ""
             found.append(place.parameter.name.replace(f".{block}.", at, 1) if block else place.parameter.name)
         return places, total
 
-    with patch.object(zero, "flat_places", noted):
+    with patch.object(stages, "flat_places", noted):
         build(architecture, methods.parse("full").bind(architecture), setup, "cpu")
     model = models.build_model(config, setup, device="meta")
     assert found == [name for name, p in model.named_parameters() if p.requires_grad]

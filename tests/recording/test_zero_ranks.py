@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from helpers import step_of
 
-from perfmodel.recording.deepspeed.zero import messages_of
+from perfmodel.recording.deepspeed.stages import messages_of
 from perfmodel.recording.parallel.messages import Coming
 from perfmodel.recording.step import Step
 from perfmodel.tape.tensor import Parameter

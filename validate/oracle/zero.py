@@ -16,9 +16,9 @@ import torch
 from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.prediction import memory
+from perfmodel.recording.deepspeed.zero3_alone import under_zero
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
-from perfmodel.recording.zero import under_zero
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs.dtypes import DTYPES
 

@@ -10,7 +10,7 @@ Here the weights of a block are gathered as it begins: DeepSpeed asks for each a
 queue that it keeps filled (`fetch_sub_module`), so messages and bytes are the same but come a little earlier there.
 
 Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py, parameter_offload.py, stage3.py,
-runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`). One rank alone: `perfmodel.recording.zero`, or here
+runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`). One rank alone: `zero3_alone.py`, or here
 where something is offloaded (`zero_offload.py`): then weights come from the host's memory one by one, for each of which
 the host waits.
 """
@@ -28,13 +28,12 @@ from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, MAIN, REDUCE
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .. import zero
 from ..parallel.collectives import SENT, cast_gradient, empty, exchange, wait_event
 from ..parallel.form import WholeUnits
 from ..parallel.messages import Ready, coming, interleaved
 from ..parallel.offload import keep_on_host, to_device
 from ..parallel.units import HEAD, ROOT, ShardedUnit
-from . import zero_offload
+from . import zero3_alone, zero_offload
 from .module_trace import Foreseen
 
 LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
@@ -158,7 +157,7 @@ class CutWeights(WholeUnits):
         if self.offloaded:
             record("deepspeed::synchronize", (), (), Attrs(host=True, sync=True), runs=zero_offload.BESIDE)
         else:
-            zero.end_of_backward()
+            zero3_alone.end_of_backward()
         self.first = False
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
@@ -176,14 +175,14 @@ class CutWeights(WholeUnits):
         small = self.whole_bytes + (self.frozen.whole_bytes if self.frozen is not None else 0)
         if self.offloaded:
             return existing((self.limit,), trained[0].dtype).nbytes + small
-        return zero.buffer_bytes(trained, self.limit) + small
+        return zero3_alone.buffer_bytes(trained, self.limit) + small
 
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
         """The optimizer on a rank's parts; what stays whole is gathered again."""
         if self.offloaded:
             update = self._updated_on_host(parameters, optimizer, clips=clips)
         else:
-            update = zero.recorded_update(
+            update = zero3_alone.recorded_update(
                 parameters, optimizer, clips=clips, between=lambda: self._sum(existing((), "fp64"))
             )
         for count, run in runs(self._small()):
@@ -196,7 +195,7 @@ class CutWeights(WholeUnits):
         update = Update(tape(), optimizer, parameters)
         trained = update.parameters
         part, dtype = sum(p.numel * p.count for p in trained), trained[0].dtype
-        zero.norms_together(trained, between=lambda: self._sum(existing((1,), "fp32")))
+        zero3_alone.norms_together(trained, between=lambda: self._sum(existing((1,), "fp32")))
         back = None if self.from_host else existing((part,), dtype)
         zero_offload.updated_on_host(update, part, dtype, clips=clips, back=back)
         update.hosted = update.hosted + existing((part,), dtype).nbytes  # gradients in 16 bits

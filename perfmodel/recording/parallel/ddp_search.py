@@ -27,7 +27,7 @@ from ...setup import Setup
 from ...tape.autograd import differentiate
 from ...tape.core import emit, hooked, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from ..deepspeed.zero import flat_places
+from ..deepspeed.stages import flat_places
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
 from .ddp_compiled import Place

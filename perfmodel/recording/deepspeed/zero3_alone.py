@@ -12,18 +12,18 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py (`__add_grad_to_ipg_bucket`, `p
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..errors import UserError
-from ..methods.parts.base import Method
-from ..optimizers import Update
-from ..optimizers.parts.ops import in_place, new, read_item
-from ..optimizers.parts.update import Parameters, existing, gradient, runs
-from ..program.dims import Dim, decide
-from ..program.op import Attrs
-from ..program.streams import COMMUNICATION, COMPUTE, Run
-from ..setup import Setup
-from ..tape.core import record, tape
-from ..tape.tensor import Parameter, Tensor
-from .step import Step
+from ...errors import UserError
+from ...methods.parts.base import Method
+from ...optimizers import Update
+from ...optimizers.parts.ops import in_place, new, read_item
+from ...optimizers.parts.update import Parameters, existing, gradient, runs
+from ...program.dims import Dim, decide
+from ...program.op import Attrs
+from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ...setup import Setup
+from ...tape.core import record, tape
+from ...tape.tensor import Parameter, Tensor
+from ..step import Step
 
 NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
