@@ -188,9 +188,11 @@ def power(as_json: bool) -> None:
 @click.option(
     "--leave-one-device-out", is_flag=True, help="Only report how well datasheets and other devices predict one."
 )
-@click.option("--grouped", is_flag=True, help="With --kernels: products by expert alone, in a minute.")
 @click.option(
-    "--residual", is_flag=True, help="With --kernels: the learned factor of 16-bit products alone, in a minute."
+    "--part",
+    type=click.Choice(("grouped", "residual", "early")),
+    help="With --kernels, in a minute: products by expert alone, the learned factor of 16-bit products, or what "
+    "cuBLAS's older kernels for Hopper have.",
 )
 @click.option("--device", help="With --records: price kernels with this profile.")
 @click.option("--host", help="With --records: the host to start from.")
@@ -206,8 +208,8 @@ def power(as_json: bool) -> None:
 @dask_option
 @json_option
 def fit(
-    kernels: Path | None, records: Path | None, collectives: Path | None, leave_one_device_out: bool, grouped: bool,
-    residual: bool, device: str | None, host: str | None, output: Path, dry_run: bool, workers: int, dask: str | None,
+    kernels: Path | None, records: Path | None, collectives: Path | None, leave_one_device_out: bool,
+    part: str | None, device: str | None, host: str | None, output: Path, dry_run: bool, workers: int, dask: str | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Fit device profiles to kernels, nodes to collectives, or host costs to steps.
@@ -231,9 +233,8 @@ def fit(
     if collectives is not None:
         show_links(collectives, write=not dry_run, as_json=as_json)
     elif records is None:
-        part = "grouped" if grouped else "residual" if residual else ""
         how = {"leave_one_device_out": leave_one_device_out, "write": not dry_run, "as_json": as_json}
-        show_fit(kernels, part=part, workers=Workers(workers, dask), **how)
+        show_fit(kernels, part=part or "", workers=Workers(workers, dask), **how)
     elif not show_refit(records, device=device, host=host, output=None if dry_run else output, as_json=as_json):
         sys.exit(1)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..values import immutable
+from .hardware import Hardware
 
 Layout = Literal["tn", "nn", "nt"]
 LAYOUTS: tuple[Layout, ...] = ("tn", "nn", "nt")
@@ -101,6 +102,22 @@ def layout_index(layout: str) -> int:
 
 
 @immutable
+class EarlyGemmParameters:
+    """What cuBLAS's 16-bit kernels for Hopper had before CUDA 12.6 Update 2 in place of the figures of today's.
+
+    Attributes:
+        k_bubble, wave_tail: as in `GemmParameters`.
+    """
+
+    k_bubble: float
+    wave_tail: float
+
+    def on(self, current: GemmParameters) -> GemmParameters:
+        """A device's parameters with these in place of its own."""
+        return replace(current, k_bubble=self.k_bubble, wave_tail=self.wave_tail)
+
+
+@immutable
 class GroupedParameters:
     """How the one kernel of all products by expert differs from a dense product; the defaults: not at all.
 
@@ -115,3 +132,23 @@ class GroupedParameters:
     epilogue: float = 1.0
     memory: float = 1.0
     overlap_loss: float = 0.3
+
+
+def for_each_dtype(bf16: GemmParameters, fp32: GemmParameters, hardware: Hardware) -> dict[str, GemmParameters]:
+    """Parameters for each dtype: fp16 runs as bf16 does; without tensor cores for it a dtype runs on the fp32 units.
+
+    TF32 is not measured: the same tensor cores at half the rate on elements of twice the bytes.
+    """
+    tf32 = replace(
+        bf16,
+        tile_balance=bf16.tile_balance / 2,
+        k_latency=bf16.k_latency * 2,
+        k_bubble=bf16.k_bubble * 2,
+        k_step=max(1, bf16.k_step // 2),
+    )
+    return {
+        "bf16": bf16 if hardware.bf16_flops else fp32,
+        "fp16": bf16 if hardware.fp16_flops else fp32,
+        "tf32": tf32 if hardware.tf32_flops else fp32,
+        "fp32": fp32,
+    }

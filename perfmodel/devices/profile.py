@@ -4,10 +4,10 @@ A file holds `name`, `kind` ("cuda" or "cpu"), `architecture`, `compute_capabili
 silicon whose factor `Device.gemm` has in 16 bit), the tables [datasheet] and [source] (one URL per datasheet key),
 and per fitted block `[fitted.gemm.bf16]`, `[fitted.gemm.fp32]`, `[fitted.attention]`, `[fitted.attention_cudnn]`
 (Hopper and data-centre Blackwell), `[fitted.pointwise]` its provenance and the tables `parameters` and `residuals`. A
-block that is missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, may be
-missing there, too. The blocks of a CPU hold the parameters of
-`devices.cpu`. Own devices: `perfmodel calibrate` writes one for this machine (see `perfmodel.devices.own`), or pass the
-path of a file.
+block that is missing comes from classes.toml, by the device's family; `[fitted.grouped]`, products by expert, and
+`[fitted.gemm.early]`, cuBLAS's older kernels on Hopper, may be missing there, too. The blocks of a CPU hold the
+parameters of `devices.cpu`. Own devices: `perfmodel calibrate` writes one for this machine (see
+`perfmodel.devices.own`), or pass the path of a file.
 """
 
 import re
@@ -26,7 +26,7 @@ from ..values import immutable
 from . import own, toml
 from .attention import AttentionParameters
 from .gemm import GemmParameters
-from .gemm_parameters import GroupedParameters
+from .gemm_parameters import EarlyGemmParameters, GroupedParameters, for_each_dtype
 from .hardware import Hardware
 from .pointwise import PointwiseParameters
 from .toml import P, Table
@@ -39,6 +39,7 @@ DEVICES = DATA / "devices"
 CLASSES = "classes"  # the file of class defaults, no device
 BLOCKS = ("gemm.bf16", "gemm.fp32", "attention", "pointwise")
 GROUPED = "grouped"  # a block that a device may lack: its products by expert are then priced as dense ones
+EARLY = "gemm.early"  # the same of products under CUDA before 12.6: they are then priced as today's
 CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention (`calls.sdpa`)
 CUDNN_ATTENTION = "attention_cudnn"  # its block
 KINDS = ("cuda", "cpu")
@@ -69,6 +70,7 @@ class DeviceProfile:
         compute_capability: "8.0"; empty for a CPU.
         hardware: datasheet figures.
         gemm: parameters by dtype of the operands: bf16, fp16, tf32, fp32; those of a CPU are in `cpu`.
+        early: what products have under CUDA before 12.6 in place of today's figures; None: nothing, or it is unknown.
         grouped: of products by expert in one kernel.
         attention, pointwise: parameters of those kernels; `attention` is FlashAttention-2.
         cudnn_attention: cuDNN's attention where PyTorch prefers it, else the same as `attention`.
@@ -100,6 +102,7 @@ class DeviceProfile:
     sources: Mapping[str, str] = field(default_factory=dict)
     host: str = ""
     residual: str = ""
+    early: EarlyGemmParameters | None = None
     cpu: "CpuKernels | None" = None
     network: "JobNetwork | None" = None
 
@@ -115,10 +118,16 @@ class DeviceProfile:
         return max(self.hardware.peak(kind) * max(1.0, *self.cpu.gemm[kind].efficiency.values()) for kind in kinds)
 
     def under(self, stack: SoftwareStack) -> "DeviceProfile":
-        """The same with what another version of PyTorch runs."""
-        if stack.streams_downcasts or self.cpu is not None:
-            return self
-        return replace(self, pointwise=replace(self.pointwise, downcast_rate=self.pointwise.cast_rate))
+        """The same with what other versions of PyTorch and CUDA run."""
+        on = self
+        if not stack.streams_downcasts and self.cpu is None:
+            on = replace(on, pointwise=replace(self.pointwise, downcast_rate=self.pointwise.cast_rate))
+        if stack.early_products and self.early is not None:
+            bf16 = self.early.on(self.gemm["bf16"])
+            gemm = for_each_dtype(bf16, self.gemm["fp32"], self.hardware)
+            residuals = {**self.residuals, "gemm.bf16": self.residuals[EARLY]}
+            on = replace(on, gemm=gemm, residuals=residuals, residual="")
+        return on
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
@@ -228,6 +237,8 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         blocks[CUDNN_ATTENTION] = cudnn
     if GROUPED in gpu:
         blocks[GROUPED] = _parse(GroupedParameters, gpu[GROUPED], f"{where}: [fitted.{GROUPED}]")
+    if _find(gpu, EARLY) is not None:
+        blocks[EARLY] = _parse(EarlyGemmParameters, _find(gpu, EARLY), f"{where}: [fitted.{EARLY}]")
     return DeviceProfile(
         slug=slug,
         name=toml.text(table, "name", where),
@@ -235,11 +246,12 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         architecture=architecture,
         compute_capability=capability,
         hardware=hardware,
-        gemm=_by_dtype(bf16.parameters, fp32.parameters, hardware),
+        gemm=for_each_dtype(bf16.parameters, fp32.parameters, hardware),
         attention=attention.parameters,
         cudnn_attention=cudnn.parameters,
         pointwise=pointwise.parameters,
         grouped=blocks[GROUPED].parameters if GROUPED in blocks else GroupedParameters(),
+        early=blocks[EARLY].parameters if EARLY in blocks else None,
         provenance={b: x.provenance for b, x in blocks.items()},
         residuals={b: x.residuals for b, x in blocks.items()},
         fitted={b: x.origin for b, x in blocks.items()},
@@ -320,26 +332,6 @@ def _parse(kind: type[P], table: Any, where: str) -> _Block[P]:
         residuals={key: toml.number(residual, key, f"{where} residuals") for key in RESIDUALS},
         origin="fitted" if rows else "sibling",
     )
-
-
-def _by_dtype(bf16: GemmParameters, fp32: GemmParameters, hardware: Hardware) -> dict[str, GemmParameters]:
-    """Parameters for each dtype: fp16 runs as bf16 does; without tensor cores for it a dtype runs on the fp32 units.
-
-    TF32 is not measured: the same tensor cores at half the rate on elements of twice the bytes.
-    """
-    tf32 = replace(
-        bf16,
-        tile_balance=bf16.tile_balance / 2,
-        k_latency=bf16.k_latency * 2,
-        k_bubble=bf16.k_bubble * 2,
-        k_step=max(1, bf16.k_step // 2),
-    )
-    return {
-        "bf16": bf16 if hardware.bf16_flops else fp32,
-        "fp16": bf16 if hardware.fp16_flops else fp32,
-        "tf32": tf32 if hardware.tf32_flops else fp32,
-        "fp32": fp32,
-    }
 
 
 def _family(kind: str, architecture: str, capability: str, hardware: Hardware, where: str) -> str:

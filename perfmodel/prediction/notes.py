@@ -114,6 +114,8 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
         told.append("its FlashAttention is the first one, priced as the second")
     if on.kind == "cuda" and stack.list_room(capability) != CURRENT.list_room(capability):
         told.append("a launch over a list takes fewer tensors")
+    if stack.early_products and on.early is not None:
+        told.append("products run cuBLAS's older kernels for Hopper")
     if on.kind == "cuda" and not stack.streams_downcasts:
         told.append("casts of fp32 to 16 bit look at every element")
     if built.architecture.recorded:

@@ -18,6 +18,10 @@ transformers hands grouped keys and values to the kernel as they are since 4.54 
 (https://github.com/huggingface/transformers/pull/39412), before it repeated them for every head; before 4.49 its loss
 copied the logits of all tokens but the last (/pull/35646); before 5.0 it looped over experts.
 
+cuBLAS's 16-bit products on Hopper got faster in CUDA 12.6 Update 2 (release notes of CUDA 12.9.1,
+https://docs.nvidia.com/cuda/archive/12.9.1/cuda-toolkit-release-notes/, cuBLAS 12.6 Update 2); PyTorch's wheels have
+it from 2.7 on, and 2.6 where it is built for CUDA 12.6 (https://github.com/pytorch/pytorch/issues/138440).
+
 What else differs between versions, such as contiguous copies before attention, small kernels of rotary positions and
 masks, or the program of older optimizers, is left out.
 """
@@ -92,6 +96,14 @@ class SoftwareStack:
             return False
         built_with_it = (13,) if self.torch >= (2, 10) else (11,)
         return self.cuda >= ((12, 8) if self.torch >= (2, 11) else built_with_it)
+
+    @property
+    def early_products(self) -> bool:
+        """Whether cuBLAS is older than CUDA 12.6 Update 2, which made 16-bit products on Hopper faster.
+
+        PyTorch's builds for CUDA 12.6 have Update 3 (https://github.com/pytorch/pytorch/issues/138440).
+        """
+        return self.cuda < (12, 6)
 
     def depends_on_versions(self, capability: str) -> bool:
         """Whether which attention kernel a card of that compute capability runs is another in another stack."""

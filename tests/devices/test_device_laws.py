@@ -15,6 +15,7 @@ from perfmodel.devices.gemm import gemm_time
 from perfmodel.devices.gemm_parameters import LAYOUTS, Layout, layout_index
 from perfmodel.devices.pointwise import KINDS, pointwise_time
 from perfmodel.devices.profile import DeviceProfile
+from perfmodel.program.software import SoftwareStack
 
 NAMES = profile.names()
 FITTED_BF16 = [n for n in NAMES if profile.load(n).kind == "cuda" and profile.load(n).fitted["gemm.bf16"] == "fitted"]
@@ -201,3 +202,24 @@ def test_unknown_layouts_and_kinds_are_named() -> None:
         gemm_time(1, 1, 1, hardware=a100.hardware, parameters=a100.gemm["bf16"], layout="tt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="softmax"):
         pointwise_time(1, 1, hardware=a100.hardware, parameters=a100.pointwise, kind="softmx")
+
+
+@given(m=st.integers(1, 8192), n=st.integers(1, 32768), k=st.integers(1, 16384), batch=st.integers(1, 8))
+def test_products_of_older_cuda_are_slower_on_hopper_alone(m: int, n: int, k: int, batch: int) -> None:
+    """cuBLAS 12.6 Update 2 made 16-bit products on Hopper faster, and none slower (`SoftwareStack.early_products`)."""
+    stacks = [SoftwareStack.of(f"torch=2.6,cuda={cuda}") for cuda in ("12.4", "12.6")]
+
+    def seconds(device: str, dtype: str) -> list[float]:
+        on = [profile.load(device).under(stack) for stack in stacks]
+        return [
+            float(gemm_time(m, n, k, batch, hardware=p.hardware, parameters=p.gemm[dtype], dtype=dtype)) for p in on
+        ]
+
+    for device in ("h100-sxm", "h200", "h100-pcie", "h100-nvl", "gh200"):
+        older, newer = seconds(device, "bf16")
+        assert older >= newer * (1 - 1e-12)
+        older, newer = seconds(device, "fp32")
+        assert older == newer
+    for device in ("a100-80gb-sxm", "l40s", "b200"):
+        older, newer = seconds(device, "bf16")
+        assert older == newer

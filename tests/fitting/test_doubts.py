@@ -11,8 +11,8 @@ from perfmodel.devices import profile
 
 pd = pytest.importorskip("pandas")
 judging = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
-attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
-flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
+attention = pytest.importorskip("validate.fitting.attention.fit", exc_type=ImportError)
+flash_papers = pytest.importorskip("validate.fitting.attention.flash_papers", exc_type=ImportError)
 fit = pytest.importorskip("validate.fitting.fit", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 
 from perfmodel.devices import profile
+from perfmodel.devices.gemm_parameters import EarlyGemmParameters
 from perfmodel.errors import UserError
 
 pd = pytest.importorskip("pandas")
 common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
-attention = pytest.importorskip("validate.fitting.attention", exc_type=ImportError)
+attention = pytest.importorskip("validate.fitting.attention.fit", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
+early = pytest.importorskip("validate.fitting.early", exc_type=ImportError)
 layouts = pytest.importorskip("validate.fitting.layouts", exc_type=ImportError)
 pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
-serving = pytest.importorskip("validate.fitting.serving", exc_type=ImportError)
+serving = pytest.importorskip("validate.fitting.attention.serving", exc_type=ImportError)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("h100-sxm", "bf16"), ("a100-80gb-pcie", "fp32")])
@@ -104,6 +106,33 @@ def test_a_boards_slowdowns_come_out_of_its_layouts(tmp_path: Path) -> None:
     assert fit.errors.mean < 0.01 < fit.errors.roofline_mean
     assert fit.rows_fitted + fit.rows_left_out == len(rows)
     assert set(fit.slices) == {"tn", "nn", "nt"}
+
+
+def test_what_older_products_of_hopper_have_comes_out_of_linear_layers(tmp_path: Path) -> None:
+    """vidur's rows made with a known cost of a step of k and a known idle share of the last wave."""
+    hw, base = common.hardware("h100-sxm"), profile.load("h100-sxm").gemm["bf16"]
+    known = EarlyGemmParameters(k_bubble=3.0, wave_tail=0.6)
+    given = {"gpu": "h100", "tp": 1, "n_head": 32, "n_kv_head": 8, "vocab": 32000}
+    rows = pd.DataFrame(
+        [
+            {**given, "model": model, "gated": gated, "num_tokens": m, "n_embd": width, "n_ffn": 4 * width}
+            for model, gated in ((early.LEFT_OUT[0], True), ("microsoft/phi-2", False))
+            for m in range(64, 4097, 64) for width in (1024, 4096)
+        ]
+    )  # fmt: skip
+    ffn = rows.n_ffn * np.where(rows.gated, 2, 1)
+    sides = {
+        "attn_pre_proj": (1.5 * rows.n_embd, rows.n_embd), "attn_post_proj": (rows.n_embd, rows.n_embd),
+        "mlp_up_proj": (ffn, rows.n_embd), "mlp_down_proj": (rows.n_embd, rows.n_ffn),
+    }  # fmt: skip
+    for name, (n, k) in sides.items():
+        layer = pd.DataFrame({"m": rows.num_tokens, "n": n, "k": k})
+        rows[f"{name}_ms"] = early.priced_linears(layer, hw, known.on(base)) * 1e3
+    rows.to_parquet(tmp_path / "kernels_vidur.parquet")
+    fit = early.fit_linears(tmp_path, base)
+    assert (fit.parameters.k_bubble, fit.parameters.wave_tail) == pytest.approx((3.0, 0.6), rel=0.01)
+    assert fit.errors.mean < 0.01 < fit.slices["as_current"].mean
+    assert fit.rows_left_out == (early.linear_rows(tmp_path).model == early.LEFT_OUT[0]).sum()
 
 
 def test_attention_fits_find_serving_times_and_borrow_what_has_no_rows(kernels: Path) -> None:

@@ -86,7 +86,7 @@ def test_the_command_fits_residuals_alone(measured: Path, tmp_path: Path, monkey
     """After a change of the physics the whole fit takes ten minutes; this part is on top of prices that files have."""
     monkeypatch.setattr(gemm, "BF16_FILES", {"l40s": gemm.BF16_FILES["l40s"]})
     monkeypatch.setattr(fit, "RESIDUALS", tmp_path)
-    words = ["validate", "fit", "--kernels", str(measured), "--residual", "--json"]
+    words = ["validate", "fit", "--kernels", str(measured), "--part", "residual", "--json"]
     dry = CliRunner().invoke(main, [*words, "--dry-run"], catch_exceptions=False)
     assert dry.exit_code == 0
     mean = {row["slice"]: row["mean"] for row in json.loads(dry.stdout)}
@@ -98,7 +98,7 @@ def test_the_command_fits_residuals_alone(measured: Path, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_residual_belongs_to_the_prices_of_today(name: str) -> None:
-    """On top of other physics it is worth nothing: after a change there, perfmodel validate fit --residual."""
+    """On top of other physics it is worth nothing: after a change there, perfmodel validate fit --part residual."""
     table, on = read_toml(learned.FOLDER / f"{name}.toml"), profile.load(name)
     assert fitting.mean_price(on.hardware, on.gemm["bf16"]) == pytest.approx(table["physics"], rel=1e-3)
     assert table["rows_fitted"] > table["rows_left_out"] > 10_000

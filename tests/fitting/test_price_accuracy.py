@@ -16,10 +16,10 @@ from perfmodel.devices.profile import DEVICES
 from perfmodel.devices.residual import FOLDER
 
 pd = pytest.importorskip("pandas")
-flash_papers = pytest.importorskip("validate.fitting.flash_papers", exc_type=ImportError)
+flash_papers = pytest.importorskip("validate.fitting.attention.flash_papers", exc_type=ImportError)
 gemm = pytest.importorskip("validate.fitting.gemm", exc_type=ImportError)
 pointwise = pytest.importorskip("validate.fitting.pointwise", exc_type=ImportError)
-serving = pytest.importorskip("validate.fitting.serving", exc_type=ImportError)
+serving = pytest.importorskip("validate.fitting.attention.serving", exc_type=ImportError)
 common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
 profiles = pytest.importorskip("validate.fitting.profiles", exc_type=ImportError)
 

@@ -16,21 +16,22 @@ from perfmodel.devices import profile
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.pointwise import PointwiseParameters
-from perfmodel.devices.profile import BLOCKS, CLASSES, CUDNN_ATTENTION, DEVICES, GROUPED
+from perfmodel.devices.profile import BLOCKS, CLASSES, CUDNN_ATTENTION, DEVICES, EARLY, GROUPED
 from perfmodel.devices.residual import FOLDER as RESIDUALS
 from perfmodel.errors import UserError
 from perfmodel.partitions import Workers, answered
 
-from . import attention, gemm, grouped, layouts, pointwise, residual, sgemm, squares
+from . import early, gemm, grouped, layouts, pointwise, residual, sgemm, squares
+from .attention import fit as attention
 from .judging import Fit, FitErrors, file, hardware
 from .siblings import A100, SIBLINGS
-from .write import write_blocks, write_last, write_residual
+from .write import write_blocks, write_one, write_residual
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what comes next or was done
 Row = dict[str, Any]
 ALONE = Workers()
 
-FITTED = (*BLOCKS[:3], CUDNN_ATTENTION, *BLOCKS[3:], GROUPED)
+FITTED = (*BLOCKS[:3], CUDNN_ATTENTION, *BLOCKS[3:], GROUPED, EARLY)
 # (dtype, device, like device): both measured.
 GEMM_PAIRS = (
     ("bf16", "gb200", "b200"),
@@ -116,10 +117,22 @@ def fit_grouped(folder: str | PathLike[str], progress: Progress | None = None, *
     """As `fit_kernels`, of products by expert alone, on top of the dense products that the files have."""
     steps, fitted = _Steps(progress, len(grouped.ROWS_OF)), _Fitted()
     _grouped(_folder(folder), fitted, {slug: profile.load(slug).gemm["bf16"] for slug in grouped.ROWS_OF}, steps)
-    _siblings(fitted, GROUPED)
+    return _written(fitted, GROUPED, write=write)
+
+
+def fit_early(folder: str | PathLike[str], progress: Progress | None = None, *, write: bool) -> list[Row]:
+    """As `fit_kernels`, of cuBLAS's older kernels for Hopper alone, on top of the products that the files have."""
+    steps, fitted = _Steps(progress, 1), _Fitted()
+    _early(_folder(folder), fitted, profile.load(early.H100).gemm["bf16"], steps)
+    return _written(fitted, EARLY, write=write)
+
+
+def _written(fitted: _Fitted, block: str, *, write: bool) -> list[Row]:
+    """The table of one block, that of like devices included; into the files, too."""
+    _siblings(fitted, block)
     if write:
-        for slug, fit in fitted.devices[GROUPED].items():
-            write_last(DEVICES / f"{slug}.toml", GROUPED, fit, date.today().isoformat())
+        for slug, fit in fitted.devices[block].items():
+            write_one(DEVICES / f"{slug}.toml", block, fit, date.today().isoformat())
     return _table(fitted, set(profile.names()))
 
 
@@ -150,7 +163,8 @@ def _folder(folder: str | PathLike[str]) -> Path:
 def _fit_all(folder: Path, progress: Progress | None, workers: Workers) -> _Fitted:
     for name in (*gemm.BF16_FILES.values(), sgemm.FILE, grouped.FILE):
         file(folder, name)
-    steps = _Steps(progress, 2 * len(GEMMS) + len(gemm.BF16_FILES) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF))
+    many = 2 * len(GEMMS) + len(gemm.BF16_FILES) + len(GEMM_CLASSES) + 1 + 10 + len(grouped.ROWS_OF) + 1
+    steps = _Steps(progress, many)
     fitted = _Fitted()
     _gemms(folder, fitted, steps, workers)
     _gemm_pairs(folder, fitted)
@@ -162,6 +176,7 @@ def _fit_all(folder: Path, progress: Progress | None, workers: Workers) -> _Fitt
     fits = fitted.devices["gemm.bf16"].items()
     bf16 = {slug: fit.parameters for slug, fit in fits if isinstance(fit.parameters, GemmParameters)}
     _grouped(folder, fitted, {slug: bf16[slug] for slug in grouped.ROWS_OF}, steps)
+    _early(folder, fitted, bf16[early.H100], steps)
     _residuals(folder, fitted, {slug: bf16[slug] for slug in gemm.BF16_FILES}, steps)
     _siblings(fitted, *SIBLINGS)
     fitted.devices["gemm.fp32"]["l40s"] = squares.of_l40s(fitted.classes["gemm.fp32"]["any"])
@@ -318,6 +333,11 @@ def _grouped(folder: Path, fitted: _Fitted, dense: dict[str, GemmParameters], st
     for slug, parameters in dense.items():
         fitted.devices[GROUPED][slug] = grouped.fit_layers(folder, slug, parameters)
         steps(f"products by expert, {slug}")
+
+
+def _early(folder: Path, fitted: _Fitted, current: GemmParameters, steps: _Steps) -> None:
+    fitted.devices[EARLY][early.H100] = early.fit_linears(folder, current)
+    steps("older products of Hopper")
 
 
 def _residuals(folder: Path, fitted: _Fitted, physics: dict[str, GemmParameters], steps: _Steps) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from perfmodel.devices.attention import AttentionParameters
 from perfmodel.devices.cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 from perfmodel.devices.gemm import GemmParameters, gemm_time
-from perfmodel.devices.gemm_parameters import GroupedParameters
+from perfmodel.devices.gemm_parameters import EarlyGemmParameters, GroupedParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
@@ -22,7 +22,7 @@ from perfmodel.network.parameters import Between, CollectiveParameters
 from perfmodel.resources import read_toml
 
 Array = NDArray[np.float64]
-OfGpu = GemmParameters | AttentionParameters | PointwiseParameters | GroupedParameters
+OfGpu = GemmParameters | EarlyGemmParameters | AttentionParameters | PointwiseParameters | GroupedParameters
 OfNode = CollectiveParameters | Between
 Parameters = OfGpu | OfNode | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters
 G = TypeVar("G", GemmParameters, AttentionParameters, PointwiseParameters)

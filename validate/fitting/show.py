@@ -11,6 +11,8 @@ from perfmodel.report.progress import progress
 from . import fit
 from .judging import Doubts
 
+PARTS = {"grouped": fit.fit_grouped, "residual": fit.fit_residuals, "early": fit.fit_early}
+
 
 def show_fit(
     folder: Any, *, leave_one_device_out: bool, part: str = "", write: bool, as_json: bool,
@@ -19,7 +21,7 @@ def show_fit(
     """Fit device profiles and print the errors on left-out rows, a plain roofline beside them.
 
     Args:
-        part: what is fitted alone: "grouped" (products by expert), "residual" (of 16-bit products); all if empty.
+        part: what is fitted alone, one of `PARTS`; all if empty.
         workers: who fits products, where all is fitted.
     """
     with progress() as bar:
@@ -31,7 +33,7 @@ def show_fit(
         if leave_one_device_out:
             rows = fit.leave_one_device_out(folder, tick, workers=workers)
         elif part:
-            rows = {"grouped": fit.fit_grouped, "residual": fit.fit_residuals}[part](folder, tick, write=write)
+            rows = PARTS[part](folder, tick, write=write)
         else:
             rows = fit.fit_kernels(folder, progress=tick, write=write, workers=workers)
     if as_json:

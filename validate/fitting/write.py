@@ -35,13 +35,19 @@ def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
     profile.forget()
 
 
-def write_last(path: Path, name: str, fit: Fit, date: str) -> None:
-    """Replace or add the block that stands last in a file."""
-    content = path.read_bytes()
-    at = content.find(f"\n[fitted.{name}]".encode())
-    head = content[: at + 1] if at >= 0 else content.rstrip(b"\n") + b"\n\n"
+def write_one(path: Path, name: str, fit: Fit, date: str) -> None:
+    """Replace one block of a file, or add it behind the others."""
+    content, text = path.read_bytes(), block_text(f"fitted.{name}", fit, date).encode()
+    own = re.search(
+        rf"^\[fitted\.{re.escape(name)}\].*?(?=^\[(?!fitted\.{re.escape(name)}\.)|\Z)".encode(), content, re.M | re.S
+    )
+    if own is None:
+        content = content.rstrip(b"\n") + b"\n\n" + text
+    else:
+        behind = content[own.end() :]
+        content = content[: own.start()] + text + (b"\n" + behind if behind else b"")
     with written(path) as place:
-        place.write_bytes(head + block_text(f"fitted.{name}", fit, date).encode())
+        place.write_bytes(content)
     profile.forget()
 
 

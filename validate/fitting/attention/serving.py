@@ -26,8 +26,8 @@ from scipy.optimize import least_squares
 from perfmodel.devices.attention import AttentionParameters, attention_flops, attention_forward_time, seconds_per_byte
 from perfmodel.devices.hardware import Hardware
 
+from ..judging import Array, Doubts, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
 from .flash_papers import published_time
-from .judging import Array, Doubts, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
 SHAPE = ["batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim"]

@@ -1,0 +1,1 @@
+"""Attention: kernels as papers and as serving frameworks measured them, and the fits to both."""
