@@ -78,7 +78,7 @@ class Launch:
         asked, compiles = found.asks(), own.setup.pop("compile", "none")
         form = asked.under(own).as_typed(parallel, cp)
         asks = found.setup.get("compile", "none") != "none"
-        if several and compiles != "none" and not asks and found.compiles(form):
+        if several and compiles != "none" and not asks and found.compiles(form, self.gpus):
             form = replace(form, setup={**form.setup, "compile": compiles})
         if asks or "compile" in form.setup:  # the Trainer's own word comes first
             form = replace(form, besides=tuple(words for words in form.besides if words != UNCOMPILED))

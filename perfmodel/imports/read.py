@@ -189,12 +189,18 @@ class Imported:
         alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks())
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
-    def compiles(self, form: AskedForm) -> bool:
-        """Whether several GPUs have its step compiled, in such a form (`recording.parallel.form`)."""
+    def compiles(self, form: AskedForm, gpus: int | None = None) -> bool:
+        """Whether several GPUs (of an unknown number: all of them) have its step compiled, in such a form.
+
+        As `recording.parallel.form` takes it; whether a model's layers can be shared at all is not asked.
+        """
         method, setup = methods.parse(self.method or "full"), self.setup
         known = method.name in COMPILED_METHODS and setup.get("compile") != CUDA_GRAPHS
         of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
-        shares = form.tp > 1 or form.cp > 1 or form.offload != "none"
+        shares = form.cp > 1 or form.offload != "none"
+        if form.tp > 1:  # without checkpoints, on these GPUs alone or under FSDP2
+            replicas = gpus != form.tp and (gpus is None or form.parallel != "fsdp2")
+            shares |= replicas or {**setup, **form.setup}.get("checkpoint", "none") != "none"
         return known and of_sft and not shares and (form.parallel or "ddp") in COMPILED
 
 

@@ -85,6 +85,33 @@ def test_a_launcher_compiles_what_its_config_does_not(
     assert ("without torch.compile (dynamo_config)" in answer.stdout) == (not compiled)
 
 
+@pytest.mark.parametrize(
+    ("own", "gpus", "compiled"),
+    [
+        ({}, 2, True),
+        ({"gradient_checkpointing": True}, 2, False),
+        (FSDP_2, 4, True),
+        ({**FSDP_2, "adapter": None}, 4, True),
+    ],
+)
+def test_a_launcher_compiles_layers_that_gpus_share(
+    tmp_path: Path, own: dict[str, Any], gpus: int, compiled: bool
+) -> None:
+    """Alone or under FSDP2, as `--compile` beside `--tp` does; PyTorch cannot compile checkpoints there."""
+    off = {"torch_compile": False, "base_model": "llama-3.2-1b", "lora_mlp_kernel": False, "tensor_parallel_size": 2}
+    config, launcher = written(tmp_path, off | own), tmp_path / "accelerate.yaml"
+    launched = {"distributed_type": "FSDP" if "fsdp_config" in own else "MULTI_GPU", "num_processes": gpus}
+    launched |= {"mixed_precision": "bf16", "dynamo_config": {"dynamo_backend": "INDUCTOR"}}
+    launched |= {"fsdp_config": LAUNCHER["fsdp_config"]} if "fsdp_config" in own else {}
+    launcher.write_text(yaml.safe_dump(launched))
+    words = ["predict", "--device", "h100-sxm", "--config", config, "--accelerate", str(launcher)]
+    answer = CliRunner().invoke(main, words)
+    assert answer.exit_code == 0, answer.stderr
+    assert "tensor parallel 2" in " ".join(answer.stdout.split())
+    assert ("torch.compile," in " ".join(answer.stdout.split())) == compiled
+    assert ("without torch.compile (dynamo_config)" in answer.stdout) == (not compiled)
+
+
 def test_a_launcher_compiles_nothing_that_it_offloads(tmp_path: Path) -> None:
     """The one is not modelled beside the other: the answer says what it leaves out, and is one."""
     launcher = tmp_path / "accelerate.yaml"
