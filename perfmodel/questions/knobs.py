@@ -1,11 +1,12 @@
 """What a user can turn without changing what is learned: the choices that `advise` searches.
 
 Every knob keeps the samples of an optimizer step: a smaller micro-batch comes with more accumulation, and GPUs that
-layers, which work on fewer micro-batches at a time, with more of both. Another optimizer
-form or fused kernels compute the same update up to rounding; adapters in 16 bit and 8-bit states round more.
+share layers or have some of them each, which work on fewer micro-batches at a time, with more of both. Another
+optimizer form or fused kernels compute the same update up to rounding; adapters in 16 bit and 8-bit states round more.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -68,17 +69,22 @@ def offloading(setup: Setup) -> Iterator[KnobPosition]:
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
-    """Checkpointing, micro-batch and the cut of layers together: each pays for what the others need."""
+    """Checkpointing, micro-batch and what GPUs have of layers together: each pays for what the others need."""
     choices = []
-    for tp in _cuts(architecture, setup):
-        for batch, accum in _micro_batches(setup, setup.batch * setup.grad_accum * tp // setup.tp):
+    for tp, pp in _cuts(architecture, setup):
+        samples = setup.batch * setup.grad_accum * tp * pp // (setup.tp * setup.pp)
+        for batch, accum in _micro_batches(setup, samples):
+            if pp > accum and setup.pp_schedule == "1f1b":  # it has as many micro-batches as stages, or more
+                continue
             for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
-                changes = {"tp": tp, "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
+                changes = {"tp": tp, "pp": pp, "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
                 changes["sequence_parallel"] = setup.sequence_parallel and tp > 1
                 changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
                 words = []
                 if "tp" in changes:
                     words.append(f"tensor parallel {tp}" if tp > 1 else "no tensor parallel")
+                if "pp" in changes:
+                    words.append(f"a pipeline of {pp}" if pp > 1 else "no pipeline")
                 if "checkpoint" in changes:
                     off = checkpoint == "none"
                     words.append("no activation checkpointing" if off else "activation checkpointing")
@@ -101,16 +107,19 @@ def _micro_batches(setup: Setup, samples: int) -> Iterator[tuple[int, int]]:
         yield samples, 1
 
 
-def _cuts(architecture: Architecture, setup: Setup) -> Iterator[int]:
-    """Numbers of GPUs that may share layers: as it is, then powers of two within a node, where that is modelled."""
-    yield setup.tp
+def _cuts(architecture: Architecture, setup: Setup) -> Iterator[tuple[int, int]]:
+    """(GPUs that share layers, stages of layers): as it is, then powers of two in the place of either, where that is
+    modelled."""
+    yield setup.tp, setup.pp
     gpus = setup.gpus
-    for tp in (1, 2, 4, 8) if isinstance(gpus, int) and gpus > 1 else ():
-        try:
-            if tp != setup.tp and gpus % tp == 0 and (tp == 1 or architecture.part_of(tp)):
-                yield tp
-        except UserError:
-            return
+    others = [n for n in (1, 2, 4, 8) if isinstance(gpus, int) and gpus > 1 and gpus % n == 0]
+    with suppress(UserError):
+        for tp in others:
+            if tp != setup.tp and gpus % (tp * setup.pp) == 0 and (tp == 1 or architecture.part_of(tp)):
+                yield tp, setup.pp
+    with suppress(UserError):
+        architecture.staged()
+        yield from ((setup.tp, pp) for pp in others if pp != setup.pp and gpus % (setup.tp * pp) == 0)
 
 
 def _parallel(setup: Setup) -> Knob:

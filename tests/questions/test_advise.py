@@ -1,6 +1,7 @@
 """What `advise` promises: nothing that does not fit, and nothing better left out of a small space."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
@@ -318,6 +319,19 @@ def test_what_changes_nothing_is_no_advice() -> None:
     assert found.best is not None
     assert not [label for label in found.best.changes if "FSDP" in label or "zero" in label]
     assert all(change.seconds for change in found.path)
+
+
+@pytest.mark.parametrize("given", [{}, {"pp": 2, "grad_accum": 4}, {"tp": 2}])
+def test_gpus_may_have_some_of_the_layers_each(given: dict[str, Any]) -> None:
+    """A pipeline works on the samples of its replicas' number, in as many micro-batches as it has stages or more."""
+    model, setup = architecture_of("llama"), Setup(gpus=4, batch=2, **given)
+    stages = set()
+    for choice in knobs.memory_knob(model, setup):
+        changed = replace(setup, **choice.setup)
+        assert changed.batch * changed.grad_accum * changed.replicas == setup.batch * setup.grad_accum * setup.replicas
+        assert changed.pp <= changed.grad_accum
+        stages.add(changed.pp)
+    assert stages == {1, 2, 4} - ({4} if setup.tp > 1 else set())
 
 
 def test_sequence_parallel_ends_with_tensor_parallel() -> None:
