@@ -3,8 +3,8 @@
 Source: transformers/models/cohere2/modeling_cohere2.py.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from ..tape.tensor import Tensor
 from .base import Scope
@@ -12,6 +12,7 @@ from .cohere import Cohere
 from .config import Config
 from .llama import SLIDING
 from .registered import architecture
+from .traits import Traits
 from .windows import alternating
 
 
@@ -19,6 +20,8 @@ from .windows import alternating
 @dataclass(frozen=True)
 class Cohere2(Cohere):
     """Dims of a Command R7B or Command A."""
+
+    traits: ClassVar[Traits] = replace(Cohere.traits, fused=("axolotl",))
 
     @classmethod
     def windows(cls, config: Config) -> dict[str, Any]:

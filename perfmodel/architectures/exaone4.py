@@ -21,7 +21,7 @@ class Exaone4(Llama):
     """Dims of an EXAONE 4."""
 
     traits: ClassVar[Traits] = replace(
-        Llama.traits, targets=Targets(), fused=(),
+        Llama.traits, targets=Targets(), fused=("axolotl",),
         norms=("post_attention_layernorm", "post_feedforward_layernorm", "norm", "q_norm", "k_norm"),
     )  # fmt: skip
     around: ClassVar[tuple[str | None, ...]] = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")

@@ -29,6 +29,7 @@ class Gemma(Llama):
         norm=offset_rms_norm,
         norms=Llama.traits.norms,
         targets=TARGETS,
+        fused=("axolotl",),
         heads=("sequence", "token"),
         packs=True,
     )

@@ -23,7 +23,7 @@ class Gemma2(Gemma):
         Gemma.traits,
         norms=(*Gemma.traits.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
         attention=("eager", "flash2"),
-        fused=("liger",),
+        fused=("liger", "axolotl"),
         cache="by layer",
     )
     around: ClassVar[tuple[str | None, ...]] = (

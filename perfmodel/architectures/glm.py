@@ -23,7 +23,7 @@ from .traits import Targets, Traits
 class Glm(Llama):
     """Dims of a GLM."""
 
-    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=("axolotl",))
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 2, "head_dim": 128}
 
     @classmethod

@@ -19,7 +19,7 @@ from .traits import Targets, Traits
 class Granite(Llama):
     """Dims of a Granite; its multipliers change values only."""
 
-    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=("axolotl",))
 
     def scaled_words(self, x: Tensor) -> Tensor:
         return mul(x, 1.0)

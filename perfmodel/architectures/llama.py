@@ -71,7 +71,7 @@ class Llama(Architecture):
         norm=rms_norm,
         norms=("input_layernorm", "post_attention_layernorm", "norm"),
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
-        fused=("liger", "unsloth", "lorafusion"),
+        fused=("liger", "unsloth", "lorafusion", "axolotl"),
         heads=("sequence", "token"),
         packs=True,
     )
@@ -328,7 +328,7 @@ class Llama(Architecture):
         sizes = {"gate_proj": (self.hidden, width), "up_proj": (self.hidden, width), "down_proj": (width, self.hidden)}
         layers = (layer.linear_layer(f"{path}.{name}", *size, bias=self.mlp_bias) for name, size in sizes.items())
         with tape().belonging_to("adapter"):
-            fused = layer.build.method.mlp(tuple(layers), x)
+            fused = layer.build.method.mlp(tuple(layers), x, self.gate)
         if fused is not None:
             return fused
         if layer.build.setup.kernels == "liger":

@@ -19,7 +19,7 @@ from .windows import layer_types
 class Ministral(Mistral):
     """Dims of a Ministral."""
 
-    traits: ClassVar[Traits] = replace(Mistral.traits, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Mistral.traits, targets=Targets(), fused=("axolotl",))
 
     @classmethod
     def windows(cls, config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .traits import Targets, Traits
 class Ministral3(Mistral):
     """Dims of a Ministral 3."""
 
-    traits: ClassVar[Traits] = replace(Mistral.traits, targets=Targets(), fused=(), packs=False)
+    traits: ClassVar[Traits] = replace(Mistral.traits, targets=Targets(), fused=("axolotl",), packs=False)
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 8, "head_dim": 128}
 
     def rotated(self, layer: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class Mixtral(Mixture, Mistral):
     traits: ClassVar[Traits] = replace(
         Mistral.traits,
         targets=replace(Mistral.traits.targets, ia3=("k_proj", "v_proj"), feedforward=()),  # its w2 names nothing
-        fused=(),
+        fused=("axolotl",),
         stacked=(("gate", "gate.weight"), ("w1", "gate_up_proj"), ("w3", "gate_up_proj"), ("w2", "down_proj")),
     )
     defaults: ClassVar[dict[str, int]] = {

@@ -20,7 +20,9 @@ from .traits import Traits
 class Qwen3(Qwen2):
     """Dims of a Qwen 3."""
 
-    traits: ClassVar[Traits] = replace(Qwen2.traits, norms=(*Qwen2.traits.norms, "q_norm", "k_norm"), fused=("liger",))
+    traits: ClassVar[Traits] = replace(
+        Qwen2.traits, norms=(*Qwen2.traits.norms, "q_norm", "k_norm"), fused=("liger", "axolotl")
+    )
     defaults: ClassVar[dict[str, int]] = {**Qwen2.defaults, "head_dim": 128}
 
     @classmethod

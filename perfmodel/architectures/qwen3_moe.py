@@ -29,7 +29,7 @@ class Qwen3Moe(Mixture, Qwen3):
     dense: tuple[int, ...] = ()
     normalised: bool = False
 
-    traits: ClassVar[Traits] = replace(Qwen3.traits, targets=Targets(), fused=(), stacked=STACKED)
+    traits: ClassVar[Traits] = replace(Qwen3.traits, targets=Targets(), fused=("axolotl",), stacked=STACKED)
     defaults: ClassVar[dict[str, int]] = {
         "num_key_value_heads": 4, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,

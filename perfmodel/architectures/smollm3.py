@@ -27,7 +27,7 @@ class SmolLM3(Llama):
 
     rope: tuple[int, ...] = ()
 
-    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=("liger",))
+    traits: ClassVar[Traits] = replace(Llama.traits, targets=Targets(), fused=("liger", "axolotl"))
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 4}
 
     @classmethod

@@ -24,7 +24,7 @@ class Starcoder2(Llama):
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
 
-    traits: ClassVar[Traits] = replace(Llama.traits, norm=layer_norm, targets=Targets(), fused=())
+    traits: ClassVar[Traits] = replace(Llama.traits, norm=layer_norm, targets=Targets(), fused=("axolotl",))
     defaults: ClassVar[dict[str, int]] = {"num_key_value_heads": 2}
 
     @classmethod

@@ -1,5 +1,5 @@
-"""Which price model kernels that are no ATen calls take: of bitsandbytes, flash-attn, Liger, Unsloth,
-LoRAFusion and Inductor.
+"""Which price model kernels that are no ATen calls take: of bitsandbytes, flash-attn, Liger, Axolotl,
+Unsloth, LoRAFusion and Inductor.
 
 Their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
 Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what only streams is priced as any such kernel.
@@ -16,6 +16,7 @@ ROWS = {
     "xentropy::forward": "cross_entropy",
     "bitsandbytes::int8_vector_quant": "fused_norm",  # a row a program
     "bitsandbytes::dequantize_4bit": "dequantise",
+    "axolotl::cdequantize_blockwise_nf4": "dequantise",
 }
 GENERATED = {
     "inductor::pointwise": "pointwise", "inductor::scatter": "strided", "inductor::rows": "fused_norm",

@@ -14,7 +14,7 @@ from .axolotl_kernels import (
     asked_attention,
     attention_of_axolotl,
     experts_of_axolotl,
-    fuses_adapters,
+    fused_adapters,
     kernels_of_axolotl,
 )
 from .fields import (
@@ -297,7 +297,7 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
         name, r=keys.count("lora_r", 8), targets=(NO_LAYER,) if parameters and not targets else targets,
         dropout=keys.number("lora_dropout"), layers=tuple(layers) if isinstance(layers, list) else layers,
         adapter_dtype=dtype_in_trl(bits, objective) or (None if in_fp32 else dtype),
-        implementation="unsloth" if fuses_adapters(keys, name, targets) else None,
+        implementation=fused_adapters(keys, name, targets, upcast=bool(upcast)),
         niter=power_iterations(name, keys.get("peft_init_lora_weights")),
         modules_to_save=keys.names("lora_modules_to_save"),
         double_quant=_double_quant(keys) if name == "qlora" else None, prepared=upcast,

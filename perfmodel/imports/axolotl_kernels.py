@@ -35,10 +35,10 @@ OF_ANOTHER_KIND = {
     "HatcheryPlugin": "training at a service", "NemoGymPlugin": "a GRPO step", "DenseMixerPlugin": "DenseMixer",
     "GrokfastPlugin": "Grokfast's filter of gradients",
 }  # fmt: skip
-FUSED = (
-    ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
-    ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
-)
+FUSED = {  # whose kernels for adapters, and the keys that ask for them
+    "axolotl": ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    "unsloth": ("unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
+}
 UNFUSED = re.compile("paddleocr", re.IGNORECASE)  # a model that Axolotl fuses no adapters of (model_support)
 PLAIN_ADAPTERS = ("rl", "nvfp4_merge_aware", "trust_remote_code")  # keys beside which no kernels come by themselves
 
@@ -107,18 +107,24 @@ def kernels_of_axolotl(keys: Keys) -> str:
     return "liger"
 
 
-def fuses_adapters(keys: Keys, method: str, targets: tuple[str, ...]) -> bool:
-    """Whether adapters run in fused kernels: Axolotl has Unsloth's, that here take no dropout and no 4-bit base."""
-    asked = [[key for key in kind if keys.flag(key)] for kind in FUSED]
-    on = next((found for found in asked if found), [])
+def fused_adapters(keys: Keys, method: str, targets: tuple[str, ...], *, upcast: bool) -> str | None:
+    """Whose fused kernels adapters run in: Axolotl's own, or Unsloth's, which take no dropout and no 4-bit base.
+
+    Args:
+        upcast: whether norms are in fp32, what goes into a layer with them.
+    """
+    asked = {whose: [key for key in names if keys.flag(key)] for whose, names in FUSED.items()}
+    whose, on = next(((whose, found) for whose, found in asked.items() if found), ("axolotl", []))
     if not on and not (_fuses_by_default(keys) and _fusible(targets)):
-        return False
-    if method not in FUSES or keys.number("lora_dropout") > 0:
+        return None
+    of_axolotl = method in (*FUSES, "qlora") and not upcast
+    fuses = of_axolotl if whose == "axolotl" else method in FUSES and keys.number("lora_dropout") == 0
+    if not fuses:
         keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
-        return False
-    if on and len(on) < len(FUSED[0]):
+        return None
+    if on and len(on) < len(FUSED[whose]):
         keys.differ(ALL_FUSED, *on)
-    return True
+    return whose
 
 
 def _fusible(targets: tuple[str, ...]) -> bool:
@@ -131,7 +137,7 @@ def _fusible(targets: tuple[str, ...]) -> bool:
 def _fuses_by_default(keys: Keys) -> bool:
     """Whether Axolotl switches its kernels on by itself (utils/schemas/config.py, `check_auto_enable_lora_kernels`)."""
     values = keys.values
-    said = any(values.get(key) is not None for key in (*FUSED[0], "lora_embedding_kernel"))
+    said = any(values.get(key) is not None for key in (*FUSED["axolotl"], "lora_embedding_kernel"))
     eight = values.get("adapter") == "lora" and values.get("load_in_8bit")
     fsdp_1 = values.get("fsdp_config") is not None and str(values.get("fsdp_version")) != "2"
     plain = any(values.get(key) for key in PLAIN_ADAPTERS) or UNFUSED.search(str(values.get("base_model")))

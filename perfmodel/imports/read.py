@@ -182,26 +182,20 @@ class Imported:
     @property
     def _spreads(self) -> bool:
         """Whether the file is of several GPUs, is answered for one, and could be for more."""
-        alone = self.traced or any(
-            self.setup.get(name, usual) != usual for name, usual in ALONE.items() if name != "engine"
-        )
+        alone = self.traced or any(self.setup.get(n, usual) != usual for n, usual in ALONE.items() if n != "engine")
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
         alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks())
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
     def compiles(self, form: AskedForm, gpus: int | None = None) -> bool:
-        """Whether several GPUs (of an unknown number: all of them) have its step compiled, in such a form.
-
-        As `recording.parallel.form` takes it; whether a model's layers can be shared at all is not asked.
-        """
+        """Whether so many GPUs (None: of any number) have its step compiled in a form (`recording.parallel.form`)."""
         method, setup = methods.parse(self.method or "full"), self.setup
         known = method.name in COMPILED_METHODS and setup.get("compile") != CUDA_GRAPHS
         of_sft = setup.get("objective", "sft") == "sft" and setup.get("packing", "dense") == "dense"
         shares = form.cp > 1 or form.offload != "none"
-        if form.tp > 1:  # without checkpoints, on these GPUs alone or under FSDP2
-            replicas = gpus != form.tp and (gpus is None or form.parallel != "fsdp2")
-            shares |= replicas or {**setup, **form.setup}.get("checkpoint", "none") != "none"
-        return known and of_sft and not shares and (form.parallel or "ddp") in COMPILED
+        in_shape = gpus is not None and (gpus == form.tp or form.parallel == "fsdp2")  # beside layers that GPUs share
+        cuts = form.tp == 1 or (in_shape and {**setup, **form.setup}.get("checkpoint", "none") == "none")
+        return known and of_sft and cuts and not shares and (form.parallel or "ddp") in COMPILED
 
 
 Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str]]]

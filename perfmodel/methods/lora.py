@@ -1,4 +1,4 @@
-"""LoRA as PEFT runs it in eager mode, and in the fused implementations of Unsloth and LoRAFusion."""
+"""LoRA as PEFT runs it in eager mode, and in the fused implementations of Axolotl, Unsloth and LoRAFusion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +21,13 @@ from .parts.stacked import folded
 from .parts.targeted import Targeted, base_bias, base_weight, becomes, matches, matches_path, named
 
 if TYPE_CHECKING:
+    from ..tape.packages import axolotl
     from ..tape.packages.lora_kernels import Adapted
+    from ..tape.packages.quantized import Packed
 
 L = TypeVar("L", bound="Lora")
 ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
-HELP = "peft, unsloth (fused where q, k, v or the MLP are all targets, without dropout) or lorafusion"
+HELP = "peft, axolotl (fused where q, k, v or the MLP are all targets), unsloth (so, without dropout) or lorafusion"
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
 
 
@@ -46,7 +48,7 @@ class Lora(Targeted):
     implementation: str = option("peft", HELP, among="implementations")
     target_parameters: tuple[str, ...] = option((), "weights of experts joined by +: gate_up_proj+down_proj")
 
-    implementations: ClassVar[tuple[str, ...]] = ("peft", "unsloth", "lorafusion")
+    implementations: ClassVar[tuple[str, ...]] = ("peft", "axolotl", "unsloth", "lorafusion")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +75,8 @@ class Lora(Targeted):
 
     def plain(self: L, dtype: str) -> L:
         method = super().plain(dtype)
-        useless = self.implementation == "unsloth" and (self.dropout or not any(map(self._targets_all, TOGETHER)))
+        useless = self.implementation == "unsloth" and self.dropout > 0
+        useless |= self.implementation in ("axolotl", "unsloth") and not any(map(self._targets_all, TOGETHER))
         return replace(method, implementation="peft") if useless else method
 
     @property
@@ -190,9 +193,7 @@ class Lora(Targeted):
 
             return lorafusion_linear(x, base_weight(layer), a, b, base_bias(layer), self.dropout)
         if layer.name.endswith(".o_proj") and self._fuses((layer,)):
-            from ..tape.packages.lora_kernels import unsloth_linear
-
-            return unsloth_linear(x, *self._adapted(layer))
+            return self._fused_output(layer, x)
         if isinstance(layer.cut, SequenceCut):
             return self._beside_tokens(layer, x)
         result = layer(x)
@@ -225,25 +226,58 @@ class Lora(Targeted):
     def qkv(self, layers: tuple[Linear, ...], x: Tensor) -> list[Tensor] | None:
         if not self._fuses(layers):
             return None
+        if self.implementation == "axolotl":
+            from ..tape.packages import axolotl
+
+            return axolotl.qkv(x, self._for_axolotl(*layers), self.dropout)
         from ..tape.packages.lora_kernels import unsloth_qkv
 
         return unsloth_qkv(x, self._adapted(*layers))
 
-    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor, gate: str) -> Tensor | None:
         if not self._fuses(layers):
             return None
+        if self.implementation == "axolotl":
+            from ..tape.packages import axolotl
+
+            return axolotl.mlp(x, self._for_axolotl(*layers), self.dropout, gate)
         from ..tape.packages.lora_kernels import unsloth_mlp
 
         return unsloth_mlp(x, *self._adapted(*layers))
 
+    def _fused_output(self, layer: Linear, x: Tensor) -> Tensor:
+        if self.implementation == "axolotl":
+            from ..tape.packages import axolotl
+
+            return axolotl.output(x, self._for_axolotl(layer)[0], self.dropout)
+        from ..tape.packages.lora_kernels import unsloth_linear
+
+        return unsloth_linear(x, *self._adapted(layer))
+
     def _fuses(self, layers: tuple[Linear, ...]) -> bool:
-        """Unsloth's condition for its Functions (`patch_peft_model`): all adapted, no bias, no dropout."""
-        return (
-            self.implementation == "unsloth"
-            and not self.dropout
-            and not any(layer.has_bias for layer in layers)
-            and all(self.targets_layer(layer.name, layer.scope.layer) for layer in layers)
-        )
+        """Whether a Function takes these layers' place: where all have adapters, and for Unsloth's (`patch_peft_model`)
+        no bias and no dropout."""
+        if self.implementation not in ("axolotl", "unsloth"):
+            return False
+        if self.implementation == "unsloth" and (self.dropout or any(layer.has_bias for layer in layers)):
+            return False
+        return all(self.targets_layer(layer.name, layer.scope.layer) for layer in layers)
+
+    def frozen(self, layer: Linear) -> "tuple[Parameter | Packed, Parameter | None]":
+        """A base layer's weight, as it is kept, and its bias."""
+        return base_weight(layer), base_bias(layer)
+
+    def _for_axolotl(self, *layers: Linear) -> "list[axolotl.Projection]":
+        """Each layer's weights as Axolotl's Functions take them."""
+        from ..tape.packages import axolotl
+
+        for layer in layers:
+            self._check_autocast(layer)
+        beside = [self.dtype_beside(layer.scope.dtype) for layer in layers]
+        return [
+            axolotl.Projection(*self.frozen(layer), *self.weights(layer, dtype))
+            for layer, dtype in zip(layers, beside, strict=True)
+        ]
 
     def _adapted(self, *layers: Linear) -> "list[Adapted]":
         """Each layer's weights as Unsloth's Functions take them."""

@@ -9,12 +9,13 @@ peft/tuners/lora/bnb.py, axolotl/monkeypatch/moe_quant.py.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..errors import UserError
 from ..program.software import SoftwareStack
-from ..tape.packages.quantized import dequantize
-from ..tape.tensor import Tensor
-from .parts.base import Scope, method
+from ..tape.packages.quantized import Packed, dequantize
+from ..tape.tensor import Parameter, Tensor
+from .parts.base import Linear, Scope, method
 from .parts.four_bit import FourBit
-from .parts.quantised import QuantisedLora
+from .parts.quantised import QuantisedLora, bias_of
 
 
 @method(
@@ -29,11 +30,23 @@ class QLora(FourBit, QuantisedLora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""
 
     clones: ClassVar[bool] = True  # "we need to defensively clone here" (peft)
+    implementations: ClassVar[tuple[str, ...]] = ("peft", "axolotl")
+
+    def check(self) -> None:
+        super().check()
+        if self.implementation != "peft" and (self.prepared or self.compute_dtype):
+            what = "prepared=true" if self.prepared else "compute_dtype"
+            raise UserError(f"method {self.name}: {self.implementation} is not modelled with {what}; leave it out")
 
     def under(self, stack: SoftwareStack, dtype: str) -> "QLora":
         """Before 0.12 PEFT moves adapters to the dtype of the weight beside them, if it is a float's (`update_layer`):
         to that which holds the packed values."""
         return self if stack.upcasts_adapters or self.quant_storage == "u8" else self.in_one_dtype(self.quant_storage)
+
+    def frozen(self, layer: Linear) -> tuple[Packed, Parameter | None]:
+        sizes = (layer.n_out, layer.n_in)
+        packed = self.packed(layer.scope, layer.name, f"{layer.name}.weight", sizes, self.quant_storage)
+        return packed, bias_of(layer, layer.scope.dtype)
 
     def expert_weight(self, layer: Scope, name: str, shape: tuple[Any, ...]) -> Tensor:
         packed = self.packed(layer, name, name, shape)

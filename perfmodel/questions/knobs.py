@@ -206,7 +206,9 @@ def _adapter_dtype(setup: Setup, method: Method) -> Knob:
 
 
 def _implementation(method: Method) -> Knob:
-    labels = {"unsloth": "Unsloth's fused LoRA", "lorafusion": "LoRAFusion's kernels"}
+    labels = {
+        "axolotl": "Axolotl's fused LoRA", "unsloth": "Unsloth's fused LoRA", "lorafusion": "LoRAFusion's kernels",
+    }  # fmt: skip
     present = getattr(method, "implementation", None)
     names = [n for n in getattr(method, "implementations", ()) if n in labels and n != present]
     return (KEEP, *(KnobPosition(labels[name], method={"implementation": name}) for name in names))

@@ -28,16 +28,18 @@ LORA = BASE + "adapter: lora\nlora_target_linear: true\n"
         ("trust_remote_code: true", False),
         ("base_model: PaddlePaddle/PaddleOCR-VL-1.6", False),
         ("load_in_8bit: true", False),
-        ("lora_dropout: 0.05", False),
+        ("lora_dropout: 0.05", True),
+        ("adapter: qlora\nload_in_4bit: true", True),
+        ("peft_use_dora: true", False),
     ],
 )
 def test_kernels_for_adapters_come_by_themselves(tmp_path: Path, text: str, fused: bool) -> None:
     """Most configs name no kernels and run with them: PEFT's own adapters need more time and memory."""
     (tmp_path / "config.yml").write_text(LORA + text)
     found = read(tmp_path / "config.yml")
-    assert ("implementation=unsloth" in str(found.method)) == fused
+    assert ("implementation=axolotl" in str(found.method)) == fused
     told = any("without fused kernels for adapters" in said for said in found.differences)
-    assert told == ("dropout" in text)
+    assert told == ("dora" in text)
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ def asked(folder: Path, text: str, *options: str) -> str:
     [
         (f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}", "eager attention, not flash2", "eager attention"),
         (f"base_model: THUDM/glm-4-9b-hf\n{LORA}{LINEAR}{LIGER}", "PyTorch's kernels, not Liger's", "on glm-4-9b"),
-        (f"base_model: Qwen/Qwen3-8B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not unsloth's", "linear on qwen3-8b"),
+        (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not axolotl's", "linear on qwen-7b"),
         (f"base_model: google/gemma-3-4b-it\n{LORA}{LINEAR}", "the text decoder alone of a", "on gemma-3-4b"),
         (f"base_model: Qwen/Qwen-7B\n{QLORA}{LINEAR}", "the output head in fp32", "prepared=True on qwen-7b"),
         (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}", "PyTorch's attention and norms, not flash", "linear on qwen-7b"),
-        (f"base_model: Qwen/Qwen1.5-7B\n{QLORA}{LINEAR}", "without fused kernels", "linear on qwen1.5-7b"),
+        (f"base_model: Qwen/Qwen1.5-7B\n{LORA}{LINEAR}peft_use_dora: true\n", "without fused", "linear on qwen1.5-7b"),
         (
             f"base_model: zai-org/GLM-4.7-Flash\n{LORA}load_in_8bit: true\nlora_target_modules: [o_proj]\n",
             "8-bit layers of four dimensions", "on glm-4.7-flash",
@@ -168,7 +168,7 @@ def test_what_is_typed_is_not_touched(tmp_path: Path) -> None:
 def test_of_several_targets_those_that_no_layer_has_are_left_out(tmp_path: Path) -> None:
     """PEFT asks for one that matches: GLM-4's gate and up are one layer, and examples name them as Llama's."""
     text = f"base_model: THUDM/GLM-4-9B-0414\n{LORA}lora_target_modules: [gate_proj, up_proj, down_proj, q_proj]\n"
-    assert "lora:r=4,targets=down_proj+q_proj on glm-4-9b-0414" in asked(tmp_path, text)
+    assert "lora:r=4,targets=down_proj+q_proj,implementation=axolotl on glm-4-9b-0414" in asked(tmp_path, text)
     with pytest.raises(AssertionError, match="matches no linear layer"):
         asked(tmp_path, text, "--method", "lora:targets=gate_proj+q_proj")
 
@@ -237,8 +237,8 @@ def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], 
             "PyTorch's kernels, not Liger's", "all of Liger's kernels",
         ),
         (
-            "base_model: Qwen/Qwen3-8B\nlora_mlp_kernel: true\n",
-            "peft's adapters, not unsloth's", "fused kernels for all adapters",
+            "base_model: Qwen/Qwen-7B\nlora_mlp_kernel: true\n",
+            "peft's adapters, not axolotl's", "fused kernels for all adapters",
         ),
     ],
 )  # fmt: skip

@@ -50,9 +50,9 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "plugins: [a.LigerPlugin]\nliger_cross_entropy: true": ("axolotl", "without Liger's kernels (liger_cross_entropy)"),
     "lora_mlp_kernel: true\nadapter: lora": ("axolotl", "fused kernels for all adapters (lora_mlp_kernel)"),
     "relora: true\nadapter: lora": ("axolotl", "without ReLoRA's restarts (relora)"),
-    "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": ("axolotl", UNFUSED),
-    "adapter: lora\nlora_dropout: 0.05\nlora_target_modules: [o_proj]": ("axolotl", UNFUSED),
-    "adapter: lora\nlora_dropout: 0.05\nlora_mlp_kernel: true": (
+    "adapter: lora\npeft_use_dora: true\nlora_target_linear: true": ("axolotl", UNFUSED),
+    "adapter: lora\npeft_use_dora: true\nlora_target_modules: [o_proj]": ("axolotl", UNFUSED),
+    "adapter: lora\npeft_use_dora: true\nlora_mlp_kernel: true": (
         "axolotl", "without fused kernels for adapters (lora_mlp_kernel)",
     ),
     "lisa_n_layers: 2\nlisa_step_interval: 5": (

@@ -23,29 +23,30 @@ FP32_AMP = {"dtype": "fp32", "amp": "bf16"}
 
 EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "axolotl/lora-1b.yml": (
-        "lora:r=16,targets=gate_proj+down_proj+up_proj+q_proj+v_proj+k_proj+o_proj,dropout=0.05",
+        "lora:r=16,targets=gate_proj+down_proj+up_proj+q_proj+v_proj+k_proj+o_proj,dropout=0.05,"
+        "implementation=axolotl",
         {**AMP, "batch": 2, "seq": 2048, "grad_accum": 2, "checkpoint": "block-reentrant", "attention": "flash2",
          "optimizer": "adamw-fused"},
     ),
     "axolotl/lora-all-linear.yml": (
-        "lora:r=32,targets=all-linear,implementation=unsloth",
+        "lora:r=32,targets=all-linear,implementation=axolotl",
         {**AMP, "batch": 2, "seq": 4096, "grad_accum": 4, "checkpoint": "block-reentrant", "attention": "sdpa",
          "optimizer": "adamw"},
     ),
     "axolotl/qlora-8b.yml": (
-        "qlora:r=64,targets=all-linear,dropout=0.05,modules_to_save=embed_tokens+lm_head",
+        "qlora:r=64,targets=all-linear,dropout=0.05,modules_to_save=embed_tokens+lm_head,implementation=axolotl",
         {**AMP, "batch": 1, "seq": 4096, "grad_accum": 4, "optimizer": "paged-adamw-8bit",
          "checkpoint": "block-reentrant"},  # Axolotl's default (utils/config/__init__.py, normalize_config)
     ),
     "axolotl/full-3b.yml": ("full", {**AMP, "seq": 8192, "kernels": "liger", "clip_grad": True, "grad_accum": 8}),
     "axolotl/dora.yml": ("dora:r=8,targets=q_proj+v_proj", {**AMP, "batch": 4, "checkpoint": "none", "seq": 1024}),
     "axolotl/rslora.yml": (
-        "rslora:r=128,targets=all-linear,implementation=unsloth", {**AMP, "checkpoint": "block-reentrant"},
+        "rslora:r=128,targets=all-linear,implementation=axolotl", {**AMP, "checkpoint": "block-reentrant"},
     ),
     "axolotl/loraplus.yml": (
-        "loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj,implementation=unsloth", {"batch": 8, "checkpoint": "none"},
+        "loraplus:r=16,targets=q_proj+k_proj+v_proj+o_proj,implementation=axolotl", {"batch": 8, "checkpoint": "none"},
     ),
-    "axolotl/kernels.yml": ("lora:r=16,targets=all-linear,implementation=unsloth", {"batch": 4, "grad_accum": 2}),
+    "axolotl/kernels.yml": ("lora:r=16,targets=all-linear,implementation=axolotl", {"batch": 4, "grad_accum": 2}),
     "axolotl/fp16-t4.yml": (
         "lora:r=8,targets=q_proj+v_proj",
         {"dtype": "fp16", "amp": "fp16", "attention": "eager", "grad_accum": 16},
@@ -293,7 +294,7 @@ def test_the_command_line_wins_over_the_file() -> None:
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert (answer["setup"]["batch"], answer["setup"]["seq"], answer["setup"]["grad_accum"]) == (1, 512, 4)
-    assert answer["method"] == "lora:r=32,targets=all-linear,implementation=unsloth"
+    assert answer["method"] == "lora:r=32,targets=all-linear,implementation=axolotl"
     assert "ignored" in result.stderr
     assert "learning_rate" in result.stderr
 

@@ -142,8 +142,8 @@ class Method(Compared):
         """The query, key and value projections in one, where an implementation fuses them."""
         return None
 
-    def mlp(self, layers: tuple[Linear, ...], x: Tensor) -> Tensor | None:
-        """A SwiGLU MLP (gate, up and down projection) in one, where an implementation fuses it."""
+    def mlp(self, layers: tuple[Linear, ...], x: Tensor, gate: str) -> Tensor | None:
+        """A gated MLP (gate, up and down projection; swiglu or geglu) in one, where an implementation fuses it."""
         return None
 
     def sublayer(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:

@@ -72,6 +72,8 @@ class QuantisedLora(Lora):
         if not self.targets_layer(layer.name, layer.scope.layer):
             return self.base(layer, x)
         tape().part.host.adapters += 1
+        if layer.name.endswith(".o_proj") and self._fuses((layer,)):
+            return self._fused_output(layer, x)
         return self._beside(layer, x, self.dtype_beside(layer.scope.dtype))
 
     def _beside(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
