@@ -82,6 +82,7 @@ APART = (
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),
     "adapter_dtype": st.sampled_from(("bf16", "fp32")), "k": st.sampled_from("123"),
+    "implementation": st.sampled_from(("axolotl", "unsloth", "lorafusion")),
 }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ class Tape:
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
-        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number)
+        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number, part)
 
     def backward_of(self, part: Part) -> None:
         """Switch to the part that holds the backward ops of a forward part."""

@@ -69,10 +69,14 @@ class Storage:
                 last.copies, last.heir, last.home, last.number = self.copies, self.heir, self.home, self.number
                 tape.lingering.append(last)
             elif part is not None:
-                copies = self.home.repeat if tape.graph_dies and self.home is not None else self.copies
-                part.free(self.nbytes * copies)
+                part.free(self.nbytes * (self._held_by(tape) if tape.graph_dies else self.copies))
             if tape.flow is not None:
                 tape.flow.live.discard(self.number)
+
+    def _held_by(self, tape: "RecordingTape") -> Dim:
+        """How many layers hold the like of this block: those of the part that made it, or of the run that it enters."""
+        of_run = (run.part.repeat for run in tape.entering.values() if run.input == self.number)
+        return next(of_run, 1 if self.home is None else self.home.repeat)
 
     def _of_all(self, part: Part) -> bool:
         """Whether all layers of a run hold this very block, so that it dies with the last of them, forward or back.
@@ -87,10 +91,11 @@ class Storage:
 
 
 class Entering(NamedTuple):
-    """Where a run of identical layers begins: the block of its input, and the first one that is younger than it."""
+    """Where a run of identical layers, a part, begins: the block of its input, and the first that is younger."""
 
     input: int
     first: int
+    part: Part
 
 
 _numbers = count()

@@ -76,6 +76,9 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
 @example(Question("llama-3.2-1b", "prefix_tuning", LONG))  # whose lowest layer saves no rotary tables
 @example(Question("llama-3.2-1b", "prefix_tuning", {**LONG, "gpus": 4, "parallel": "ddp"}))
 @example(Question("llama-3.2-1b", "lora_8bit", {**LONG, "grad_accum": 3}))  # its graph keeps inputs till the next one
+@example(
+    Question("olmo-2-7b", "lora_8bit:targets=q_proj+v_proj", LONG)
+)  # whose layers take each other's output as it is
 @example(Question("opt-125m", "top_k", {**LONG, "compile": "default"}))
 @example(Question("t5-small", "reslora", LONG))
 def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> None:
