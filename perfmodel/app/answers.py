@@ -47,7 +47,7 @@ def answer_html(c: Choices) -> str:
     labels = [explained[0].labels[0], *(e.labels[1] for e in explained)]
     context = {
         "headline": headline(base),
-        "answers": [e.answer for e in explained],
+        "answers": [*(e.answer for e in explained), *found.unanswered],
         "labels": labels,
         "figures": rows_of_page(found),
         "mfu": mfu_of(*found.predictions),

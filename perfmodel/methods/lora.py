@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 L = TypeVar("L", bound="Lora")
 ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
 HELP = "peft, axolotl (fused where q, k, v or the MLP are all targets), unsloth (so, without dropout) or lorafusion"
+FUSED_BY = {"axolotl": "Axolotl", "unsloth": "Unsloth", "lorafusion": "LoRAFusion"}
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
 
 
@@ -49,6 +50,7 @@ class Lora(Targeted):
     target_parameters: tuple[str, ...] = option((), "weights of experts joined by +: gate_up_proj+down_proj")
 
     implementations: ClassVar[tuple[str, ...]] = ("peft", "axolotl", "unsloth", "lorafusion")
+    told_by_where: ClassVar[tuple[str, ...]] = (*Targeted.told_by_where, "implementation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,11 +75,21 @@ class Lora(Targeted):
                     f"method {self.name}: target_parameters {target!r} matches no weight of experts: {hint}"
                 )
 
+    def where(self) -> str:
+        return super().where() + ("" if self.implementation == "peft" else f" by {FUSED_BY[self.implementation]}")
+
     def plain(self: L, dtype: str) -> L:
         method = super().plain(dtype)
-        useless = self.implementation == "unsloth" and self.dropout > 0
-        useless |= self.implementation in ("axolotl", "unsloth") and not any(map(self._targets_all, TOGETHER))
-        return replace(method, implementation="peft") if useless else method
+        return replace(method, implementation="peft") if self.why_unfused else method
+
+    @property
+    def why_unfused(self) -> str:
+        """Why the implementation takes the place of no layers, so that PEFT's own forward runs; empty if it does."""
+        if self.implementation == "unsloth" and self.dropout > 0:
+            return "Unsloth's kernels take no dropout"
+        if self.implementation in ("axolotl", "unsloth") and not any(map(self._targets_all, TOGETHER)):
+            return "q, k and v, or gate, up and down, or o would have to be targets"
+        return ""
 
     @property
     def target_names(self) -> tuple[str, ...]:

@@ -86,6 +86,8 @@ def _target_notes(built: StepWork) -> list[str]:
     told = [method.told_of_four_dims] if method.told_of_four_dims and built.architecture.traits.four_dims else []
     odd = unmatched(method.targets, built.architecture)
     some = 0 < len(odd) < len(method.targets)
+    if why := getattr(method, "why_unfused", ""):
+        told.append(f"its implementation fuses nothing here, so that PEFT's own forward runs: {why}")
     return [*told, *([f"no linear layer is called {' or '.join(odd)}: no adapters there"] if some else [])]
 
 

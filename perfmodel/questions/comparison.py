@@ -1,7 +1,7 @@
 """Several methods in one setup: predictions, and speed-ups over a baseline with their reasons."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
-from ..prediction.predict import Model, Prediction, architecture_of, plain, predict, with_options
+from ..prediction.predict import Model, Prediction, architecture_of, method_of, plain, predict, with_options
 from ..program.part import PHASES
 from ..setup import Setup
 from ..shown import Shown, frame
@@ -23,15 +23,25 @@ from .speedup import SpeedUp, speed_up
 
 @immutable
 class Comparison(Shown):
-    """Predictions of several methods; the first is the baseline."""
+    """Predictions of several methods; the first is the baseline.
+
+    Attributes:
+        refused: methods that are not modelled in the setup, each with the reason.
+    """
 
     predictions: list[Prediction]
     speedups: list[SpeedUp]
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
         """The method that the others are measured against."""
         return self.predictions[0].method
+
+    @property
+    def unanswered(self) -> list[str]:
+        """What is said of each method that is not modelled in the setup."""
+        return [f"{method} is not answered: {reason}" for method, reason in self.refused.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `compare`."""
@@ -43,6 +53,7 @@ class Comparison(Shown):
                 {"method": p.method, "tokens_per_s": plain(p.tokens_per_second), "mfu": plain(p.mfu)}
                 for p in self.predictions
             ],
+            "refused": self.refused,
         }
 
     def to_frame(self) -> Any:
@@ -73,19 +84,31 @@ def compare(
     device: str | DeviceProfile | Device = "l40s",
     **options: Any,
 ) -> Comparison:
-    """Predict several methods in one setup, the first the baseline; see `perfmodel.compare`."""
+    """Predict several methods in one setup, the first the baseline; see `perfmodel.compare`.
+
+    One that is not modelled there is left out, with the reason, if another is answered.
+    """
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")
     setup = with_options(setup, options)
     model, on = architecture_of(model), profile_of(device)
     by = hosts.host_of(host, on)
-    predictions = [predict(model, m, setup, on, host=by) for m in methods]
-    base, *others = predictions
-    if any(p.step is None for p in predictions):  # a grid has no one reason
-        return Comparison(predictions, [speed_up(base, p, on) for p in others])
+    first, *rest = [method_of(m) for m in methods]
+    base = predict(model, first, setup, on, host=by)
+    others, refused = [], {}
+    for method in rest:
+        try:
+            others.append(predict(model, method, setup, on, host=by))
+        except UserError as error:
+            refused[method.spec()] = str(error)
+    if not others:
+        raise UserError(next(iter(refused.values())))
+    if any(p.step is None for p in (base, *others)):  # a grid has no one reason
+        return Comparison([base, *others], [speed_up(base, p, on) for p in others], refused)
     before = dissect(base, on, by)
-    return Comparison(predictions, [with_reason(base, p, before, dissect(p, on, by), on) for p in others])
+    speedups = [with_reason(base, p, before, dissect(p, on, by), on) for p in others]
+    return Comparison([base, *others], speedups, refused)
 
 
 def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Anatomy, on: DeviceProfile) -> SpeedUp:

@@ -56,7 +56,7 @@ def report(
         "title": f"{base.model} on {on.name}",
         "setup_line": shared_setup(base),
         "differs": differs,
-        "answers": [e.answer for e in explained],
+        "answers": [*(e.answer for e in explained), *c.unanswered],
         "labels": labels,
         "figures": rows_of_page(c),
         "mfu": mfu_of(*c.predictions),

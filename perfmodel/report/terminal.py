@@ -144,8 +144,8 @@ def show_method(row: dict[str, Any]) -> None:
 
 def show_comparison(c: Comparison) -> None:
     """The answer in words, then a column a method; the best value of a row is marked."""
-    for speedup in c.speedups:
-        show(paragraph(speedup.answer), bold=True)
+    for answer in (*(speedup.answer for speedup in c.speedups), *c.unanswered):
+        show(paragraph(answer), bold=True)
     show(paragraph(headline(c.predictions[0])) + "\n")
     rows = figures(c)
     for start in range(0, len(c.predictions), PER_TABLE):

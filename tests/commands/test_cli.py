@@ -190,7 +190,8 @@ def test_compare_prints_the_promised_json() -> None:
     """The ratio is the baseline's step time over the method's, and the verdict follows from it."""
     names = ["full", "lora:r=16", "top_k:k=2"]
     value = value_of("compare", *MODEL, "--methods", *names)
-    assert set(value) == {"baseline", "predictions", "speedup", "figures"}
+    assert set(value) == {"baseline", "predictions", "speedup", "figures", "refused"}
+    assert value["refused"] == {}
     assert [f["method"] for f in value["figures"]] == names
     assert all(f["tokens_per_s"] > 0 and 0 < f["mfu"] < 1 for f in value["figures"])
     assert value["baseline"] == "full"
@@ -289,12 +290,26 @@ def test_listed_sources_and_options_are_there() -> None:
     assert {"r", "alpha", "targets", "dropout"} <= set(lora["options"])
 
 
+def test_a_method_that_is_not_modelled_in_a_setup_leaves_the_others_their_answers() -> None:
+    """FSDP1 keeps weights in flat pieces, which GaLore updates whole: what is asked for beside it is answered."""
+    asked = ("compare", *MODEL, "--gpus", "2", "--parallel", "fsdp1", "--methods", "full")
+    value = value_of(*asked, "galore", "lora")
+    assert [p["method"] for p in value["predictions"]] == ["full", "lora:r=8"]
+    assert set(value["refused"]) == {"galore:r=128"}
+    why = value["refused"]["galore:r=128"]
+    assert f"galore:r=128 is not answered: {why}" in " ".join(call(*asked, "lora", "galore").stdout.split())
+    alone = call(*asked, "galore")
+    assert (alone.exit_code, alone.stdout, alone.stderr.strip()) == (2, "", f"perfmodel: {why}")
+    assert call(*asked, "lora:r=0", "lora").exit_code == 2  # what cannot be meant is no method of any setup
+
+
 def test_an_option_with_one_choice_is_not_offered() -> None:
     """What is listed and then refused, whatever is given, is an untrue word."""
     offers = {row["method"]: "implementation" in row["options"] for row in value_of("methods")}
     assert offers["lora"]
     assert offers["rslora"]
-    assert not any(offers[method] for method in ("lora_gptq", "qlora", "lora_fa", "full"))
+    assert offers["qlora"]
+    assert not any(offers[method] for method in ("lora_gptq", "lora_8bit", "lora_fa", "full"))
     refused = call("predict", *MODEL, "--method", "lora_fa:implementation=unsloth")
     assert refused.exit_code == 2
     assert "choose one of: peft" in refused.stderr

@@ -219,7 +219,10 @@ def test_options_that_change_nothing_are_recorded_once(method: str, same: str) -
     second = predict(MODEL, same, device=DEVICE, batch=2, seq=64, shared=shared)
     assert len(shared.micro_batches) == 1
     assert second.as_dict() == predict(MODEL, same, device=DEVICE, batch=2, seq=64).as_dict()
-    assert second.as_dict() == {**first.as_dict(), "method": second.method}
+    told = [note for note in second.notes if "fuses nothing" in note]  # that the option changes nothing is said
+    assert second.notes == sorted([*first.notes, *told], key=second.notes.index)
+    assert second.as_dict() == {**first.as_dict(), "method": second.method, "notes": second.notes}
+    assert bool(told) == ("unsloth" in same)
 
 
 def test_options_that_change_something_are_recorded_apart() -> None:
