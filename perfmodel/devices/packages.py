@@ -16,7 +16,7 @@ ROWS = {
     "xentropy::forward": "cross_entropy",
     "bitsandbytes::int8_vector_quant": "fused_norm",  # a row a program
     "bitsandbytes::dequantize_4bit": "dequantise",
-    "axolotl::cdequantize_blockwise_nf4": "dequantise",
+    "bitsandbytes::cdequantize_blockwise_nf4": "dequantise",
 }
 GENERATED = {
     "inductor::pointwise": "pointwise", "inductor::scatter": "strided", "inductor::rows": "fused_norm",

@@ -108,7 +108,7 @@ def kernels_of_axolotl(keys: Keys) -> str:
 
 
 def fused_adapters(keys: Keys, method: str, targets: tuple[str, ...], *, upcast: bool) -> str | None:
-    """Whose fused kernels adapters run in: Axolotl's own, or Unsloth's, which take no dropout and no 4-bit base.
+    """Whose fused kernels adapters run in: Axolotl's own, or Unsloth's, which it gives no dropout and no 4-bit base.
 
     Args:
         upcast: whether norms are in fp32, what goes into a layer with them.
@@ -117,9 +117,8 @@ def fused_adapters(keys: Keys, method: str, targets: tuple[str, ...], *, upcast:
     whose, on = next(((whose, found) for whose, found in asked.items() if found), ("axolotl", []))
     if not on and not (_fuses_by_default(keys) and _fusible(targets)):
         return None
-    of_axolotl = method in (*FUSES, "qlora") and not upcast
-    fuses = of_axolotl if whose == "axolotl" else method in FUSES and keys.number("lora_dropout") == 0
-    if not fuses:
+    plain = method != "qlora" and keys.number("lora_dropout") == 0
+    if method not in FUSES or upcast or not (plain or whose == "axolotl"):
         keys.differ("without fused kernels for adapters" + ("" if on else ", Axolotl's default"), *on)
         return None
     if on and len(on) < len(FUSED[whose]):

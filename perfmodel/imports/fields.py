@@ -67,7 +67,7 @@ UNSCALED = "gradients neither scaled nor checked for infinities, which fp16 asks
 TOGETHER_IN_ZERO = f"{UNDER_ZERO_3}, weights updated together, not in sub-groups"
 ALL_OF_LIGER = "all of Liger's kernels"
 ALL_FUSED = "fused kernels for all adapters"
-FUSES = ("lora", "rslora", "loraplus", "pissa")  # methods that have Unsloth's kernels here
+FUSES = ("lora", "rslora", "loraplus", "pissa", "qlora")  # methods that have Axolotl's and Unsloth's kernels here
 ON_GPTQ = "a base in codes of {} bits, {} in a group, on gptqmodel's kernels that train (auto_trainable)"
 CASTING = ("sft", "dpo", "kto", "reward", "grpo")  # objectives whose trainers cast adapters beside a base in few bits
 # Models whose repositories bring code of their own beside transformers' (`auto_map` of their config.json), and those

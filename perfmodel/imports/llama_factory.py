@@ -194,15 +194,16 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         keys, bits=int(bits) if bits else None, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
         pissa=keys.flag("pissa_init"), plus=keys.get("loraplus_lr_ratio") is not None,
     )  # fmt: skip
+    fuses = name in FUSES and (name != "qlora" or keys.flag("double_quantization", True))
     options = {
         "r": keys.count("lora_rank", 8), "targets": _targets(keys, "lora_target"),
         "dropout": keys.number("lora_dropout"), "modules_to_save": saved,
-        "implementation": "unsloth" if keys.flag("use_unsloth") and name in FUSES else None,
+        "implementation": "unsloth" if keys.flag("use_unsloth") and fuses else None,
         "niter": power_iterations(name, f"pissa_niter_{keys.get('pissa_iter') or 16}"),  # -1: a whole SVD
     }  # fmt: skip
     if keys.flag("create_new_adapter"):
         keys.used.add("adapter_name_or_path")  # whose adapters are merged then
-    if keys.flag("use_unsloth") and name not in FUSES:
+    if keys.flag("use_unsloth") and not fuses:
         keys.differ(PEFTS, "use_unsloth")
     if name == "qlora":
         keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)

@@ -87,7 +87,7 @@ class Lora(Targeted):
         """Why the implementation takes the place of no layers, so that PEFT's own forward runs; empty if it does."""
         if self.implementation == "unsloth" and self.dropout > 0:
             return "Unsloth's kernels take no dropout"
-        if self.implementation in ("axolotl", "unsloth") and not any(map(self._targets_all, TOGETHER)):
+        if self.implementation in ("axolotl", "unsloth") and not any(map(self.targets_all, TOGETHER)):
             return "q, k and v, or gate, up and down, or o would have to be targets"
         return ""
 
@@ -101,7 +101,7 @@ class Lora(Targeted):
         has_default = self.architecture.traits.targets.of(self.family) is not None and not self._stacked_of_traits
         return () if self.target_parameters and not self.targets and not has_default else super().target_names
 
-    def _targets_all(self, leaves: tuple[str, ...]) -> bool:
+    def targets_all(self, leaves: tuple[str, ...]) -> bool:
         """Whether in some block every layer with one of these names is a target."""
         assert self.architecture is not None
         names = [name for name in self.architecture.linear_names() if name.rsplit(".", 1)[-1] in leaves]
@@ -298,7 +298,8 @@ class Lora(Targeted):
         for layer in layers:
             self._check_autocast(layer)
         return [
-            Adapted(base_weight(layer), *self.weights(layer, self.dtype_beside(layer.scope.dtype))) for layer in layers
+            Adapted(self.frozen(layer)[0], *self.weights(layer, self.dtype_beside(layer.scope.dtype)))
+            for layer in layers
         ]
 
     def _check_autocast(self, layer: Linear) -> None:

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import UserError
+from ..program.dims import Dim
+from ..program.dtypes import ITEMSIZE
 from ..program.software import SoftwareStack
-from ..tape.packages.quantized import Packed, dequantize
+from ..tape.packages.quantized import BLOCK, Packed, dequantize
 from ..tape.tensor import Parameter, Tensor
+from .lora import TOGETHER
 from .parts.base import Linear, Scope, method
 from .parts.four_bit import FourBit
+from .parts.periodic import Recorded
 from .parts.quantised import QuantisedLora, bias_of
 
 
@@ -30,13 +34,25 @@ class QLora(FourBit, QuantisedLora):
     """LoRA on a base in 4-bit NormalFloat, which is dequantised in forward, in backward and in every recompute."""
 
     clones: ClassVar[bool] = True  # "we need to defensively clone here" (peft)
-    implementations: ClassVar[tuple[str, ...]] = ("peft", "axolotl")
+    implementations: ClassVar[tuple[str, ...]] = ("peft", "axolotl", "unsloth")
 
     def check(self) -> None:
         super().check()
         if self.implementation != "peft" and (self.prepared or self.compute_dtype):
             what = "prepared=true" if self.prepared else "compute_dtype"
             raise UserError(f"method {self.name}: {self.implementation} is not modelled with {what}; leave it out")
+        if self.implementation == "unsloth" and not self.double_quant:
+            raise UserError(
+                f"method {self.name}: Unsloth's kernels unpack no weights without double_quant; leave it out"
+            )
+
+    def held_bytes(self, step: Recorded) -> Dim:
+        """Unsloth's buffers, as large as the largest weight that it unpacks, and that one's maxima."""
+        if self.implementation != "unsloth" or self.why_unfused:
+            return 0
+        fused = [name for names in TOGETHER if self.targets_all(names) for name in names]
+        most = max(p.elements for p in step.parameters if p.elements and any(f".{name}." in p.name for name in fused))
+        return most * ITEMSIZE[step.setup.dtype] + 4 * -(-most // BLOCK)
 
     def under(self, stack: SoftwareStack, dtype: str) -> "QLora":
         """Before 0.12 PEFT moves adapters to the dtype of the weight beside them, if it is a float's (`update_layer`):

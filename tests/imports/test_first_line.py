@@ -176,7 +176,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "use_unsloth: true\ncutoff_len: 2048\ndisable_gradient_checkpointing: true": (
         "factory", "checkpoints stay on the GPU (use_unsloth)",
     ),
-    "use_unsloth: true\nquantization_bit: 4": (
+    "use_unsloth: true\nquantization_bit: 4\ndouble_quantization: false": (
         "factory", "peft's adapters, not Unsloth's kernels of them (use_unsloth)",
     ),
     "use_unsloth_gc: true": ("factory", "checkpoints stay on the GPU (use_unsloth_gc)"),

@@ -48,10 +48,15 @@ def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
     setup, method = setup_of(name, **options), methods.parse(spec).bind(architecture)
     assert isinstance(method, Lora)
     step = build(architecture, method, setup, "cpu", view_replay=True)
-    model = reference_lora.patch(
-        models.apply_method(models.build_model(config, setup), method, architecture), method.implementation
-    )
-    return counts.judge_step(Case(config, spec, setup), step, trace_step(model, setup, step.optimizer)).differences
+    model = models.build_model(config, setup)
+    if isinstance(method, QuantisedLora):
+        model = reference.quantise(model, method, architecture, setup)
+    else:
+        model = models.apply_method(model, method, architecture)
+    total = reference.elements(model)
+    trace = trace_step(reference_lora.patch(model, method.implementation), setup, step.optimizer)
+    trace.total = total
+    return counts.judge_step(Case(config, spec, setup), step, trace).differences
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,9 @@ def fused_differences(name: str, spec: str, **options: Any) -> list[str]:
         ("qwen2", "lora:r=4,targets=all-linear,implementation=unsloth", {"grad_accum": 2}),
         ("llama", "lora:r=4,targets=q_proj+v_proj+o_proj,implementation=unsloth", {"dtype": "fp32"}),
         ("llama", "lora:r=4,targets=all-linear,dropout=0.1,implementation=unsloth", {}),
+        ("llama", "qlora:r=4,targets=all-linear,implementation=unsloth", {"batch": 4}),
+        ("mistral", "qlora:r=4,targets=all-linear,implementation=unsloth", {"checkpoint": "block-reentrant"}),
+        ("qwen2", "qlora:r=4,targets=all-linear,implementation=unsloth", {"dtype": "bf16", "amp": "bf16"}),
     ],
 )
 def test_fused_lora_equals_its_program(name: str, spec: str, options: dict[str, Any]) -> None:
@@ -248,6 +256,11 @@ def lora_weights(n: int, m: int, r: int) -> list[torch.Tensor]:
     return [torch.randn(s, dtype=torch.float64) for s in ((m, n), (r, n), (m, r))]
 
 
+def whole(*weights: torch.Tensor) -> list[Any]:
+    """The same with None behind each W, which is not packed."""
+    return [w for i in range(0, len(weights), 3) for w in (weights[i], None, *weights[i + 1 : i + 3])]
+
+
 def with_lora(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """x(W + 2BA)ᵀ."""
     return x @ w.T + 2 * (x @ a.T @ b.T)
@@ -271,20 +284,20 @@ def check_gradients(fused: Any, plain: Any, x: torch.Tensor, *weights: torch.Ten
 def test_the_references_of_fused_lora_compute_lora() -> None:
     """In-place products and reordered gradients are those that autograd gives on x(W + sBA)ᵀ."""
     x, one = torch.randn(2, 3, 6, dtype=torch.float64), lora_weights(6, 5, 2)
-    check_gradients(lambda x, *w: reference_lora.LoraW.apply(x, *w, 2.0), with_lora, x, *one)
+    check_gradients(lambda x, *w: reference_lora.LoraW.apply(x, 2.0, *whole(*w)), with_lora, x, *one)
     check_gradients(lambda x, *w: reference_lora.FusedLinearLoRA.apply(x, *w, 2.0, 0.0, None), with_lora, x, *one)
     three = [w for m in (6, 4, 4) for w in lora_weights(6, m, 2)]
 
     def three_products(x: torch.Tensor, *w: torch.Tensor) -> Any:
         return tuple(with_lora(x, *w[i : i + 3]) for i in (0, 3, 6))
 
-    check_gradients(lambda x, *w: reference_lora.LoraQkv.apply(x, 2.0, *w), three_products, x, *three)
+    check_gradients(lambda x, *w: reference_lora.LoraQkv.apply(x, 2.0, *whole(*w)), three_products, x, *three)
     mlp = [*lora_weights(6, 8, 2), *lora_weights(6, 8, 2), *lora_weights(8, 6, 2)]
 
     def swiglu(x: torch.Tensor, *w: torch.Tensor) -> torch.Tensor:
         return with_lora(torch.nn.functional.silu(with_lora(x, *w[:3])) * with_lora(x, *w[3:6]), *w[6:])
 
-    check_gradients(lambda x, *w: reference_lora.LoraMlp.apply(x, 2.0, *w), swiglu, x, *mlp)
+    check_gradients(lambda x, *w: reference_lora.LoraMlp.apply(x, 2.0, *whole(*w)), swiglu, x, *mlp)
 
 
 def test_flops_of_the_implementations_are_the_closed_form() -> None:

@@ -56,7 +56,7 @@ def gelu_slope(x: T) -> T:
 GATES = {"swiglu": gate_kernels("swiglu", F.silu, silu_slope), "geglu": gate_kernels("geglu", F.gelu, gelu_slope)}
 
 
-@torch.library.custom_op("axolotl::cdequantize_blockwise_fp32", mutates_args=("out",))
+@torch.library.custom_op("bitsandbytes::cdequantize_blockwise_fp32", mutates_args=("out",))
 def unpack_maxima(code: T, absmax: T, second: T, out: T) -> None:
     """8-bit maxima by their table, every 256 with a maximum of their own."""
     out.copy_(code[absmax.long()] * second.repeat_interleave(256)[: absmax.numel()])
@@ -67,7 +67,7 @@ def _(code: T, absmax: T, second: T, out: T) -> None:
     return None
 
 
-@torch.library.custom_op("axolotl::cdequantize_blockwise_nf4", mutates_args=("out",))
+@torch.library.custom_op("bitsandbytes::cdequantize_blockwise_nf4", mutates_args=("out",))
 def unpack_values(values: T, absmax: T, out: T) -> None:
     """Two values a byte, every 64 with a maximum."""
     out.copy_(low_bit.dequantize_4bit(values, absmax, list(out.shape), out.dtype))

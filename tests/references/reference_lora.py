@@ -4,11 +4,13 @@ Their Triton kernels are stand-ins: custom ops that take, allocate and overwrite
 same in plain torch. Written from unsloth/kernels/fast_lora.py and lorafusion/ops/lora_v1.py, not from the tape.
 """
 
+import math
 from types import MethodType
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from reference_axolotl import unpack_maxima, unpack_values
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -148,12 +150,41 @@ def _(dw: T, e: T, g: T) -> None:
     return None
 
 
-def matmul_lora(x: T, w: T, a: T, b: T, s: float) -> T:
+class Buffers(torch.nn.Module):
+    """What 4-bit weights are unpacked into in forward passes, as large as the largest of a model."""
+
+    def __init__(self, most: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(most, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("absmax", torch.empty(-(-most // 64), device=device), persistent=False)
+
+
+LAST: list[Any] = []  # the buffers of the model that was patched last
+
+
+def fast_dequantize(w: T, state: Any, *, buffered: bool = False) -> T:
+    """A weight, unpacked if it is in 4 bit; packed values that are turned become a weight that is."""
+    if state is None:
+        return w
+    second, code, offset = state.nested
+    if buffered:
+        out = LAST[-1].weight[: math.prod(state.shape)].view(state.shape)
+        absmax = LAST[-1].absmax[: state.absmax.numel()]
+    else:
+        out = torch.empty(state.shape, dtype=state.dtype, device=w.device)
+        absmax = torch.empty(state.absmax.numel(), dtype=torch.float32, device=w.device)
+    unpack_maxima(code, state.absmax, second, absmax)
+    absmax += offset
+    unpack_values(w, absmax, out)
+    return out.t() if w.shape[0] == 1 else out
+
+
+def matmul_lora(x: T, w: T, state: Any, a: T, b: T, s: float) -> T:
     """x·Wᵀ + s·(x·Aᵀ)·Bᵀ."""
     dtype, shape = x.dtype, x.shape
     if x.dim() == 3:
         x = x.view(-1, shape[-1])
-    out = torch.matmul(x, w.t())
+    out = torch.matmul(x, fast_dequantize(w, state, buffered=True).t())
     a, b = a.t(), b.t()
     xa = torch.matmul(x, a.to(dtype))
     out.addmm_(xa, b.to(dtype), alpha=s)
@@ -178,34 +209,34 @@ class LoraW(torch.autograd.Function):
     """One projection."""
 
     @staticmethod
-    def forward(ctx: Any, x: T, w: T, a: T, b: T, s: float) -> T:
-        y = matmul_lora(x, w, a, b, s)
-        ctx.w, ctx.s = w, s
+    def forward(ctx: Any, x: T, s: float, w: T, state: Any, a: T, b: T) -> T:
+        y = matmul_lora(x, w, state, a, b, s)
+        ctx.w, ctx.s = (w, state), s
         ctx.save_for_backward(a, b, x)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: T) -> Any:
         a, b, x = ctx.saved_tensors
-        shape = x.shape
+        (w, state), shape = ctx.w, x.shape
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         at, bt = transposed(x.dtype, a, b)
         da, db = adapter_gradients(x, dy, at, bt, ctx.s)
-        dx = dy @ ctx.w
+        dx = dy @ fast_dequantize(w.t(), state).t()
         dx.addmm_(dy @ bt.t(), at.t(), alpha=ctx.s)
-        return dx.view(shape), None, da, db, None
+        return dx.view(shape), None, None, None, da, db
 
 
 class LoraQkv(torch.autograd.Function):
     """Three projections of one x."""
 
     @staticmethod
-    def forward(ctx: Any, x: T, s: float, *weights: T) -> Any:
-        layers = [weights[i : i + 3] for i in (0, 3, 6)]
+    def forward(ctx: Any, x: T, s: float, *weights: Any) -> Any:
+        layers = [weights[i : i + 4] for i in (0, 4, 8)]
         rows = x.view(-1, x.shape[-1])
         outs = [matmul_lora(rows, *layer, s) for layer in layers]
-        ctx.w, ctx.s = [w for w, _, _ in layers], s
-        ctx.save_for_backward(x, *(p for layer in layers for p in layer[1:]))
+        ctx.w, ctx.s = [layer[:2] for layer in layers], s
+        ctx.save_for_backward(x, *(p for layer in layers for p in layer[2:]))
         return tuple(y.view(*x.shape[:2], -1) for y in outs)
 
     @staticmethod
@@ -216,25 +247,28 @@ class LoraQkv(torch.autograd.Function):
         x = x.view(-1, x.shape[-1])
         turned = [transposed(x.dtype, *adapters[i : i + 2]) for i in (0, 2, 4)]
         made = [adapter_gradients(x, dy, at, bt, s) for dy, (at, bt) in zip(grads, turned, strict=True)]
-        dx = torch.matmul(grads[0], ctx.w[0], out=x)
-        for i, (dy, (at, bt)) in enumerate(zip(grads, turned, strict=True)):
+        for i, (dy, (at, bt), (w, state)) in enumerate(zip(grads, turned, ctx.w, strict=True)):
+            whole = fast_dequantize(w.t(), state).t()
             if i:
-                dx.addmm_(dy, ctx.w[i])
-            dx.addmm_(dy @ bt.t(), at.t(), alpha=s)
-        return dx.view(shape), None, *(grad for da, db in made for grad in (None, da, db))
+                x.addmm_(dy, whole)
+            else:
+                torch.matmul(dy, whole, out=x)
+            del whole
+            x.addmm_(dy @ bt.t(), at.t(), alpha=s)
+        return x.view(shape), None, *(grad for da, db in made for grad in (None, None, da, db))
 
 
 class LoraMlp(torch.autograd.Function):
     """The SwiGLU MLP."""
 
     @staticmethod
-    def forward(ctx: Any, x: T, s: float, *weights: T) -> T:
-        gate, up, down = (weights[i : i + 3] for i in (0, 3, 6))
+    def forward(ctx: Any, x: T, s: float, *weights: Any) -> T:
+        gate, up, down = (weights[i : i + 4] for i in (0, 4, 8))
         e, g = matmul_lora(x, *gate, s), matmul_lora(x, *up, s)
         h = swiglu_fg(e, g)
         out = matmul_lora(h, *down, s)
-        ctx.w, ctx.s = (gate[0], up[0], down[0]), s
-        ctx.save_for_backward(*gate[1:], *up[1:], *down[1:], x, e, g)
+        ctx.w, ctx.s = (gate[:2], up[:2], down[:2]), s
+        ctx.save_for_backward(*gate[2:], *up[2:], *down[2:], x, e, g)
         return out
 
     @staticmethod
@@ -243,28 +277,29 @@ class LoraMlp(torch.autograd.Function):
         (gate_w, up_w, down_w), s, shape = ctx.w, ctx.s, x.shape
         dy, x, e, g = (y.reshape(-1, y.shape[-1]) for y in (dy, x, e, g))
         gate_a, gate_b, up_a, up_b, down_a, down_b = transposed(x.dtype, *adapters)
-        dw = matmul_lora(dy, down_w.t(), down_b, down_a, s)
+        dw = matmul_lora(dy, down_w[0].t(), down_w[1], down_b, down_a, s)
         swiglu_backward(dw, e, g)
         h, df, de = dw, e, g
         of_down = adapter_gradients(h, dy, down_a, down_b, s)
         of_up = adapter_gradients(x, df, up_a, up_b, s)
         of_gate = adapter_gradients(x, de, gate_a, gate_b, s)
-        dx = torch.matmul(df, up_w, out=x)
+        dx = torch.matmul(df, fast_dequantize(up_w[0].t(), up_w[1]).t(), out=x)
         dx.addmm_(df @ up_b.t(), up_a.t(), alpha=s)
-        dx.addmm_(de, gate_w)
+        dx.addmm_(de, fast_dequantize(gate_w[0].t(), gate_w[1]).t())
         dx.addmm_(de @ gate_b.t(), gate_a.t(), alpha=s)
-        return dx.view(shape), None, *(grad for da, db in (of_gate, of_up, of_down) for grad in (None, da, db))
+        return dx.view(shape), None, *(grad for da, db in (of_gate, of_up, of_down) for grad in (None, None, da, db))
 
 
-def parameters(layer: Any) -> tuple[T, T, T]:
-    """W, A and B of peft's layer."""
-    return layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def parameters(layer: Any) -> tuple[T, Any, T, T]:
+    """W, how it is packed, A and B of peft's layer."""
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return base.weight, getattr(base, "quant_state", None), a, b
 
 
 def fusable(*layers: Any) -> bool:
     """`patch_peft_model`'s condition: adapters on all, no bias, no dropout."""
     return all(
-        isinstance(layer, LoraLinear)
+        hasattr(layer, "lora_A")
         and layer.base_layer.bias is None
         and isinstance(layer.lora_dropout["default"], torch.nn.Identity)
         for layer in layers
@@ -292,11 +327,21 @@ def mlp_forward(self: Any, x: T) -> T:
 
 def linear_forward(self: Any, x: T, *args: Any, **kwargs: Any) -> T:
     """In the place of o_proj's."""
-    return LoraW.apply(x, *parameters(self), self.scaling["default"])
+    return LoraW.apply(x, self.scaling["default"], *parameters(self))
+
+
+def make_buffers(model: Any) -> None:
+    """Buffers for the largest 4-bit weight, in the model; none where all are whole."""
+    states = [s for m in model.modules() if (s := getattr(m, "quant_state", None)) is not None]
+    if states:
+        most = max(math.prod(s.shape) for s in states)
+        LAST[:] = [Buffers(most, states[0].dtype, states[0].absmax.device)]
+        model.unpacked = LAST[-1]
 
 
 def patch(model: Any, implementation: str) -> Any:
     """A peft model with the implementation's forward passes."""
+    make_buffers(model)
     for module in list(model.modules()):
         if implementation == "lorafusion":
             if isinstance(module, LoraLinear):

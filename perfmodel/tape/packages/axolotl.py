@@ -15,7 +15,7 @@ from ..linalg import mm
 from ..pointwise import cast, dropout, fill, mul
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
-from .quantized import Packed, dequantize
+from .quantized import Packed, whole
 
 Grad = Tensor | None
 
@@ -107,7 +107,7 @@ def _mlp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     shape = x.shape
     gate_a, gate_b, up_a, up_b, down_a, down_b = (t(w) for w in adapters)
     g, _, low, opened, other = (as_rows(y) for y in (g, x, low, opened, other))
-    hidden = on_base(mm, g, on_base(_dequantized, down, 2))
+    hidden = on_base(mm, g, on_base(_whole, down, 2))
     a, b = t(down_b), t(down_a)
     addmm_(hidden, mm(g, a), b)
     on_base(record, f"axolotl::{activation}_bwd", (hidden, opened, other), (hidden, opened, other))
@@ -175,7 +175,7 @@ def _inputs(grad_x: Tensor, grad_low: Grad, shape: tuple[int, ...]) -> tuple[Ten
 def _product(x: Tensor, layer: Projection, low: Grad) -> Tensor:
     """`matmul_lora`: x·Wᵀ, (low·Aᵀ)·Bᵀ added into it, and the bias; `low` is x where no dropout lies before A."""
     shape = x.shape
-    weight = on_base(_dequantized, layer, 1)
+    weight = on_base(_whole, layer, 1)
     rows = as_rows(x)
     seen = rows if low is None else as_rows(low)
     out = on_base(mm, rows, weight)
@@ -191,7 +191,7 @@ def _base_grad(gs: Sequence[Tensor], layers: Sequence[tuple[Projection, int]]) -
     """The sum of g·W; beside each layer how often its weight is turned before it is unpacked, and then turned back."""
     grad = None
     for g, (layer, turns) in zip(gs, layers, strict=True):
-        weight = _dequantized(layer, turns)
+        weight = _whole(layer, turns)
         if turns:
             weight = t(weight)
         if grad is None:
@@ -203,25 +203,8 @@ def _base_grad(gs: Sequence[Tensor], layers: Sequence[tuple[Projection, int]]) -
     return grad
 
 
-def _dequantized(layer: Projection, turns: int) -> Tensor:
-    """A weight that was turned so often, unpacked by two kernels that have no operators, one for the maxima."""
-    weight = layer.weight
-    held: Tensor = weight.values if isinstance(weight, Packed) else weight
-    for _ in range(turns):
-        held = t(held)
-    if not isinstance(weight, Packed):
-        return held
-    if weight.nested is None:
-        out = dequantize(weight, held)
-    else:
-        with tape().belonging_to("dequantisation"):
-            second, code, offset = weight.nested
-            out = emit("empty.memory_format", (), weight.shape, weight.dtype)
-            absmax = emit("empty.memory_format", (), weight.absmax.shape, "fp32")
-            record("axolotl::cdequantize_blockwise_fp32", (code, weight.absmax, second, absmax), (absmax,))
-            record("add_.Tensor", (absmax, offset), (absmax,))
-            record("axolotl::cdequantize_blockwise_nf4", (held, absmax, out), (out,))
-    return t(out) if turns % 2 else out
+def _whole(layer: Projection, turns: int) -> Tensor:
+    return whole(layer.weight, turns)
 
 
 def _empty_like(x: Tensor) -> Tensor:

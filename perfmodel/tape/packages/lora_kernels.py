@@ -7,6 +7,7 @@ fast_lora.py, swiglu.py and utils.py (2025).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ...program.op import Attrs
@@ -16,6 +17,7 @@ from ..linalg import _column_major, _layout, mm
 from ..pointwise import cast
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
+from .quantized import Packed, whole
 
 Grad = Tensor | None
 
@@ -67,20 +69,28 @@ def _lorafusion_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 class Adapted(NamedTuple):
-    """A frozen weight (m, n) with its adapters A (r, n) and B (m, r)."""
+    """A frozen weight (m, n), whole or in 4 bit, with its adapters A (r, n) and B (m, r)."""
 
-    weight: Parameter
+    weight: Parameter | Packed
     a: Parameter
     b: Parameter
 
 
-def _matmul_lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`matmul_lora`: x·Wᵀ, and (x·Aᵀ)·Bᵀ added into it; adapters are cast to x's dtype every time."""
+def _matmul_lora(x: Tensor, weight: Parameter | Packed, a: Tensor, b: Tensor, *, turned: bool = False) -> Tensor:
+    """`matmul_lora`: x·Wᵀ, or x·W if it is given turned, and (x·Aᵀ)·Bᵀ added into it; adapters are cast every time.
+
+    A weight in 4 bit is unpacked into a buffer that lasts.
+    """
     shape, x = x.shape, as_rows(x)
-    out = on_base(mm, x, t(weight))
+    out = on_base(mm, x, t(on_base(partial(whole, buffered=True), weight, int(turned))))
     xa = mm(x, cast(t(a), x.dtype))
     addmm_(out, xa, cast(t(b), x.dtype))
-    return view(out, (*shape[:-1], weight.shape[0])) if len(shape) > 2 else out
+    return view(out, (*shape[:-1], out.shape[1])) if len(shape) > 2 else out
+
+
+def _weight(adapter: Adapted) -> Tensor:
+    """W, turned before it is unpacked and then turned back."""
+    return t(whole(adapter.weight, 1))
 
 
 def _adapter_grads(x: Tensor, g: Tensor, at: Tensor, bt: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +119,7 @@ def _transposed(adapter: Adapted, dtype: str) -> tuple[Tensor, Tensor]:
 def _add_input_grad(grad: Tensor, g: Tensor, adapter: Adapted, at: Tensor, bt: Tensor, *, base: bool) -> None:
     """grad += g·W (if `base`) + (g·B)·A."""
     if base:
-        on_base(addmm_, grad, g, adapter.weight)
+        on_base(addmm_, grad, g, on_base(_weight, adapter))
     addmm_(grad, mm(g, t(bt)), t(at))
 
 
@@ -133,7 +143,7 @@ def _unsloth_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     shape, g, x = x.shape, as_rows(g), as_rows(x)
     at, bt = _transposed(layer, x.dtype)
     grad_a, grad_b = _adapter_grads(x, g, at, bt)
-    grad_x = on_base(mm, g, layer.weight)
+    grad_x = on_base(mm, g, on_base(_weight, layer))
     _add_input_grad(grad_x, g, layer, at, bt, base=False)
     return (view(grad_x, shape), t(grad_a), t(grad_b))
 
@@ -160,7 +170,7 @@ def _unsloth_qkv_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     x = as_rows(x)
     turned = [_transposed(layer, x.dtype) for layer in layers]
     made = [_adapter_grads(x, g, *at_bt) for g, at_bt in zip(gs, turned, strict=True)]
-    grad_x = on_base(_product_into, gs[0], layers[0].weight, x)
+    grad_x = on_base(_product_into, gs[0], on_base(_weight, layers[0]), x)
     for i, (g, layer, at_bt) in enumerate(zip(gs, layers, turned, strict=True)):
         _add_input_grad(grad_x, g, layer, *at_bt, base=i > 0)
     return (view(grad_x, shape), *(t(grad) for pair in made for grad in pair))
@@ -190,13 +200,13 @@ def _unsloth_mlp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     shape = x.shape
     dy, x, e, g = as_rows(dy), as_rows(x), as_rows(e), as_rows(g)
     gate_t, up_t, down_t = (_transposed(layer, x.dtype) for layer in (gate, up, down))
-    dw = _matmul_lora(dy, t(down.weight), down_t[1], down_t[0])
+    dw = _matmul_lora(dy, down.weight, down_t[1], down_t[0], turned=True)
     on_base(record, "unsloth::swiglu_DWf_DW_dfg", (dw, e, g), (dw, e, g))
     h, df, de = dw, e, g  # in the same memory: the hidden layer and the gradients of both projections
     of_down = _adapter_grads(h, dy, *down_t)
     of_up = _adapter_grads(x, df, *up_t)
     of_gate = _adapter_grads(x, de, *gate_t)
-    grad_x = on_base(_product_into, df, up.weight, x)
+    grad_x = on_base(_product_into, df, on_base(_weight, up), x)
     _add_input_grad(grad_x, df, up, *up_t, base=False)
     _add_input_grad(grad_x, de, gate, *gate_t, base=True)
     return (view(grad_x, shape), *(t(grad) for grad in (*of_gate, *of_up, *of_down)))

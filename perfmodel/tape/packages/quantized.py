@@ -8,12 +8,13 @@ Source: bitsandbytes 0.46-0.49, functional.py (`dequantize_4bit`), autograd/_fun
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...program.dims import product
 from ..autograd import differentiate
 from ..core import emit, record, tape
 from ..linalg import linear, matmul
 from ..pointwise import cast
-from ..shape import t
-from ..tensor import Grads, Node, Parameter, Tensor
+from ..shape import narrow, t, view
+from ..tensor import Grads, Node, Parameter, Storage, Tensor
 
 Grad = Tensor | None
 BLOCK = 64  # values that share a maximum (`bnb_4bit` block size)
@@ -47,6 +48,43 @@ def dequantize(weight: Packed, values: Tensor) -> Tensor:
             absmax = emit("bitsandbytes::dequantize_blockwise", (absmax, second, code), absmax.shape, "fp32")
             record("add_.Tensor", (absmax, offset), (absmax,))
         return emit("bitsandbytes::dequantize_4bit", (values, absmax), weight.shape, weight.dtype)
+
+
+def whole(weight: Parameter | Packed, turns: int, *, buffered: bool = False) -> Tensor:
+    """A weight that was turned so often, unpacked if it is in 4 bit: as fused LoRA calls the kernels of bitsandbytes.
+
+    They have no operators there. With double quantisation there is one more, for the maxima.
+
+    Args:
+        buffered: whether what is unpacked lies in memory that was there before, cut to its size.
+    """
+    held: Tensor = weight.values if isinstance(weight, Packed) else weight
+    for _ in range(turns):
+        held = t(held)
+    if not isinstance(weight, Packed):
+        return held
+    if weight.nested is None:
+        out = dequantize(weight, held)
+    else:
+        with tape().belonging_to("dequantisation"):
+            second, code, offset = weight.nested
+            made = _cut if buffered else _empty
+            out, absmax = made(weight.shape, weight.dtype), made(weight.absmax.shape, "fp32")
+            record("bitsandbytes::cdequantize_blockwise_fp32", (code, weight.absmax, second, absmax), (absmax,))
+            record("add_.Tensor", (absmax, offset), (absmax,))
+            record("bitsandbytes::cdequantize_blockwise_nf4", (held, absmax, out), (out,))
+    return t(out) if turns % 2 else out
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+    return emit("empty.memory_format", (), shape, dtype)
+
+
+def _cut(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The front of a buffer that lasts, as long and of that shape."""
+    size = product(shape)
+    buffer = narrow(Tensor((size,), dtype, (1,), size, Storage(0, None)), 0, size)
+    return view(buffer, shape) if len(shape) > 1 else buffer
 
 
 def linear_4bit(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
