@@ -360,7 +360,7 @@ class Scope:
             end = first + period * times
             while first < end and (among is None or first in among):
                 part = current.begin("blocks", "forward")
-                needed_grad, before = x.requires_grad, x.storage.number
+                needed_grad = x.requires_grad
                 current.enter(part, x)
                 for layer in range(first, first + period):
                     x, *shared = self._layer(layer, block, x, shared)
@@ -368,8 +368,7 @@ class Scope:
                         self.build.held.append((x, part))
                 count = (end - first) // period if x.requires_grad == needed_grad else 1
                 part.repeat = count
-                if current.flow is not None:
-                    current.flow.carry(part, (before, x.storage.number), period)
+                current.leave(part, x, period)
                 for p in self.build.parameters.values():
                     if p.part is part:
                         p.count = count

@@ -68,7 +68,8 @@ def compiled_parts(
         return emitted(graph), []
     further = graph.later()
     later = emitted(further)
-    later[-1].free(summed([value.nbytes for value in further.results]))  # they replace those of the pass before
+    # They replace those of the pass before, one a layer of what modules and the graph keep
+    later[-1].free(summed([value.nbytes * further.copies(value) for value in further.results]))
     return emitted(graph), later
 
 

@@ -101,6 +101,10 @@ class Graph:
         """Values that must be there after the compiled programs."""
         return self.results | {value for prim in self.tail for value, _ in prim.reads}
 
+    def copies(self, value: Value) -> int:
+        """How many layers make the like of a value."""
+        return 1 if value.maker is None else self.places[value.maker.place].repeat
+
     def later(self) -> "Graph":
         """A further pass: its gradients are added to those that are there, and gone after it."""
         added = {value for prim in self.additions for value, _ in prim.reads}

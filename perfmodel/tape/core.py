@@ -4,6 +4,7 @@ Forward passes are written with the local variables of the original: since memor
 follows without any bookkeeping by hand.
 """
 
+import sys
 from _thread import RLock  # as functools has it: all of `threading` takes a millisecond of a cold start
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ class Tape:
         self.linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of `F.linear`
         self.alike = False
         self.entering: dict[int, Entering] = {}  # by the id of a run of layers, forward or back
+        self.handed: dict[int, Part | None] = {}  # block's number -> the run that it enters, None: that it left
         self.lingering: list[Storage] = []  # what all layers of the current run held
         self.graph_dies = False  # and with it what its nodes still hold, of all layers of repeated parts
         self.renewed: tuple[Part, Dim] | None = None  # the part that made the loss, and its peak before
@@ -157,7 +159,16 @@ class Tape:
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
-        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number, part)
+        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number)
+        if self.flow is None:
+            self.handed[x.storage.number] = part
+
+    def leave(self, part: Part, x: Tensor, period: int) -> None:
+        """A run of identical layers, or of patterns of `period` layers, ends with its output."""
+        if self.flow is None:
+            self.handed[x.storage.number] = None
+        else:
+            self.flow.carry(part, (self.entering[id(part)].input, x.storage.number), period)
 
     def backward_of(self, part: Part) -> None:
         """Switch to the part that holds the backward ops of a forward part."""
@@ -239,15 +250,9 @@ def release(held: list[tuple[Tensor, Part | None]]) -> None:
         storage = t.storage
         storage.copies = part.repeat if part is not None else 1
         del t
-        if _references(storage) > 1:
+        if sys.getrefcount(storage) > 2:  # beside the argument and this frame's own
             storage.copies = 1
         del storage
-
-
-def _references(storage: Storage) -> int:
-    import sys
-
-    return sys.getrefcount(storage) - 2  # the argument and this frame's own reference
 
 
 def region(run: Callable[P, R]) -> Callable[P, R]:
@@ -269,15 +274,13 @@ def region(run: Callable[P, R]) -> Callable[P, R]:
 
 def begin_region() -> None:
     """From here on what is recorded is a program of its own where a compiled model falls apart, up to `end_region`."""
-    flow = _current[-1].flow
-    if flow is not None and flow.apart:
+    if (flow := _current[-1].flow) is not None and flow.apart:
         flow.region = next(_regions)
 
 
 def end_region() -> None:
     """What follows is of no such program."""
-    flow = _current[-1].flow
-    if flow is not None:
+    if (flow := _current[-1].flow) is not None:
         flow.region = None
 
 

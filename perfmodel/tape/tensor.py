@@ -30,6 +30,7 @@ class RecordingTape(Protocol):
     sequence: int
     flow: "Flow | None"
     entering: "dict[int, Entering]"
+    handed: dict[int, Part | None]
     lingering: "list[Storage]"
     graph_dies: bool
 
@@ -74,9 +75,13 @@ class Storage:
                 tape.flow.live.discard(self.number)
 
     def _held_by(self, tape: "RecordingTape") -> Dim:
-        """How many layers hold the like of this block: those of the part that made it, or of the run that it enters."""
-        of_run = (run.part.repeat for run in tape.entering.values() if run.input == self.number)
-        return next(of_run, 1 if self.home is None else self.home.repeat)
+        """How many like this block die with a graph that holds it.
+
+        What enters a run stands for the input of each of its layers, what leaves one for itself; any other block for
+        one a layer of the part that made it.
+        """
+        run = tape.handed.get(self.number, self.home)
+        return 1 if run is None else run.repeat
 
     def _of_all(self, part: Part) -> bool:
         """Whether all layers of a run hold this very block, so that it dies with the last of them, forward or back.
@@ -91,11 +96,10 @@ class Storage:
 
 
 class Entering(NamedTuple):
-    """Where a run of identical layers, a part, begins: the block of its input, and the first that is younger."""
+    """Where a run of identical layers begins: the block of its input, and the first one that is younger than it."""
 
     input: int
     first: int
-    part: Part
 
 
 _numbers = count()
