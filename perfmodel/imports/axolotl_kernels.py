@@ -108,7 +108,8 @@ def kernels_of_axolotl(keys: Keys) -> str:
 
 
 def fused_adapters(keys: Keys, method: str, targets: tuple[str, ...], *, upcast: bool) -> str | None:
-    """Whose fused kernels adapters run in: Axolotl's own, or Unsloth's, which it gives no dropout and no 4-bit base.
+    """Whose fused kernels adapters run in: Axolotl's own, or Unsloth's, to which older versions gave no dropout and no
+    4-bit base.
 
     Args:
         upcast: whether norms are in fp32, what goes into a layer with them.

@@ -10,7 +10,7 @@ from ..architectures import load
 from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..errors import UserError
-from ..methods.lora import Lora
+from ..methods.lora import FUSED_BY, Lora
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
@@ -128,10 +128,22 @@ def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> 
     meant = bundled_for(model)
     if meant is None or "gptq" not in meant.packed or architecture.stacked_names():
         return None
-    if not isinstance(method, Lora) or method.name != "lora" or method.implementation != "peft":
+    if not isinstance(method, Lora) or method.name != "lora":
         return None
     bits = next((WORDS_OF_BITS[word] for word in meant.packed if word in WORDS_OF_BITS), 4)
-    return LoraGptq(**_shared(method), bits=bits)
+    return LoraGptq(**_shared(method) | {"implementation": "peft"}, bits=bits)
+
+
+def _not_fused(found: Imported, method: Lora, architecture: Architecture) -> str:
+    """Where fused kernels for adapters are not modelled (`recording.parallel.form`); empty where they are."""
+    if method.implementation == "peft":
+        return ""
+    if method.implementation not in architecture.traits.fused:
+        return "for the model"
+    if found.setup.get("tp", 1) > 1:
+        return "on layers that GPUs share"
+    several = "tp" in found.setup  # as `Imported.on_several` leaves it
+    return "compiled on several GPUs" if several and found.setup.get("compile", "none") != "none" else ""
 
 
 def _shared(method: Lora) -> dict[str, Any]:
@@ -212,9 +224,9 @@ def _of_method(found: Imported, method: methods.Method, architecture: Architectu
     if architecture.traits.four_dims and method.told_of_four_dims:
         yield Fallback("method", found.method, method.told_of_four_dims)
     changes: dict[str, Any] = {}
-    if method.implementation not in ("peft", *architecture.traits.fused):
+    if unfused := _not_fused(found, method, architecture):
         changes["implementation"] = "peft"
-        said = f"peft's adapters, not {method.implementation}'s, which are not modelled for the model"
+        said = f"peft's adapters, not {FUSED_BY[method.implementation]}'s, which are not modelled {unfused}"
     if isinstance(method, QuantisedLora) and method.experts and not architecture.stacked_names():
         changes["experts"] = False
     found_none = unmatched(method.targets, architecture)  # of several names PEFT leaves such out

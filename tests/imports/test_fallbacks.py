@@ -33,11 +33,32 @@ def asked(folder: Path, text: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("more", "gpus", "differs", "answered"),
+    [
+        ("torch_compile: true\n", 1, "", "implementation=axolotl on llama-3.2-1b"),
+        ("torch_compile: true\n", 4, "not modelled compiled on several GPUs", "targets=all-linear on llama-3.2-1b"),
+        ("", 4, "", "implementation=axolotl on llama-3.2-1b"),
+        ("tensor_parallel_size: 2\n", 2, "not modelled on layers that GPUs share", "targets=all-linear on llama-3.2"),
+        ("gptq: true\n", 1, CODES, "lora_gptq:r=4,targets=all-linear on llama-2-7b"),
+    ],
+)
+def test_fused_kernels_give_way_where_they_are_not_modelled(
+    tmp_path: Path, more: str, gpus: int, differs: str, answered: str
+) -> None:
+    """Axolotl switches them on by itself: nobody who named none is refused for them."""
+    base = "TheBloke/Llama-2-7B-GPTQ" if "gptq" in more else "NousResearch/Llama-3.2-1B"
+    said = asked(tmp_path, f"base_model: {base}\nlora_dropout: 0\n{LORA}{LINEAR}{more}", "--gpus", str(gpus))
+    assert (DIFFERS in said) == bool(differs)
+    assert differs in said
+    assert answered in said
+
+
+@pytest.mark.parametrize(
     ("text", "differs", "answered"),
     [
         (f"base_model: openai/gpt-oss-20b\n{LORA}{LINEAR}{FLASH}", "eager attention, not flash2", "eager attention"),
         (f"base_model: THUDM/glm-4-9b-hf\n{LORA}{LINEAR}{LIGER}", "PyTorch's kernels, not Liger's", "on glm-4-9b"),
-        (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not axolotl's", "linear on qwen-7b"),
+        (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}{FUSED}", "peft's adapters, not Axolotl's", "linear on qwen-7b"),
         (f"base_model: google/gemma-3-4b-it\n{LORA}{LINEAR}", "the text decoder alone of a", "on gemma-3-4b"),
         (f"base_model: Qwen/Qwen-7B\n{QLORA}{LINEAR}", "the output head in fp32", "prepared=True on qwen-7b"),
         (f"base_model: Qwen/Qwen-7B\n{LORA}{LINEAR}", "PyTorch's attention and norms, not flash", "linear on qwen-7b"),
@@ -238,7 +259,7 @@ def test_unfrozen_parameters_are_one_regex(tmp_path: Path, patterns: list[str], 
         ),
         (
             "base_model: Qwen/Qwen-7B\nlora_mlp_kernel: true\n",
-            "peft's adapters, not axolotl's", "fused kernels for all adapters",
+            "peft's adapters, not Axolotl's", "fused kernels for all adapters",
         ),
     ],
 )  # fmt: skip

@@ -176,8 +176,11 @@ def check_form(setup: Setup, method: Method) -> None:
         _check_groups(setup, setup.shard_group)
     if setup.compile != "none":
         _check_compiled(setup, method)
-    if setup.tp > 1 and (method.name not in CUT or getattr(method, "implementation", "peft") != "peft"):
-        raise UserError(f"tp: {method.name} on layers that are cut is not modelled; {' and '.join(CUT)} are")
+    if setup.tp > 1 and (method.name not in CUT or _fused(method)):
+        raise UserError(
+            f"tp: {_fused(method)}{method.name} on layers that are cut is not modelled; {' and '.join(CUT)}"
+            f" {'by peft ' if _fused(method) else ''}are"
+        )
     if setup.tp > 1 and getattr(method, "modules_to_save", None):
         raise UserError("tp: copies of modules that are cut are not modelled; leave out modules_to_save")
     if setup.sequence_parallel:
@@ -186,6 +189,12 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
+
+
+def _fused(method: Method) -> str:
+    """Whose fused kernels a method's adapters run in; empty if it is peft's own program."""
+    implementation = getattr(method, "implementation", "peft")
+    return "" if implementation == "peft" else f"{implementation}'s "
 
 
 def _check_compiled(setup: Setup, method: Method) -> None:
@@ -202,11 +211,9 @@ def _check_compiled(setup: Setup, method: Method) -> None:
             raise UserError(f"compile: not modelled with {name} {getattr(setup, name)}; use --{name} 1")
     if setup.tp > 1:
         _check_compiled_layers(setup)
-    implementation = getattr(method, "implementation", "peft")
-    if method.name not in COMPILED_METHODS or implementation != "peft":
-        what = method.name if implementation == "peft" else f"{implementation}'s {method.name}"
+    if method.name not in COMPILED_METHODS or _fused(method):
         raise UserError(
-            f"compile: what Dynamo makes of {what} on several GPUs is not modelled, but of "
+            f"compile: what Dynamo makes of {_fused(method)}{method.name} on several GPUs is not modelled, but of "
             f"{', '.join(COMPILED_METHODS)}; use --compile none"
         )
     if setup.compile == "reduce-overhead":
