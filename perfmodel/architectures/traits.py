@@ -54,7 +54,7 @@ class Traits:
         by_matmul: whether they are modules of its own that run `x @ W.T` (Falcon's).
         attention: the implementations that its program has, of the setup's.
         reentrant: those of them with which reentrant checkpoints are modelled.
-        fused: what else brings fused kernels that are modelled for it: liger, unsloth, lorafusion.
+        fused: what else brings fused kernels that are modelled for it: liger, axolotl, unsloth, lorafusion.
         stacked: pairs of a layer of transformers 4 and the parameter of experts or router that it is in transformers 5:
             where the layer is a target, PEFT's LoRA adapts the parameter.
         four_dims: the linear layers whose input has four dimensions, as not all that adapts or packs layers takes them.

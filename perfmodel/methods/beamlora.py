@@ -4,6 +4,7 @@ Source: the authors' code (github.com/gccnlp/BeamLoRA: peft/tuners/lora, train.p
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import optimizers
 from ..program.dims import Dim
@@ -35,6 +36,8 @@ class BeamLora(Lora):
     """
 
     interval: int = option(3000, "steps between two replacements of ranks (the authors' script: 3000)", positive)
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         result = layer(x)

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound="Lora")
 ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
-HELP = "peft, axolotl (fused where q, k, v or the MLP are all targets), unsloth (so, without dropout) or lorafusion"
+HELP = "peft, axolotl (fused where q, k, v or the MLP are all targets, or o), unsloth (without dropout) or lorafusion"
 FUSED_BY = {"axolotl": "Axolotl", "unsloth": "Unsloth", "lorafusion": "LoRAFusion"}
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), ("o_proj",))  # Unsloth's Functions
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("o_proj",),
+)  # the Functions of either
 
 
 @method(
@@ -102,9 +106,11 @@ class Lora(Targeted):
         return () if self.target_parameters and not self.targets and not has_default else super().target_names
 
     def targets_all(self, leaves: tuple[str, ...]) -> bool:
-        """Whether in some block every layer with one of these names is a target."""
+        """Whether some block has layers with all of these names and every one of them is a target."""
         assert self.architecture is not None
         names = [name for name in self.architecture.linear_names() if name.rsplit(".", 1)[-1] in leaves]
+        if {name.rsplit(".", 1)[-1] for name in names} != set(leaves):
+            return False
         return any(all(self.targets_layer(name, layer) for name in names) for layer in range(self.layers))
 
     def targets_layer(self, name: str, layer: int | None) -> bool:

@@ -50,8 +50,10 @@ class QLora(FourBit, QuantisedLora):
         """Unsloth's buffers, as large as the largest weight that it unpacks, and that one's maxima."""
         if self.implementation != "unsloth" or self.why_unfused:
             return 0
-        fused = [name for names in TOGETHER if self.targets_all(names) for name in names]
-        most = max(p.elements for p in step.parameters if p.elements and any(f".{name}." in p.name for name in fused))
+        biased = {p.name.split(".")[-2] for p in step.parameters if p.name.endswith(".bias")}
+        fused = {n for names in TOGETHER if self.targets_all(names) and biased.isdisjoint(names) for n in names}
+        sizes = [p.elements for p in step.parameters if p.elements and not fused.isdisjoint(p.name.split("."))]
+        most = max(sizes, default=0)
         return most * ITEMSIZE[step.setup.dtype] + 4 * -(-most // BLOCK)
 
     def under(self, stack: SoftwareStack, dtype: str) -> "QLora":

@@ -7,6 +7,7 @@ from bisect import bisect
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 from ..errors import UserError
 from ..tape.tensor import Tensor
@@ -35,6 +36,8 @@ class ResLora(Lora):
     shortcut: str = option("is", "is, bs or ms (the authors' res_flag 1, 2, 3)", choice(SHORTCUTS))
     pre_num: int = option(4, "earlier blocks that bs and ms reach back to; -1: all")
     merge_flag: int = option(0, "0, 3 (merge_bi) or 4 (merge_bw)")
+
+    implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from perfmodel import explain, methods
 from perfmodel.errors import UserError
+from perfmodel.methods.lora import Lora
 from perfmodel.prediction.predict import Prediction, predict
 from perfmodel.recording.step import Step
 from perfmodel.tape.tensor import Parameter
@@ -206,6 +207,14 @@ def test_a_method_says_whether_it_brings_its_own_optimizer(name: str) -> None:
     if one is None or other is None:
         pytest.skip(f"{kind.name} needs AdamW")
     assert (step_of(one).method.own_optimizer is not None) == (one.kernels == other.kernels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whoever_adapts_in_its_own_way_has_no_fused_kernels(name: str) -> None:
+    """They would take the place of layers whose program is not LoRA's, and be answered for it."""
+    cls = type(methods.parse(name))
+    if issubclass(cls, Lora) and cls.adapted is not Lora.adapted:
+        assert cls.implementations == ("peft",)
 
 
 @pytest.mark.parametrize("name", NAMES)

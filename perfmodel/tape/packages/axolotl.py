@@ -15,7 +15,7 @@ from ..linalg import mm
 from ..pointwise import cast, dropout, fill, mul
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
-from .quantized import Packed, whole
+from .quantized import Packed, in_float
 
 Grad = Tensor | None
 
@@ -204,7 +204,7 @@ def _base_grad(gs: Sequence[Tensor], layers: Sequence[tuple[Projection, int]]) -
 
 
 def _whole(layer: Projection, turns: int) -> Tensor:
-    return whole(layer.weight, turns)
+    return in_float(layer.weight, turns)
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..linalg import _column_major, _layout, mm
 from ..pointwise import cast
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
-from .quantized import Packed, whole
+from .quantized import Packed, in_float
 
 Grad = Tensor | None
 
@@ -82,7 +82,7 @@ def _matmul_lora(x: Tensor, weight: Parameter | Packed, a: Tensor, b: Tensor, *,
     A weight in 4 bit is unpacked into a buffer that lasts.
     """
     shape, x = x.shape, as_rows(x)
-    out = on_base(mm, x, t(on_base(partial(whole, buffered=True), weight, int(turned))))
+    out = on_base(mm, x, t(on_base(partial(in_float, buffered=True), weight, int(turned))))
     xa = mm(x, cast(t(a), x.dtype))
     addmm_(out, xa, cast(t(b), x.dtype))
     return view(out, (*shape[:-1], out.shape[1])) if len(shape) > 2 else out
@@ -90,7 +90,7 @@ def _matmul_lora(x: Tensor, weight: Parameter | Packed, a: Tensor, b: Tensor, *,
 
 def _weight(adapter: Adapted) -> Tensor:
     """W, turned before it is unpacked and then turned back."""
-    return t(whole(adapter.weight, 1))
+    return t(in_float(adapter.weight, 1))
 
 
 def _adapter_grads(x: Tensor, g: Tensor, at: Tensor, bt: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def dequantize(weight: Packed, values: Tensor) -> Tensor:
         return emit("bitsandbytes::dequantize_4bit", (values, absmax), weight.shape, weight.dtype)
 
 
-def whole(weight: Parameter | Packed, turns: int, *, buffered: bool = False) -> Tensor:
+def in_float(weight: Parameter | Packed, turns: int, *, buffered: bool = False) -> Tensor:
     """A weight that was turned so often, unpacked if it is in 4 bit: as fused LoRA calls the kernels of bitsandbytes.
 
     They have no operators there. With double quantisation there is one more, for the maxima.
