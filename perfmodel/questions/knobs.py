@@ -72,7 +72,9 @@ def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
     """Checkpointing, micro-batch and what GPUs have of layers together: each pays for what the others need."""
     choices = []
     for tp, pp in _cuts(architecture, setup):
-        samples = setup.batch * setup.grad_accum * tp * pp // (setup.tp * setup.pp)
+        samples, left = divmod(setup.batch * setup.grad_accum * tp * pp, setup.tp * setup.pp)
+        if left:  # no micro-batches of as many samples
+            continue
         for batch, accum in _micro_batches(setup, samples):
             if pp > accum and setup.pp_schedule == "1f1b":  # it has as many micro-batches as stages, or more
                 continue
@@ -210,7 +212,9 @@ def _implementation(method: Method) -> Knob:
         "axolotl": "Axolotl's fused LoRA", "unsloth": "Unsloth's fused LoRA", "lorafusion": "LoRAFusion's kernels",
     }  # fmt: skip
     present = getattr(method, "implementation", None)
+    drops = getattr(method, "dropout", 0.0) > 0  # Axolotl's draw one mask for layers that share an input
     names = [n for n in getattr(method, "implementations", ()) if n in labels and n != present]
+    names = [n for n in names if not (drops and n == "axolotl")]
     return (KEEP, *(KnobPosition(labels[name], method={"implementation": name}) for name in names))
 
 

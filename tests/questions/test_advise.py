@@ -14,7 +14,7 @@ from helpers import architecture_of, setup_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from perfmodel import advise, predict
+from perfmodel import advise, methods, predict
 from perfmodel.cli import main
 from perfmodel.commands.advise import BYTES, NUMBER, Quantity
 from perfmodel.devices import profile
@@ -324,10 +324,10 @@ def test_what_changes_nothing_is_no_advice() -> None:
     assert all(change.seconds for change in found.path)
 
 
-@pytest.mark.parametrize("given", [{}, {"pp": 2, "grad_accum": 4}, {"tp": 2}])
+@pytest.mark.parametrize("given", [{}, {"pp": 2, "grad_accum": 4}, {"tp": 2}, {"tp": 2, "batch": 1, "grad_accum": 3}])
 def test_gpus_may_have_some_of_the_layers_each(given: dict[str, Any]) -> None:
     """A pipeline works on the samples of its replicas' number, in as many micro-batches as it has stages or more."""
-    model, setup = architecture_of("llama"), Setup(gpus=4, batch=2, **given)
+    model, setup = architecture_of("llama"), Setup(gpus=4, **{"batch": 2, **given})
     stages = set()
     for choice in knobs.memory_knob(model, setup):
         changed = replace(setup, **choice.setup)
@@ -335,6 +335,13 @@ def test_gpus_may_have_some_of_the_layers_each(given: dict[str, Any]) -> None:
         assert changed.pp <= changed.grad_accum
         stages.add(changed.pp)
     assert stages == {1, 2, 4} - ({4} if setup.tp > 1 else set())
+
+
+@pytest.mark.parametrize(("dropout", "offered"), [(0, True), (0.1, False)])
+def test_kernels_that_drop_otherwise_are_no_advice(dropout: float, offered: bool) -> None:
+    """Axolotl's draw one mask for layers that share an input: other samples of noise than peft's."""
+    method = methods.parse(f"lora:dropout={dropout}")
+    assert any("Axolotl" in choice.label for choice in knobs._implementation(method)) == offered
 
 
 def test_sequence_parallel_ends_with_tensor_parallel() -> None:
