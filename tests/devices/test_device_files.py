@@ -116,6 +116,21 @@ def test_rewriting_keeps_what_the_author_wrote(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
 
 
+def test_one_block_is_replaced_between_what_stands_around_it(tmp_path: Path) -> None:
+    """What is said of the next block is the author's, too."""
+    common = pytest.importorskip("validate.fitting.judging", exc_type=ImportError)
+    write = pytest.importorskip("validate.fitting.write", exc_type=ImportError)
+    path = tmp_path / "mine.toml"
+    attention = profile.load("a100").attention
+    fit = common.Fit(attention, "s", "software", 20, 10, common.FitErrors(10, 0.1, 0.08, 0.2, 0.5), {})
+    path.write_text(OWN_DEVICE)
+    write.write_one(path, "attention", fit, "2026-01-01")
+    path.write_text(path.read_text() + "\n# of the next one\n# in two lines\n[other]\nx = 1\n")
+    before = path.read_text()
+    write.write_one(path, "attention", fit, "2026-01-01")
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize("tiles", [((32, 32),), ((256, 256), (128, 64)), TENSOR_CORE_TILES])
 def test_a_library_of_other_tiles_is_written_down(tmp_path: Path, tiles: Tiles) -> None:
     """Read back without them, its products would be priced by tiles that it does not have; the usual ones go unsaid."""

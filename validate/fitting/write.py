@@ -39,8 +39,10 @@ def write_one(path: Path, name: str, fit: Fit, date: str) -> None:
     """Replace one block of a file, or add it behind the others."""
     content, text = path.read_bytes(), block_text(f"fitted.{name}", fit, date).encode()
     own = re.search(
-        rf"^\[fitted\.{re.escape(name)}\].*?(?=^\[(?!fitted\.{re.escape(name)}\.)|\Z)".encode(), content, re.M | re.S
-    )
+        rf"^\[fitted\.{re.escape(name)}\].*?(?=^(?:#[^\n]*\n)*\[(?!fitted\.{re.escape(name)}\.)|\Z)".encode(),
+        content,
+        re.M | re.S,
+    )  # without comments above the next block
     if own is None:
         content = content.rstrip(b"\n") + b"\n\n" + text
     else:
