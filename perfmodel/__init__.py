@@ -81,7 +81,8 @@ def compare(
 ) -> "Comparison":
     """Predict several methods in one setup, and how much faster each is than the first, and why.
 
-    Arguments and errors are those of `predict`; `methods` are two at least.
+    Arguments and errors are those of `predict`; `methods` are two at least. A method that is not modelled in the setup
+    is in `Comparison.refused` with the reason, unless it is the first, or none but the first is left.
 
     >>> compare("tinyllama-1.1b", ["full", "lora:r=8"], device="a100", batch=4, seq=512).speedups[0].verdict
     'faster'

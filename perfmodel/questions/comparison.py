@@ -86,7 +86,10 @@ def compare(
 ) -> Comparison:
     """Predict several methods in one setup, the first the baseline; see `perfmodel.compare`.
 
-    One that is not modelled there is left out, with the reason, if another is answered.
+    One that is not modelled there is left out, with the reason, if another beside the baseline is answered.
+
+    Raises:
+        UserError: what the baseline or the setup lacks, or why none of the others is modelled.
     """
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
@@ -103,7 +106,7 @@ def compare(
         except UserError as error:
             refused[method.spec()] = str(error)
     if not others:
-        raise UserError(next(iter(refused.values())))
+        raise UserError("; ".join(dict.fromkeys(refused.values())))
     if any(p.step is None for p in (base, *others)):  # a grid has no one reason
         return Comparison([base, *others], [speed_up(base, p, on) for p in others], refused)
     before = dissect(base, on, by)

@@ -55,6 +55,7 @@ def _prediction(p: Prediction) -> str:
 def _comparison(c: Comparison) -> str:
     """The answers in words, and one column a method."""
     answers = [s.answer or f"{s.method}: speed-up {_range(s.ratio, lambda v: f'{v:.2f}')}" for s in c.speedups]
+    answers += c.unanswered
     if c.predictions[0].step is None:  # a grid
         rows = [[p.method, _range(p.time.phases["total"], units.seconds)] for p in c.predictions]
         return _block("<br/>".join(map(_text, answers)), _table(["", "step"], rows), [], escaped=True)

@@ -191,10 +191,9 @@ def test_compare_prints_the_promised_json() -> None:
     names = ["full", "lora:r=16", "top_k:k=2"]
     value = value_of("compare", *MODEL, "--methods", *names)
     assert set(value) == {"baseline", "predictions", "speedup", "figures", "refused"}
-    assert value["refused"] == {}
     assert [f["method"] for f in value["figures"]] == names
     assert all(f["tokens_per_s"] > 0 and 0 < f["mfu"] < 1 for f in value["figures"])
-    assert value["baseline"] == "full"
+    assert (value["baseline"], value["refused"]) == ("full", {})
     assert [p["method"] for p in value["predictions"]] == names
     base, *others = value["predictions"]
     for p in value["predictions"]:
@@ -288,19 +287,6 @@ def test_listed_sources_and_options_are_there() -> None:
     assert all(row["source"] for row in value_of("models"))
     lora = next(row for row in value_of("methods") if row["method"] == "lora")
     assert {"r", "alpha", "targets", "dropout"} <= set(lora["options"])
-
-
-def test_a_method_that_is_not_modelled_in_a_setup_leaves_the_others_their_answers() -> None:
-    """FSDP1 keeps weights in flat pieces, which GaLore updates whole: what is asked for beside it is answered."""
-    asked = ("compare", *MODEL, "--gpus", "2", "--parallel", "fsdp1", "--methods", "full")
-    value = value_of(*asked, "galore", "lora")
-    assert [p["method"] for p in value["predictions"]] == ["full", "lora:r=8"]
-    assert set(value["refused"]) == {"galore:r=128"}
-    why = value["refused"]["galore:r=128"]
-    assert f"galore:r=128 is not answered: {why}" in " ".join(call(*asked, "lora", "galore").stdout.split())
-    alone = call(*asked, "galore")
-    assert (alone.exit_code, alone.stdout, alone.stderr.strip()) == (2, "", f"perfmodel: {why}")
-    assert call(*asked, "lora:r=0", "lora").exit_code == 2  # what cannot be meant is no method of any setup
 
 
 def test_an_option_with_one_choice_is_not_offered() -> None:
@@ -399,9 +385,8 @@ def test_help_tells_what_is_taken_where_nothing_is_given() -> None:
     for path, options in commands():
         for option in options:
             if isinstance(option.default, str | int | float | Path) and not option.is_flag:
-                told = option.get_help_record(click.Context(main))
-                assert told is not None, (path, option.name)
-                assert f"[default: {option.default}" in told[1], (path, option.name)
+                _, told = option.get_help_record(click.Context(main)) or ("", "")
+                assert f"[default: {option.default}" in told, (path, option.name)
 
 
 @pytest.mark.parametrize("command", ["predict", "compare", "sweep", "explain", "advise"])
@@ -409,7 +394,7 @@ def test_help_tells_what_is_taken_where_nothing_is_given() -> None:
 def test_what_every_question_needs_is_asked_for(command: str, given: str, missing: str) -> None:
     """Whoever leaves out the device or the model reads which, and what it may be, in one line."""
     words = ["full", "lora"] if command == "explain" else []
-    done = CliRunner().invoke(main, [command, *words, *given.split()])
+    done = call(command, *words, *given.split())
     assert done.exit_code == 2
     assert f"Missing option '{missing}'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -328,6 +328,9 @@ def test_notebooks_show_every_result() -> None:
         assert len(html) < 12_000
     assert "in part of the grid" in texts[1]
     assert "because" in texts[2]
+    beside = compare(MODEL, ("full", "lora", "galore"), device="l40s", gpus=2, parallel="fsdp1")
+    assert beside.unanswered
+    assert all(said in " ".join(text_of(ET.fromstring(beside._repr_html_())).split()) for said in beside.unanswered)
     assert all(bar.name in texts[4] for bar in shown[4].waterfall)  # type: ignore[attr-defined]
 
 
