@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from perfmodel.commands import validate as commands
 from perfmodel.devices import profile
 from perfmodel.devices.gemm_parameters import EarlyGemmParameters
 from perfmodel.errors import UserError
@@ -315,3 +316,10 @@ def test_wide_sms_reach_the_rates_that_were_published() -> None:
     assert wide.math_efficiency == pytest.approx(profile.load("rtx-4090").gemm["fp32"].math_efficiency, rel=1e-3)
     assert l40s.math_efficiency == pytest.approx(profile.load("l40s").gemm["fp32"].math_efficiency, rel=1e-3)
     assert fit.squares._best("l40s", l40s) == pytest.approx(fit.squares.L40S, rel=1e-3)
+
+
+def test_the_command_offers_every_part_that_is_fitted_alone() -> None:
+    """It names them without loading the fits."""
+    show = pytest.importorskip("validate.fitting.show", exc_type=ImportError)
+    offered = next(option.type for option in commands.fit.params if option.name == "part")
+    assert set(offered.choices) == set(show.PARTS)
