@@ -224,7 +224,9 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     if step.zero_alone:
         tape.on_gradient = zero3_alone.hook(step, first=not step.parameters)
     tape.begin("inputs", "forward")
+    # In none of the parts that are compiled: the last loss, and what modules kept of its pass
     before = tape.loss.storage if tape.flow is not None and tape.loss is not None else None
+    replaced = dict(kept) if tape.flow is not None and not tape.flow.apart else {}
     parameters, loss, after = forward_passes(step, setup, method, kept)
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
@@ -257,7 +259,8 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
 
         first, later = compiled_parts(setup, step.parameters, first, tape.flow, programs, alike=tape.alike)
         tape.flow, tape.part = None, first[-1]
-        del before  # the last loss, in none of the parts that were compiled
+        del before
+        _forget(replaced)
     tape.parts.clear()
     tape.twins.clear()
     return first, later

@@ -80,10 +80,11 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
     Question("olmo-2-7b", "lora_8bit:targets=q_proj+v_proj", LONG)
 )  # whose layers take each other's output as it is
 @example(Question("llama-3.2-1b", "lora_8bit", {**LONG, "grad_accum": 3, "compile": "default"}))
-@example(Question("bert-base", "lora_8bit:targets=all-linear", LONG))  # as each layer's input as its output
+@example(Question("bert-base", "lora_8bit:targets=all-linear", LONG))  # keeps what enters a run, and what leaves it
 @example(Question("olmo-2-1b", "lora_8bit", {**LONG, "compile": "default"}))
 @example(Question("opt-125m", "top_k", {**LONG, "compile": "default"}))
 @example(Question("t5-small", "reslora", LONG))
+@example(Question("gpt2", "reslora", {**LONG, "grad_accum": 3, "compile": "default"}))
 def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> None:
     """A leak, or a block that each layer frees again, shifts every later peak and grows with the number of layers."""
     if (p := asked(question)) is None or p.step is None:
