@@ -77,7 +77,7 @@ def _on_its_gpus(found: Imported, before: Setup) -> Imported:
         form = replace(form, **{name: getattr(before, name) for name in OF_A_FORM})
         kept = {name: getattr(before, name) for name in OF_A_PIPELINE}
     said = found.on_several(form).over((gpus,))
-    return replace(said, setup=said.setup | kept)
+    return replace(said, setup=said.setup | kept | {"gpus": gpus})
 
 
 def _on_its_model(found: Imported, model: str) -> tuple[dict[str, Any], str | None, Imported]:

@@ -14,6 +14,7 @@ from . import given_launch, traces
 from .given_launch import Command
 
 CONFIG = f"{__name__}.config"  # what a training config says, for the command that was given one
+OF_SEVERAL = ("gpus", "tp", "pp", "compile", "parallel")  # on which it depends what several GPUs are modelled with
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -114,7 +115,8 @@ def on_its_model(command: Command) -> Command:
             ctx.meta[CONFIG] = found
         if found is not None and options["model"] and not is_traced(options):
             taken, from_config = [], ParameterSource.DEFAULT_MAP
-            for fallback in _fallbacks(found, options["model"]):
+            asked = {name: options[name] for name in OF_SEVERAL if name in options}
+            for fallback in _fallbacks(replace(found, setup=found.setup | asked), options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
                     if ctx.get_parameter_source(name) is from_config:
                         options[name] = ("full", fallback.value) if name == "methods" else fallback.value

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from .. import methods
 from ..architectures import load
 from ..architectures.base import Architecture
@@ -15,6 +17,8 @@ from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
 from ..recording.converted import check_converted
+from ..recording.parallel.form import COMPILED, COMPILED_METHODS, CUT
+from ..recording.pipeline import METHODS as STAGED
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
 from .llama_factory_v1 import OWN_LOSS
@@ -140,10 +144,15 @@ def _not_fused(found: Imported, method: Lora, architecture: Architecture) -> str
         return ""
     if method.implementation not in architecture.traits.fused:
         return "for the model"
-    if found.setup.get("tp", 1) > 1:
+    setup = found.setup
+    if np.max(setup.get("gpus", 1)) == 1:
+        return ""
+    if np.max(setup.get("tp", 1)) > 1 and method.name in CUT:
         return "on layers that GPUs share"
-    several = "tp" in found.setup  # as `Imported.on_several` leaves it
-    return "compiled on several GPUs" if several and found.setup.get("compile", "none") != "none" else ""
+    if np.max(setup.get("pp", 1)) > 1 and method.name in STAGED:
+        return "in stages of a pipeline"
+    compiles = setup.get("compile", "none") != "none" and setup.get("parallel", "ddp") in COMPILED
+    return "compiled on several GPUs" if compiles and method.name in COMPILED_METHODS else ""
 
 
 def _shared(method: Lora) -> dict[str, Any]:
@@ -207,8 +216,10 @@ def beside_packed(method: Lora) -> tuple[Lora, str]:
 
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
     said = ""
-    if packed := _on_gptq(found.model or "", method, architecture):
-        method, said = packed, ON_GPTQ.format(packed.bits, packed.group_size)
+    packed = _on_gptq(found.model or "", method, architecture)
+    if packed and isinstance(method, Lora):
+        fused = "" if method.implementation == "peft" else f"; peft's adapters, not {FUSED_BY[method.implementation]}'s"
+        method, said = packed, ON_GPTQ.format(packed.bits, packed.group_size) + fused
     elif in_place := unpacked(found.model or "", found):
         yield Fallback("model", found.model, in_place)
     if experts := in_16_bit(found, stacked=bool(architecture.stacked_names())):

@@ -69,7 +69,8 @@ def compiled_parts(
     further = graph.later()
     later = emitted(further)
     # They replace those of the pass before, one a layer of what modules and the graph keep
-    later[-1].free(summed([value.nbytes * further.copies(value) for value in further.results]))
+    replaced = [value for value in further.results if not value.free]
+    later[-1].free(summed([value.nbytes * further.copies(value) for value in replaced]))
     return emitted(graph), later
 
 

@@ -214,7 +214,7 @@ def _implementation(method: Method) -> Knob:
     present = getattr(method, "implementation", None)
     drops = getattr(method, "dropout", 0.0) > 0  # Axolotl's draw one mask for layers that share an input
     names = [n for n in getattr(method, "implementations", ()) if n in labels and n != present]
-    names = [n for n in names if not (drops and n == "axolotl")]
+    names = [n for n in names if not (drops and "axolotl" in (n, present))]
     return (KEEP, *(KnobPosition(labels[name], method={"implementation": name}) for name in names))
 
 

@@ -132,7 +132,7 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
         raise UserError(f"pp: stages are not modelled with {setup.parallel}{own}; use --parallel {use}")
     known = method.name in METHODS and getattr(method, "implementation", "peft") == "peft"
     if not known or getattr(method, "inner", "full") != "full":
-        raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} are")
+        raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} by peft are")
     if setup.checkpoint == "block-reentrant":
         raise UserError(
             "pp: reentrant checkpoints refuse torch.autograd.grad, by which PyTorch's stages learn what they exchange; "

@@ -33,21 +33,28 @@ def asked(folder: Path, text: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("more", "gpus", "differs", "answered"),
+    ("more", "typed", "differs", "answered"),
     [
-        ("torch_compile: true\n", 1, "", "implementation=axolotl on llama-3.2-1b"),
-        ("torch_compile: true\n", 4, "not modelled compiled on several GPUs", "targets=all-linear on llama-3.2-1b"),
-        ("", 4, "", "implementation=axolotl on llama-3.2-1b"),
-        ("tensor_parallel_size: 2\n", 2, "not modelled on layers that GPUs share", "targets=all-linear on llama-3.2"),
-        ("gptq: true\n", 1, CODES, "lora_gptq:r=4,targets=all-linear on llama-2-7b"),
+        ("torch_compile: true\n", "", "", "all-linear,implementation=axolotl on"),
+        ("torch_compile: true\n", "--gpus 4", "not modelled compiled on several GPUs", "all-linear on"),
+        ("torch_compile: true\n", "--gpus 4 --compile none", "", "all-linear,implementation=axolotl on"),
+        ("", "--gpus 4", "", "all-linear,implementation=axolotl on"),
+        ("", "--gpus 4 --compile default", "not modelled compiled on several GPUs", "all-linear on"),
+        ("", "--gpus 2 --tp 2", "not modelled on layers that GPUs share", "all-linear on"),
+        ("", "--gpus 2 --pp 2", "not modelled in stages of a pipeline", "all-linear on"),
+        ("tensor_parallel_size: 2\n", "--gpus 2", "not modelled on layers that GPUs share", "all-linear on"),
+        ("tensor_parallel_size: 2\n", "--gpus 4 --tp 1", "", "all-linear,implementation=axolotl on"),
+        ("gptq: true\n", "", CODES, "lora_gptq:r=4,targets=all-linear on"),
+        ("# GPTQ\n", "", "peft's adapters, not Axolotl's", "lora_gptq:r=4,targets=all-linear on"),
     ],
 )
 def test_fused_kernels_give_way_where_they_are_not_modelled(
-    tmp_path: Path, more: str, gpus: int, differs: str, answered: str
+    tmp_path: Path, more: str, typed: str, differs: str, answered: str
 ) -> None:
     """Axolotl switches them on by itself: nobody who named none is refused for them."""
-    base = "TheBloke/Llama-2-7B-GPTQ" if "gptq" in more else "NousResearch/Llama-3.2-1B"
-    said = asked(tmp_path, f"base_model: {base}\nlora_dropout: 0\n{LORA}{LINEAR}{more}", "--gpus", str(gpus))
+    base = "TheBloke/Llama-2-7B-GPTQ" if "gptq" in more.lower() else "NousResearch/Llama-2-7b-hf"
+    text = f"base_model: {base}\nlora_dropout: 0\ngradient_accumulation_steps: 4\n{LORA}{LINEAR}{more}"
+    said = asked(tmp_path, text, *typed.split())
     assert (DIFFERS in said) == bool(differs)
     assert differs in said
     assert answered in said

@@ -342,6 +342,7 @@ def test_kernels_that_drop_otherwise_are_no_advice(dropout: float, offered: bool
     """Axolotl's draw one mask for layers that share an input: other samples of noise than peft's."""
     method = methods.parse(f"lora:dropout={dropout}")
     assert any("Axolotl" in choice.label for choice in knobs._implementation(method)) == offered
+    assert (len(knobs._implementation(replace(method, implementation="axolotl"))) > 1) == offered
 
 
 def test_sequence_parallel_ends_with_tensor_parallel() -> None:
