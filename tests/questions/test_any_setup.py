@@ -84,6 +84,7 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
 @example(Question("olmo-2-1b", "lora_8bit", {**LONG, "compile": "default"}))
 @example(Question("opt-125m", "top_k", {**LONG, "compile": "default"}))
 @example(Question("gpt2", "paca", {**LONG, "grad_accum": 2, "compile": "default"}))  # writes over a parameter
+@example(Question("bert-base", "top_k:k=3", {**LONG, "gpus": 4, "parallel": "zero3"}))  # keeps gathered what is below
 @example(Question("t5-small", "reslora", LONG))
 @example(Question("gpt2", "reslora", {**LONG, "grad_accum": 3, "compile": "default"}))
 def test_every_byte_that_a_step_allocates_is_freed_in_it(question: Question) -> None:

@@ -32,7 +32,7 @@ from ..parallel.collectives import SENT, cast_gradient, empty, exchange, wait_ev
 from ..parallel.form import WholeUnits
 from ..parallel.messages import Ready, coming, interleaved
 from ..parallel.offload import keep_on_host, to_device
-from ..parallel.units import HEAD, ROOT, ShardedUnit
+from ..parallel.units import HEAD, ROOT, ShardedUnit, of_all_layers
 from . import zero3_alone, zero_offload
 from .module_trace import Foreseen
 
@@ -146,6 +146,7 @@ class CutWeights(WholeUnits):
         current = tape()
         current.on_gradient = None
         self._free_behind_backward(ROOT)
+        of_all_layers([t for unit in self.whole.values() for t in unit.values()])  # frozen blocks below all that trains
         self.whole.clear()
         exchanging, parts = current.parts.pop(), list(current.parts)
         order = [c.parameter for c in coming(parts, self.ready)]
