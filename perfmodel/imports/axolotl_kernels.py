@@ -131,7 +131,7 @@ def _fusible(targets: tuple[str, ...]) -> bool:
     """Whether some layers that a kernel fuses may all have adapters (`apply_lora_kernel_patches`)."""
     alone = targets[:1] == (ALL_LINEAR,) or any(map(is_pattern, targets))
     named = {target.rpartition(".")[2] for target in targets}
-    return alone or any(set(layers) <= named for layers in TOGETHER)
+    return alone or any(set(layers) <= named for layers in TOGETHER.values())
 
 
 def _fuses_by_default(keys: Keys) -> bool:

@@ -29,11 +29,10 @@ L = TypeVar("L", bound="Lora")
 ON_PARAMETERS = ("lora", "rslora", "loraplus", "qlora")  # those of PEFT's `ParamWrapper`
 HELP = "peft, axolotl (fused where q, k, v or the MLP are all targets, or o), unsloth (without dropout) or lorafusion"
 FUSED_BY = {"axolotl": "Axolotl", "unsloth": "Unsloth", "lorafusion": "LoRAFusion"}
-TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj", "down_proj"),
-    ("o_proj",),
-)  # the Functions of either
+TOGETHER = {  # layers that one Function of Axolotl's or Unsloth's fuses, by the field that tells of their biases
+    "qkv_bias": ("q_proj", "k_proj", "v_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+    "output_bias": ("o_proj",),
+}  # fmt: skip
 
 
 @method(
@@ -91,9 +90,18 @@ class Lora(Targeted):
         """Why the implementation takes the place of no layers, so that PEFT's own forward runs; empty if it does."""
         if self.implementation == "unsloth" and self.dropout > 0:
             return "Unsloth's kernels take no dropout"
-        if self.implementation in ("axolotl", "unsloth") and not any(map(self.targets_all, TOGETHER)):
-            return "q, k and v, or gate, up and down, or o would have to be targets"
-        return ""
+        if self.implementation not in ("axolotl", "unsloth") or self.fused_names:
+            return ""
+        if any(map(self.targets_all, TOGETHER.values())):
+            return "Unsloth's kernels take no layers with biases"
+        return "q, k and v, or gate, up and down, or o would have to be targets"
+
+    @property
+    def fused_names(self) -> tuple[str, ...]:
+        """Names of the layers whose place a Function takes, of whatever block; for Unsloth's without biases."""
+        biased = [getattr(self.architecture, bias, False) and self.implementation == "unsloth" for bias in TOGETHER]
+        found = zip(biased, TOGETHER.values(), strict=True)
+        return tuple(name for bias, names in found if not bias and self.targets_all(names) for name in names)
 
     @property
     def target_names(self) -> tuple[str, ...]:

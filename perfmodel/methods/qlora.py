@@ -15,7 +15,6 @@ from ..program.dtypes import ITEMSIZE
 from ..program.software import SoftwareStack
 from ..tape.packages.quantized import BLOCK, Packed, dequantize
 from ..tape.tensor import Parameter, Tensor
-from .lora import TOGETHER
 from .parts.base import Linear, Scope, method
 from .parts.four_bit import FourBit
 from .parts.periodic import Recorded
@@ -50,10 +49,8 @@ class QLora(FourBit, QuantisedLora):
         """Unsloth's buffers, as large as the largest weight that it unpacks, and that one's maxima."""
         if self.implementation != "unsloth" or self.why_unfused:
             return 0
-        biased = {p.name.split(".")[-2] for p in step.parameters if p.name.endswith(".bias")}
-        fused = {n for names in TOGETHER if self.targets_all(names) and biased.isdisjoint(names) for n in names}
-        sizes = [p.elements for p in step.parameters if p.elements and not fused.isdisjoint(p.name.split("."))]
-        most = max(sizes, default=0)
+        fused = set(self.fused_names)
+        most = max(p.elements for p in step.parameters if p.elements and not fused.isdisjoint(p.name.split(".")))
         return most * ITEMSIZE[step.setup.dtype] + 4 * -(-most // BLOCK)
 
     def under(self, stack: SoftwareStack, dtype: str) -> "QLora":

@@ -339,3 +339,22 @@ def test_implementations_that_do_not_fit_are_refused(model: str, spec: str, mess
     """One line that says why and what to use."""
     with pytest.raises(UserError, match=message):
         step_of(model, spec)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "why"),
+    [
+        ("qwen2.5-0.5b", "q_proj+k_proj+v_proj", "no layers with biases"),
+        ("qwen2.5-0.5b", "all-linear", ""),
+        ("llama-3.2-1b", "q_proj+v_proj", "would have to be targets"),
+    ],
+)
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_an_implementation_that_fuses_nothing_is_said_to(name: str, model: str, targets: str, why: str) -> None:
+    """What is answered then is peft's program, buffers and all."""
+    asked = f"{name}:targets={targets}"
+    fused, eager = (predict(model, spec, device="l40s", seq=64) for spec in (f"{asked},implementation=unsloth", asked))
+    told = [note for note in fused.notes if "fuses nothing" in note]
+    assert [why in note for note in told] == [True] * bool(why)
+    same = (fused.kernels, fused.memory.peak) == (eager.kernels, eager.memory.peak)
+    assert same == bool(why)
