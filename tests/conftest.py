@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import fcntl
 import gc
 import os
 from collections.abc import Iterator
@@ -20,6 +21,24 @@ FIRST = ("house/test_documented", "measuring/", "campaign/", "microbench/", "cal
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests begin first: one that began last would run alone, and every worker would make what they share."""
     items.sort(key=lambda item: not item.path.relative_to(TESTS).as_posix().startswith(FIRST))
+
+
+TURN, RUNNING = os.open(TESTS, os.O_RDONLY), os.open(__file__, os.O_RDONLY)  # whose locks the workers share
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked `alone` measures this machine: no other worker runs one beside it.
+
+    Who waits to be alone keeps the turn, so that nobody begins before it; others pass it on at once.
+    """
+    fcntl.flock(TURN, fcntl.LOCK_EX)
+    fcntl.flock(RUNNING, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+    fcntl.flock(TURN, fcntl.LOCK_UN)
+    try:
+        return (yield)
+    finally:
+        fcntl.flock(RUNNING, fcntl.LOCK_UN)
 
 
 @pytest.fixture(autouse=True)
