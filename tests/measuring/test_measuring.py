@@ -231,6 +231,24 @@ def test_a_method_without_a_program_is_refused_before_anything_runs(
         run.plan(str(path), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("text", "changed", "said"),
+    [
+        ("batch = 2", 'kernels = "liger", batch = 2', "kernels liger of tiny: not measured, only predicted"),
+        ("batch = 2", 'lengths = "10:14", batch = 2', "lengths 10:14 of"),
+        ("batch = 2", "padded = true, batch = 2", "padded True of"),
+        ("batch = 2", 'fp8 = "rowwise", batch = 2', "fp8 rowwise of"),
+        ('["full",', '["full", "lora:r=4,implementation=unsloth",', "kernels of unsloth are not measured"),
+    ],
+)
+def test_what_the_loop_does_not_run_is_refused(tmp_path: Path, text: str, changed: str, said: str) -> None:
+    """It was run as if nothing had been asked for, and the prediction of another program was held against it."""
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.replace(text, changed))
+    with pytest.raises(UserError, match=said):
+        run.plan(str(path), "cpu")
+
+
 @pytest.mark.parametrize("method", ["paca:r=4", "runlora:r=4,targets=all-linear", "lisa:gamma=1"])
 def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> None:
     """The remedies of the literature must be measurable like LoRA: same calls, same memory, on real data."""

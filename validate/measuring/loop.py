@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from perfmodel import methods, optimizers
 from perfmodel.architectures import from_config
+from perfmodel.errors import UserError
+from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models, references, updates
 from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 
@@ -16,7 +18,24 @@ from ..oracle.parallel import not_reducing
 from .cells import Cell
 from .team import Team, bucket_bytes, wrap_for_team
 
+# Fields of a setup that the loop runs, and two that only a prediction asks for; all others stay as they are by default
+RUN = {
+    "batch", "seq", "dtype", "amp", "optimizer", "grad_accum", "checkpoint", "attention", "clip_grad", "compile",
+    "experts", "gpus", "nodes", "node", "parallel", "ddp", "reshard", "fsdp_units", "reduce_dtype", "shard_group",
+    "routing", "stack",
+}  # fmt: skip
 Around = Callable[[str], AbstractContextManager[Any]]  # what surrounds the work of a phase
+
+
+def check_cell(cell: Cell) -> None:
+    """Raise `UserError` where another program than a cell's would be measured, or none."""
+    method, usual = methods.parse(cell.method), Setup().as_dict()
+    references.check_program(method)
+    if (kernels := getattr(method, "implementation", "peft")) != "peft":
+        raise UserError(f"method {cell.method}: kernels of {kernels} are not measured; leave implementation out")
+    for name, value in cell.setup.as_dict().items():
+        if name not in RUN and value != usual[name]:
+            raise UserError(f"{name} {value} of {cell.config.name}: not measured, only predicted; leave it out")
 
 
 class TrainingLoop:

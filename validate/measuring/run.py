@@ -12,11 +12,12 @@ import torch
 from perfmodel import architectures, methods
 from perfmodel.devices import own
 from perfmodel.errors import UserError
-from perfmodel.tracing.programs.references import apply_any, check_program
+from perfmodel.tracing.programs.references import apply_any
 from perfmodel.tracing.programs.updates import make_optimizer
 
 from . import allocator, cells, environment, isolate, records
 from .cells import Cell, Grid
+from .loop import check_cell
 from .team import Team
 from .visit import visit
 
@@ -49,13 +50,13 @@ def plan(
     """A plan for this machine; on a CPU without bf16 arithmetic the bf16 cells are left out.
 
     Raises:
-        UserError: no such device here, a grid that `cells.load_grid` refuses, or a method that has no program to run.
+        UserError: no such device here, a grid that `cells.load_grid` refuses, or a program that is not measured.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
     found = cells.load_grid(grid, device)
-    for text in dict.fromkeys(cell.method for cell in found.cells):
-        check_program(methods.parse(text))
+    for cell in found.cells:
+        check_cell(cell)
     if device == "cpu" and not environment.native_bf16():
         kept = tuple(c for c in found.cells if "bf16" not in (c.setup.dtype, c.setup.amp))
         found = replace(found, cells=kept)

@@ -133,7 +133,10 @@ def under_torchrun() -> bool:
 def wrap_for_team(model: Any, setup: Setup, architecture: Architecture, device: str) -> Any:
     """The model as ranks train it: copies kept alike (DDP), or parameters spread, block by block (FSDP2)."""
     if setup.parallel == "ddp" and device == "cuda":
-        return DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
+        return DistributedDataParallel(
+            model, device_ids=[torch.cuda.current_device()], find_unused_parameters=setup.ddp == "find-unused",
+            static_graph=setup.ddp == "static-graph",
+        )  # fmt: skip
     return wrapped_for_ranks(model, setup, architecture)
 
 
