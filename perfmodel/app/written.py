@@ -57,7 +57,7 @@ def _of_trl(c: Choices) -> dict[str, Any]:
         "gradient_checkpointing": s.checkpoint != "none",
         "gradient_checkpointing_kwargs": {"use_reentrant": s.checkpoint == "block-reentrant"},
         "attn_implementation": {"flash2": "flash_attention_2"}.get(s.attention, s.attention),
-        "use_liger_kernel": s.kernels == "liger",
+        "use_liger_kernel": s.uses("liger"),
         "torch_compile": s.compile != "none",
         "max_grad_norm": 1.0 if s.clip_grad else 0.0,
     }

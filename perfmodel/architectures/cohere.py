@@ -23,7 +23,9 @@ from .traits import Traits
 class Cohere(Llama):
     """Dims of a Command R."""
 
-    traits: ClassVar[Traits] = Traits(head="causal", norm=centred_norm, norms=("input_layernorm", "norm"), packs=True)
+    traits: ClassVar[Traits] = Traits(
+        head="causal", norm=centred_norm, norms=("input_layernorm", "norm"), packs=True, cut_loss=True
+    )
 
     @classmethod
     def check(cls, config: Config) -> None:

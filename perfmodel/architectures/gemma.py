@@ -30,6 +30,7 @@ class Gemma(Llama):
         norms=Llama.traits.norms,
         targets=TARGETS,
         fused=("axolotl",),
+        cut_loss=True,
         heads=("sequence", "token"),
         packs=True,
     )

@@ -36,7 +36,9 @@ from .traits import Traits
 class GptOss(Mixture):
     """Dims of a gpt-oss."""
 
-    traits: ClassVar[Traits] = Traits(head="causal", norm=wide_rms_norm, norms=Llama.traits.norms, attention=("eager",))
+    traits: ClassVar[Traits] = Traits(
+        head="causal", norm=wide_rms_norm, norms=Llama.traits.norms, attention=("eager",), cut_loss=True
+    )
     defaults: ClassVar[dict[str, int]] = {
         "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "num_local_experts": 128,
         "num_experts_per_tok": 4,

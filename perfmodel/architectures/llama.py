@@ -14,6 +14,7 @@ from ..program.ranks import Ranks
 from ..tape.bus import summed_in_place
 from ..tape.core import tape
 from ..tape.nn import shifted_labels
+from ..tape.packages.cut_loss import cut_cross_entropy
 from ..tape.packages.liger import gated, linear_cross_entropy, rope
 from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
@@ -72,6 +73,7 @@ class Llama(Architecture):
         norms=("input_layernorm", "post_attention_layernorm", "norm"),
         targets=replace(TARGETS, ia3=("k_proj", "v_proj", "down_proj")),
         fused=("liger", "unsloth", "lorafusion", "axolotl"),
+        cut_loss=True,
         heads=("sequence", "token"),
         packs=True,
     )
@@ -196,16 +198,18 @@ class Llama(Architecture):
         hidden = self._decoder(model, ids, attention)
         if not model.build.ends:
             return hidden
-        if model.build.setup.kernels == "liger" and self.classifier is None and model.build.labelled:
-            return self._liger_loss(model, hidden, labels)
+        if model.build.setup.kernels != "torch" and self.classifier is None and model.build.labelled:
+            return self._fused_loss(model, hidden, labels)
         return decoder_loss(model, hidden, ids, labels, "model.embed_tokens", scaled=self.scaled_logits)
 
-    def _liger_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Liger's `lce_forward`: the head's weight goes into the loss, whatever wraps its module."""
+    def _fused_loss(self, model: Scope, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Liger's `lce_forward`, or `cce_forward`: the head's weight goes into the loss, whatever wraps its module."""
         if self.tied:
             weight = model.tied_weight("model.embed_tokens")
         else:
             weight = model.parameter("lm_head.weight", (self.vocab, self.hidden), "weight")
+        if model.build.setup.uses("cce"):
+            return cut_cross_entropy(self.scaled_logits(hidden), weight, labels)
         target = shifted_labels(labels)
         hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
         return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
@@ -280,7 +284,7 @@ class Llama(Architecture):
 
     def rotated(self, layer: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (batch, heads, seq, head_dim), turned by their positions."""
-        return rope(q, k, cos, sin) if layer.build.setup.kernels == "liger" else rotate(q, k, cos, sin, rotate_half)
+        return rope(q, k, cos, sin) if layer.build.setup.uses("liger") else rotate(q, k, cos, sin, rotate_half)
 
     def projected(self, layer: Scope, x: Tensor) -> list[Tensor]:
         """q, k and v, (batch, heads, seq, head_dim)."""
@@ -331,7 +335,7 @@ class Llama(Architecture):
             fused = layer.build.method.mlp(tuple(layers), x, self.gate)
         if fused is not None:
             return fused
-        if layer.build.setup.kernels == "liger":
+        if layer.build.setup.uses("liger"):
             gate = layer.linear(f"{path}.gate_proj", x, width, bias=self.mlp_bias)
             gate = gated(self.gate, gate, layer.linear(f"{path}.up_proj", x, width, bias=self.mlp_bias))
             return layer.linear(f"{path}.down_proj", gate, self.hidden, bias=self.mlp_bias)

@@ -16,7 +16,7 @@ Norm = Callable[[Callable[[str], Parameter], Tensor, Setup], Tensor]
 def rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Llama's RMSNorm: statistics and scaling in fp32, the weight applied in x's dtype."""
     weight = parameter("weight")
-    if setup.kernels == "liger":
+    if setup.uses("liger"):
         return liger.rms_norm(x, weight)
     dtype = x.dtype
     x = cast(x, "fp32")
@@ -51,7 +51,7 @@ def wide_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup
 def offset_rms_norm(parameter: Callable[[str], Parameter], x: Tensor, setup: Setup) -> Tensor:
     """Gemma's RMSNorm: the weight is an offset from 1, and all of it is computed in fp32; in Liger's form Gemma 2's."""
     weight = parameter("weight")
-    if setup.kernels == "liger":
+    if setup.uses("liger"):
         return liger.rms_norm(x, weight, in_place=False)
     wide = cast(x, "fp32")
     out = mul(wide, rsqrt(add(mean_last(power(wide)), 1e-6)))

@@ -55,6 +55,7 @@ class Traits:
         attention: the implementations that its program has, of the setup's.
         reentrant: those of them with which reentrant checkpoints are modelled.
         fused: what else brings fused kernels that are modelled for it: liger, axolotl, unsloth, lorafusion.
+        cut_loss: whether cut cross entropy is modelled for its language model's head.
         stacked: pairs of a layer of transformers 4 and the parameter of experts or router that it is in transformers 5:
             where the layer is a target, PEFT's LoRA adapts the parameter.
         four_dims: the linear layers whose input has four dimensions, as not all that adapts or packs layers takes them.
@@ -74,6 +75,7 @@ class Traits:
     attention: tuple[str, ...] = ("sdpa", "eager", "flash2")
     reentrant: tuple[str, ...] = ("sdpa", "eager", "flash2")
     fused: tuple[str, ...] = ()
+    cut_loss: bool = False
     stacked: tuple[tuple[str, str], ...] = ()
     four_dims: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()

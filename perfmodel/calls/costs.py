@@ -49,11 +49,12 @@ def offloads(op: Op) -> bool:
 
 
 def operand_dtype(op: Op) -> str:
-    """The dtype that an op computes in: its last operand's, or the first's where statistics or scales follow it."""
+    """The dtype that an op computes in: its last operand's, or the first's where scales or locks follow it."""
     if not op.inputs:
         return op.outputs[0].dtype if op.outputs else "fp32"
     first, last = op.inputs[0].dtype, op.inputs[-1].dtype
-    return first if first != last and (op.name in SCALED or kind(op) == "attention") else last
+    followed = op.name in SCALED or op.name.startswith("cce::") or kind(op) == "attention"
+    return first if first != last and followed else last
 
 
 def synchronises(op: Op) -> bool:

@@ -25,6 +25,8 @@ from .products import (
     by_expert,
     convolution,
     convolution_backward,
+    cut_gradients,
+    cut_logits,
     mm,
     of_rows,
     rides_along,
@@ -117,6 +119,8 @@ rows("product", "convolution", products=convolution)
 rows("product", "convolution_backward", products=convolution_backward)
 rows("product", "bitsandbytes::int8_linear_matmul", products=of_rows)
 rows("product", "lorafusion::xw_sb lorafusion::dys_dyb lorafusion::dyw_dsa", products=rides_along)
+rows("product", "cce::lse_forward", products=cut_logits)
+rows("product", "cce::backward", products=cut_gradients)
 
 FORWARD = "_scaled_dot_product_{}_attention"
 THREE = "dO·O row sums, main kernel, dQ conversion"

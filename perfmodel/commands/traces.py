@@ -13,6 +13,8 @@ ANY = "any"  # value but the one that is answered
 # A setup that a training config asks for and no trace can follow: field, value, what is answered, and how it is said.
 INSTEAD = (
     ("kernels", "liger", "torch", "without Liger's kernels"),
+    ("kernels", "cce", "torch", "the logits in memory, without cut cross entropy"),
+    ("kernels", "liger+cce", "torch", "without Liger's kernels and cut cross entropy"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
     ("fp8", ANY, "none", "products in bf16, not in fp8 (fp8)"),

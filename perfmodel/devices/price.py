@@ -179,7 +179,7 @@ def _gemm_row(i: int, op: Op, dtype: str, layout: Any, shape: tuple[Any, ...], t
     name, padded = op.name, op.attrs.padded and dtype in (*HALF, *EIGHT)
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
     accumulates = name in ("addmm_", "addmm.out")
-    if name.startswith("convolution"):  # cuDNN pads channels
+    if name.startswith(("convolution", "cce::")):  # cuDNN pads channels; Triton's tiles reach over the edge
         shape = (*(-(-x // WIDE) * WIDE for x in shape[:3]), shape[3])
     key = (dtype, name == "bmm", padded)
     tables.add("gemm", key, i, *shape, LAYOUTS.index(layout), b_copies, accumulates)

@@ -10,9 +10,9 @@ from ..methods.parts.targeted import ALL_LINEAR
 from . import packing
 from .axolotl_kernels import (
     GEMMA_4,
-    UNCUT,
     asked_attention,
     attention_of_axolotl,
+    cuts_loss,
     experts_of_axolotl,
     fused_adapters,
     kernels_of_axolotl,
@@ -174,10 +174,9 @@ def _keeps_fp32(keys: Keys, adapter: str | None, dtype: str | None) -> bool:
     On a base in few bits PEFT upcasts them, and those that Axolotl finds by their names are cast back.
     """
     plain = asked_attention(keys) in (None, "eager", "sdpa")
-    back = ("fsdp", "fsdp_config", "cut_cross_entropy")  # what casts them back, beside adapters and other attentions
-    cut = UNCUT in keys.differences  # by its plugin, whose switch is on unless it is off
-    cast_back = adapter is not None or not plain or cut or any(keys.values.get(key) for key in back)
-    sharded = any(keys.values.get(key) for key in back[:2])
+    sharded = any(keys.values.get(key) for key in ("fsdp", "fsdp_config"))
+    cut = cuts_loss(keys) or keys.values.get("cut_cross_entropy")
+    cast_back = adapter is not None or not plain or bool(cut) or sharded
     unnamed = low_bits(keys) is not None and not sharded and UNNAMED.search(str(keys.get("base_model"))) is not None
     return dtype is not None and (unnamed or not cast_back)
 

@@ -19,17 +19,15 @@ SWITCHES = {  # older switches and the implementation that each stands for (LEGA
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
 }  # fmt: skip
 FUSED_EXPERTS = ("scattermoe", "sonicmoe")
-UNCUT = "the logits in memory, without cut cross entropy"
 PLUGINS = {  # a plugin's class, and what is answered instead of a step with it; None: its own keys say it
-    "CutCrossEntropyPlugin": UNCUT, "LigerPlugin": None,
+    "CutCrossEntropyPlugin": None, "LigerPlugin": None,
     "SwanLabPlugin": None, "LMEvalPlugin": None, "KernelsPlugin": None, "ExpertParallelPlugin": None,
     "LLMCompressorPlugin": None, "KDPlugin": None, "MoraPlugin": None, "NemoGymPlugin": None, "DenseMixerPlugin": None,
     "DiffusionPlugin": "a causal step, not masked diffusion's: attention one way, a loss on every token",
 }  # fmt: skip
 # What is on where a plugin stands alone (integrations/*/args.py): keys that switch it off, or say it themselves
 BY_THEMSELVES = {
-    "CutCrossEntropyPlugin": "cut_cross_entropy", "DenseMixerPlugin": "dense_mixer", "DiffusionPlugin": "diffusion",
-    "NemoGymPlugin": "nemo_gym_enabled",
+    "DenseMixerPlugin": "dense_mixer", "DiffusionPlugin": "diffusion", "NemoGymPlugin": "nemo_gym_enabled",
 }  # fmt: skip
 OF_ANOTHER_KIND = {
     "HatcheryPlugin": "training at a service", "NemoGymPlugin": "a GRPO step", "DenseMixerPlugin": "DenseMixer",
@@ -84,8 +82,13 @@ def diffuses(keys: Keys) -> bool:
     return bool(keys.values.get("diffusion")) or "DiffusionPlugin" in _plugins(keys)
 
 
+def cuts_loss(keys: Keys) -> bool:
+    """Whether cut cross entropy is on, as it is by its plugin alone."""
+    return "CutCrossEntropyPlugin" in _plugins(keys) and keys.values.get("cut_cross_entropy") is not False
+
+
 def kernels_of_axolotl(keys: Keys) -> str:
-    """Liger's kernels where its plugin is on; what else plugins change is said."""
+    """Liger's kernels and cut cross entropy where their plugins are on; what else plugins change is said."""
     names = _plugins(keys)
     for name in sorted(names):
         said, own = PLUGINS.get(name, f"without the plugin {name}"), keys.values.get(BY_THEMSELVES.get(name, ""))
@@ -94,17 +97,21 @@ def kernels_of_axolotl(keys: Keys) -> str:
         if said is not None and own is not False and not (name == "DiffusionPlugin" and own):
             keys.differ(said, "plugins")
             keys.used.add(BY_THEMSELVES.get(name, "plugins"))
-    on = [key for key in LIGER if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
+    cut = cuts_loss(keys)
+    if cut:
+        keys.used.add("cut_cross_entropy")
+    whole = LIGER[:-1] if cut else LIGER  # but for its loss
+    on = [key for key in whole if keys.flag(key) or (key == "liger_glu_activation" and keys.flag("liger_swiglu"))]
     beside = [key for key in OTHERS_OF_LIGER if keys.flag(key)]
     keys.used.add("liger_use_token_scaling")
     if "LigerPlugin" not in names or not on:
         if "LigerPlugin" in names and beside:
             keys.differ("without Liger's kernels", *beside)
-        return "torch"
-    if len(on) < len(LIGER):
-        missing = [key for key in LIGER if key not in on]
+        return "cce" if cut else "torch"
+    if len(on) < len(whole):
+        missing = [key for key in whole if key not in on]
         keys.differ(f"{ALL_OF_LIGER} ({', '.join(missing)} too)")
-    return "liger"
+    return "liger+cce" if cut else "liger"
 
 
 def fused_adapters(keys: Keys, method: str, targets: tuple[str, ...], *, upcast: bool) -> str | None:

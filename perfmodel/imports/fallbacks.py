@@ -16,12 +16,14 @@ from ..methods.lora import FUSED_BY, Lora
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
+from ..recording.checks import OF_CUT, check_cut_loss
 from ..recording.converted import check_converted
 from ..recording.parallel.form import COMPILED, COMPILED_METHODS, CUT
 from ..recording.pipeline import METHODS as STAGED
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
 from .llama_factory_v1 import OWN_LOSS
+from .mesh import UNCUT
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -30,6 +32,7 @@ BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every 
 # model/model_utils/liger_kernel.py)
 LIGER_OF = {"LLaMA-Factory v1": ("qwen3", "qwen3_moe")}
 WITHOUT_LIGER = {"LLaMA-Factory": ("smollm3",)}
+LIGERS_LOSS = "Liger's loss, not cut cross entropy"
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
@@ -71,8 +74,7 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
     if asked not in (None, *traits.attention):
         instead = traits.attention[0]
         yield Fallback("attention", instead, f"{instead} attention, not {asked}, which is not modelled for the model")
-    if found.setup.get("kernels") == "liger":
-        yield from _of_liger(found, architecture)
+    yield from _of_kernels(found, architecture)
     for option, said in (("fp8", NOT_FP8), ("qat", NOT_QAT)):
         if found.setup.get(option, "none") != "none" and not _converts(found, option, architecture):
             yield Fallback(option, "none", f"{said} ({option})")
@@ -90,14 +92,34 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield from _of_method(found, methods.parse(found.method), architecture)
 
 
-def _of_liger(found: Imported, architecture: Architecture) -> Iterator[Fallback]:
-    known = LIGER_OF.get(found.tool)
-    if known is not None and architecture.model_type not in known:
-        yield Fallback("kernels", "torch", OWN_LOSS)
-    elif architecture.model_type in WITHOUT_LIGER.get(found.tool, ()):
-        yield Fallback("kernels", "torch")
-    elif "liger" not in architecture.traits.fused:
-        yield Fallback("kernels", "torch", "PyTorch's kernels, not Liger's, which are not modelled for the model")
+def _of_kernels(found: Imported, architecture: Architecture) -> Iterator[Fallback]:
+    asked = found.setup.get("kernels", "torch")
+    kept, said = asked.split("+"), []
+    if "liger" in kept:
+        known = LIGER_OF.get(found.tool)
+        if known is not None and architecture.model_type not in known:
+            kept, said = kept[1:], [OWN_LOSS]
+        elif architecture.model_type in WITHOUT_LIGER.get(found.tool, ()):
+            kept = kept[1:]
+        elif "liger" not in architecture.traits.fused:
+            kept, said = kept[1:], ["PyTorch's kernels, not Liger's, which are not modelled for the model"]
+    if "cce" in kept and (why := _uncut(found, architecture)) is not None:
+        kept = kept[:-1]
+        said += [why.replace(UNCUT, LIGERS_LOSS) if kept else why] if why else []
+    if (left := "+".join(kept) or "torch") != asked:
+        yield Fallback("kernels", left, "; ".join(said))
+
+
+def _uncut(found: Imported, architecture: Architecture) -> str | None:
+    """What is said where cut cross entropy is not modelled, empty where its tool does without it; None where it is."""
+    if found.setup.get("objective", "sft") != "sft":
+        return ""  # a loss on logits
+    setup = Setup(**{name: found.setup[name] for name in OF_CUT if name in found.setup})
+    try:
+        check_cut_loss(architecture, methods.parse(found.method or "full"), setup)
+    except UserError:
+        return UNCUT
+    return None
 
 
 def in_part(note: str) -> str:

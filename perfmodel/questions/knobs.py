@@ -166,9 +166,13 @@ def _optimizer(setup: Setup) -> Knob:
 
 
 def _kernels(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.kernels == "liger" or "liger" not in architecture.traits.fused:
+    if setup.uses("liger"):
         return (KEEP,)
-    return (KEEP, KnobPosition("Liger kernels", {"kernels": "liger"}))
+    if "liger" in architecture.traits.fused:
+        return (KEEP, KnobPosition("Liger kernels", {"kernels": "liger+cce" if setup.uses("cce") else "liger"}))
+    if setup.uses("cce") or not architecture.traits.cut_loss:
+        return (KEEP,)
+    return (KEEP, KnobPosition("cut cross entropy", {"kernels": "cce"}))  # where it is not modelled, it falls out
 
 
 def _attention(architecture: Architecture, setup: Setup) -> Knob:

@@ -1,11 +1,19 @@
 """What of a setup does not fit a model or a method, said before anything is recorded."""
 
+import numpy as np
+
 from ..architectures.base import Architecture
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..setup import Setup
 from . import converted
 from .deepspeed import zero3_alone
+
+# What cut cross entropy is modelled with: under ZeRO-3, FSDP and its like its program gathers the head by itself
+OF_CUT: dict[str, tuple[object, ...]] = {
+    "dtype": (), "objective": (), "gpus": (), "parallel": ("ddp", "zero1", "zero2"), "offload": ("none", "optimizer"),
+    "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",), "compile": ("none",), "qat": ("none",),
+}  # fmt: skip
 
 
 def check_step(architecture: Architecture, method: Method, setup: Setup) -> None:
@@ -25,7 +33,7 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
             f"{architecture.name}: reentrant checkpoints of {architecture.model_type} with attention {setup.attention} "
             "are not modelled; use --checkpoint block"
         )
-    if setup.kernels == "liger" and "liger" not in architecture.traits.fused:
+    if setup.uses("liger") and "liger" not in architecture.traits.fused:
         raise UserError(f"kernels liger: Liger has none for {architecture.name}; use kernels torch")
     if setup.within_documents or setup.unpads:
         _check_documents(architecture, method, setup)
@@ -38,8 +46,28 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
             f"method {method.name}: FSDP2 casts what it gathers to {setup.amp}, but PEFT's cache stays {setup.dtype}, "
             "and PyTorch ends in an error; leave out --amp, or use prompt_tuning"
         )
-    if setup.kernels == "liger" and "lm_head" in getattr(method, "targets", ()):
+    if setup.uses("liger") and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
+    if setup.uses("cce"):
+        check_cut_loss(architecture, method, setup)
+
+
+def check_cut_loss(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where cut cross entropy is not modelled, or would do nothing; of a setup `OF_CUT` matters."""
+    what = "kernels cce (cut cross entropy)"
+    if not architecture.traits.cut_loss or architecture.classifier is not None or architecture.logit_cap:
+        raise UserError(f"{what}: not modelled for {architecture.name}; leave it out")
+    if "lm_head" in getattr(method, "targets", ()):
+        raise UserError(f"method {method.name}: cut cross entropy reads the head's own weight; leave lm_head out")
+    if setup.dtype == "fp32":
+        raise UserError(f"{what}: its kernels take weights of 16 bits; use --dtype bf16")
+    if setup.objective != "sft":
+        raise UserError(f"{what}: objective {setup.objective} takes logits; leave it out")
+    shared = np.max(setup.gpus) > 1 or setup.offload != "none"
+    for name, known in OF_CUT.items():
+        value = getattr(setup, name)
+        if known and value not in known and (name != "parallel" or shared):
+            raise UserError(f"{what}: not modelled with {name} {value}; leave it out")
 
 
 def _check_documents(architecture: Architecture, method: Method, setup: Setup) -> None:

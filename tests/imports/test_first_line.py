@@ -42,7 +42,6 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     ),
     "attn_implementation: flash_attention_3": ("axolotl", "flash-attn 2, not 3 (attn_implementation)"),
     "attn_implementation: flex_attention": ("axolotl", "sdpa, not flex attention (attn_implementation)"),
-    "plugins: [a.CutCrossEntropyPlugin]": ("axolotl", "the logits in memory, without cut cross entropy (plugins)"),
     "plugins: [a.DiffusionPlugin]": (
         "axolotl", "a causal step, not masked diffusion's: attention one way, a loss on every token (plugins)",
     ),

@@ -334,8 +334,11 @@ def patch(model: Any) -> Any:
 
 
 @contextmanager
-def patched(model_type: str, *, scaled: bool) -> Iterator[None]:
+def patched(model_type: str, *, scaled: bool, on: bool = True) -> Iterator[None]:
     """Rotary positions of Liger in transformers' modeling file; `scaled`: the loss is divided before backward."""
+    if not on:
+        yield
+        return
     folder = model_type.removesuffix("_text")
     modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     with (
