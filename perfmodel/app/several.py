@@ -10,23 +10,24 @@ from typing import Any
 
 from ..devices import profile
 from ..network import files as nodes
-from ..setup import DDP, OFFLOAD, ROTATE
+from ..setup import DDP, OFFLOAD, ROTATE, ULYSSES
 
 ROWS = (("nodes", "node"), ("tp", "pp", "cp"), ("pp_schedule", "cp_rotate", "ddp", "offload"))  # of the form
 FIELDS = tuple(chain.from_iterable(ROWS))
 DECIDING = ("device", "gpus", "parallel", "tp", "pp", "cp")  # fields on which it depends what means something
 COUNTS = ("tp", "pp", "cp")
 # Fields that take nothing but these; of them they offer those that mean something
-CLOSED = {"node": tuple(nodes.names()), "cp_rotate": ROTATE, "ddp": DDP, "offload": OFFLOAD}
+CLOSED = {"node": tuple(nodes.names()), "cp_rotate": (*ROTATE, ULYSSES), "ddp": DDP, "offload": OFFLOAD}
 AS_USUAL = "none"  # of a field that is None at first
 STAGED = ("ddp", "fsdp2")  # forms that replicas of a pipeline have
+SHARING = {"fsdp2": ROTATE, **dict.fromkeys(("zero1", "zero2", "zero3"), (ULYSSES,))}  # sequences, by form
 SCHEDULES = ("1f1b", "gpipe", "interleaved:v=2", "interleaved:v=4")
 OFFLOADED = {"zero1": OFFLOAD[:2], "zero2": OFFLOAD[:2], "zero3": OFFLOAD, "fsdp1": OFFLOAD[::2], "fsdp2": OFFLOAD[::2]}
 MOST_SHARES = 64  # GPUs beyond which a field offers nothing; more can be typed
 
 
 def offered(deciding: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """What each field that means something offers, the usual value first.
+    """What each field that means something offers, the usual value first, or what stands for it here.
 
     Args:
         deciding: `DECIDING` as they are typed; what is no number counts as 1.
@@ -42,24 +43,26 @@ def offered(deciding: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
             found |= {"pp_schedule": SCHEDULES} if pp > 1 else {}
         if parallel == "ddp" and pp == 1 and gpus > tp:
             found["ddp"] = DDP
-        if parallel == "fsdp2":
+        if parallel in SHARING:
             found["cp"] = shares
-            found |= {"cp_rotate": ROTATE} if cp > 1 else {}
-    shared = tp > 1 or (parallel == "fsdp2" and max(cp, pp) > 1)  # beside which offloading is not modelled
+            found |= {"cp_rotate": SHARING[parallel]} if cp > 1 else {}
+    # beside which offloading is not modelled
+    shared = tp > 1 or (parallel in SHARING and cp > 1) or (parallel == "fsdp2" and pp > 1)
     if parallel in OFFLOADED and (parallel.startswith("zero") if gpus == 1 else not shared):
         found["offload"] = OFFLOADED[parallel]
     return found
 
 
 def meant(typed: Mapping[str, Any], deciding: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as they are asked: without those that mean nothing, and without values that mean nothing now.
+    """The fields as they are asked: without those that mean nothing, and the first offer for a value that does not.
 
     Such a value was chosen before another field was changed; one that nobody offers is left to be refused.
     """
     means = offered(deciding)
-    gone = [name for name in FIELDS if name not in means]
-    gone += [name for name, known in CLOSED.items() if typed[name] in known and typed[name] not in means.get(name, ())]
-    return {name: value for name, value in typed.items() if name not in gone}
+    found = {name: value for name, value in typed.items() if name not in FIELDS or name in means}
+    closed = {name: known for name, known in CLOSED.items() if name in found}
+    stale = [name for name, known in closed.items() if found[name] in known and found[name] not in means[name]]
+    return found | {name: means[name][0] for name in stale}
 
 
 @cache
