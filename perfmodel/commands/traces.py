@@ -13,8 +13,7 @@ ANY = "any"  # value but the one that is answered
 # A setup that a training config asks for and no trace can follow: field, value, what is answered, and how it is said.
 INSTEAD = (
     ("kernels", "liger", "torch", "without Liger's kernels"),
-    ("kernels", "cce", "torch", "the logits in memory, without cut cross entropy"),
-    ("kernels", "liger+cce", "torch", "without Liger's kernels and cut cross entropy"),
+    ("kernels", "liger+cce", "cce", "without Liger's kernels"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
     ("fp8", ANY, "none", "products in bf16, not in fp8 (fp8)"),
@@ -117,7 +116,8 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     Args:
         of_config: those that the config gave; what is typed stays, and is refused.
     """
-    from ..tracing.setups import OBJECTIVES
+    from ..imports.mesh import UNCUT
+    from ..tracing.setups import OBJECTIVES, takes_cut_loss
 
     made, said = dict(options), []
     if "attention" in of_config and made["attention"] == "flash2" and _lacks_flash(made):
@@ -127,6 +127,9 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
         if name in of_config and made.get(name) != instead and asked in (ANY, made.get(name)):
             made[name] = instead
             said.append((name, words))
+    if made.get("kernels") == "cce" and not takes_cut_loss(made["dtype"], made["objective"]) and "kernels" in of_config:
+        made["kernels"] = "torch"
+        said.append(("kernels", UNCUT if made["objective"] == "sft" else ""))
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:
         said.append(("objective", "without what its trainer logs"))
     return made, said

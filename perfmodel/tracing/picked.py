@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+ALL_SET = "all_set"  # the attribute of a tensor of flags that are taken for set
 
 
 def picking_all(func: Any, args: Any, kwargs: Any) -> Any:
@@ -18,11 +19,17 @@ def picking_all(func: Any, args: Any, kwargs: Any) -> Any:
     try:
         return func(*args, **kwargs)
     except DynamicOutputShapeException:
-        if func is aten.nonzero.default and args[0].dim() == 1:
-            return args[0].new_empty((args[0].numel(), 1), dtype=torch.long)
+        if func is aten.nonzero.default and (args[0].dim() == 1 or hasattr(args[0], ALL_SET)):
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         if not any(_is_flags(t) for t in tree_leaves(args)):
             raise
         return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)
+
+
+def all_set(flags: torch.Tensor) -> torch.Tensor:
+    """Flags of any shape of which a trace may take all for set."""
+    setattr(flags, ALL_SET, True)
+    return flags
 
 
 def _products_by_group(func: Any, args: Any, kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ from .setups import check_setup
 TRACER = 3  # raised where a trace of the same program comes out differently: 3, blocks stand among the other calls
 TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
-OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "padded", "images", "image_size")
+OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "kernels", "padded", "images", "image_size")
 OF_OBJECTIVE = ("objective", "reference", "prompt")
 MOST_TRACED = 4  # sizes of a grid that are traced one by one where they do not follow from each other
 

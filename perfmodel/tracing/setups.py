@@ -6,6 +6,11 @@ from ..setup import Setup
 OBJECTIVES = ("sft", "dpo", "grpo")  # whose loss can be traced; of others than the model's own without what is logged
 
 
+def takes_cut_loss(dtype: str, objective: str) -> bool:
+    """Whether cut cross entropy goes with weights of a dtype and with an objective."""
+    return dtype != "fp32" and objective == "sft"
+
+
 def check_setup(setup: Setup) -> None:
     """Raise `UserError` where a setup asks for what a trace on the CPU cannot follow."""
     if setup.unpads:
@@ -16,8 +21,10 @@ def check_setup(setup: Setup) -> None:
         raise UserError("--traced cannot follow attention flash2 in a tower of images; use sdpa")
     if setup.engine != "torch":
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
-    if setup.kernels != "torch":
-        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch")
+    if setup.uses("liger"):
+        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch, or cce")
+    if setup.uses("cce") and not takes_cut_loss(setup.dtype, setup.objective):
+        raise UserError("--traced follows --kernels cce with weights of 16 bits and --objective sft alone")
     if setup.experts != "grouped_mm":
         raise UserError(f"--traced cannot follow --experts {setup.experts}: which are hit is data; use grouped_mm")
     for option in ("fp8", "int8", "qat"):

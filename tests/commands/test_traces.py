@@ -16,6 +16,7 @@ from perfmodel.architectures import has_form, load, model_names
 from perfmodel.commands import traces
 from perfmodel.imports import Imported
 from perfmodel.imports.fallbacks import UNBALANCED
+from perfmodel.imports.mesh import UNCUT
 from perfmodel.tracing import kernels
 
 APERTUS = {
@@ -71,6 +72,24 @@ def test_flash_attn_is_followed_where_the_model_has_it(model: str, images: int, 
     options = {"model": model, "images": images, "attention": "flash2"}
     assert traces.followed(options, {"attention"})[1] == says
     assert traces.followed(options, set())[1] == []  # what is typed is refused instead
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "objective", "answered", "says"),
+    [
+        ("cce", "bf16", "sft", "cce", []), ("cce", "fp32", "sft", "torch", [("kernels", UNCUT)]),
+        ("liger+cce", "bf16", "sft", "cce", [("kernels", "without Liger's kernels")]),
+        ("cce", "bf16", "dpo", "torch", [("kernels", "")]),  # whose loss takes logits in Axolotl, too
+    ],
+)  # fmt: skip
+def test_cut_cross_entropy_is_followed(
+    kernels: str, dtype: str, objective: str, answered: str, says: list[Any]
+) -> None:
+    """Liger's kernels are not; a loss that takes logits has no use for it."""
+    options = {"model": "apertus-8b", "kernels": kernels, "dtype": dtype, "objective": objective}
+    made, said = traces.followed(options, {"kernels"})
+    assert (made["kernels"], said) == (answered, says)
+    assert traces.followed(options, set()) == (options, [])
 
 
 def test_models_without_flash_attn_are_those_of_transformers() -> None:

@@ -1,6 +1,8 @@
 """Cut cross entropy: the tape equals its program, call by call, and no logits are left."""
 
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,14 +10,14 @@ from helpers import setup_of, step_of
 
 pytest.importorskip("transformers")
 
-import reference_cut_loss as reference
 import reference_liger
 import torch
 
-from perfmodel import explain, methods, predict
+from perfmodel import explain, methods, predict, traced
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
 from perfmodel.recording.record import build
+from perfmodel.tracing import cut_loss
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
@@ -31,8 +33,9 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
     step = build(architecture, method, setup, "cpu")
     model = models.build_model(config, setup, device="cpu")
     model = reference_liger.patch(model) if setup.uses("liger") else model
-    model = models.apply_method(reference.patched(model), method, architecture)
-    with reference_liger.patched(name, scaled=False, on=setup.uses("liger")):
+    model = models.apply_method(cut_loss.cut(model), method, architecture)
+    exact = patch.object(cut_loss.LinearCrossEntropy, "rows_of_a_lock", 128)
+    with exact, reference_liger.patched(name, scaled=False, on=setup.uses("liger")):
         trace = trace_step(model, setup, step.optimizer, real=True)
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True).differences
 
@@ -71,27 +74,40 @@ def test_the_tape_equals_the_program(name: str, spec: str, options: dict[str, An
     assert differences(name, spec, **options) == []
 
 
-def test_the_reference_is_the_loss_of_the_logits() -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_the_reference_is_the_loss_of_the_logits(softcap: float) -> None:
     """Log-sum-exp, picked logit and gradients: those of transformers' loss; the last token has no next one."""
     torch.manual_seed(0)
     e, c, labels = torch.randn(2, 5, 8), torch.randn(40, 8), torch.randint(40, (2, 5))
     found, wanted = [], []
-    for loss_of, kept in ((cut, found), (plain, wanted)):
+    for loss_of, kept in ((cut_loss.apply_lce, found), (plain, wanted)):
         leaves = [x.clone().requires_grad_() for x in (e, c)]
-        loss = loss_of(*leaves, labels)
+        loss = loss_of(*leaves, labels, softcap)
         kept += [loss.detach(), *torch.autograd.grad(loss, leaves)]
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, wanted, strict=True))
 
 
-def cut(e: torch.Tensor, c: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """By the reference."""
-    return reference.apply_lce(e, c, labels)
-
-
-def plain(e: torch.Tensor, c: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def plain(e: torch.Tensor, c: torch.Tensor, labels: torch.Tensor, softcap: float) -> torch.Tensor:
     """By logits."""
     logits = (e @ c.t())[:, :-1]
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "granite", "gemma2", "gpt2"])
+def test_a_trace_has_it_too(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """On any model with a head: the calls of the tape, where that has it, but for how many locks there are."""
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    config = Config(SMALL[name], name, name)
+    asked: dict[str, Any] = {"device": "h100-sxm", "batch": 2, "seq": np.array([16, 24, 32]), "kernels": "cce"}
+    asked |= {"attention": "eager"} if name == "gemma2" else {}
+    found = predict(traced(config), "full", **asked)
+    logits = predict(traced(config), "full", **asked | {"kernels": "torch"})
+    assert np.all(found.memory.peak <= logits.memory.peak)
+    if from_config(config).traits.cut_loss and name != "gemma2":
+        tape = predict(config, "full", **asked)
+        for figure in ("flops", "kernels", "dispatches"):
+            assert np.array_equal(getattr(found, figure)["total"], getattr(tape, figure)["total"])
 
 
 @pytest.mark.parametrize(
