@@ -155,7 +155,7 @@ def _attention_row(i: int, op: Op, tables: Tables) -> None:
 
 def _products(i: int, op: Op, tables: Tables) -> None:
     """The GEMMs inside a call; what is filtered channel by channel streams."""
-    dtype = op.inputs[0].dtype
+    dtype = op.inputs[op.name == "addmm.dtype_out"].dtype  # which adds them to a sum in fp32
     if op.attrs.routing is not None:
         (a, b), nt = (x.shape for x in op.inputs[:2]), op.attrs.layout == "nt"
         sizes = (b[0], a[0], b[1]) if nt else (a[0], b[1], b[2])
@@ -178,7 +178,7 @@ def _gemm_row(i: int, op: Op, dtype: str, layout: Any, shape: tuple[Any, ...], t
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     name, padded = op.name, op.attrs.padded and dtype in (*HALF, *EIGHT)
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
-    accumulates = name in ("addmm_", "addmm.out")
+    accumulates = name in ("addmm_", "addmm.out", "addmm.dtype_out")
     if name.startswith(("convolution", "cce::")):  # cuDNN pads channels; Triton's tiles reach over the edge
         shape = (*(-(-x // WIDE) * WIDE for x in shape[:3]), shape[3])
     key = (dtype, name == "bmm", padded)

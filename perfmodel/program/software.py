@@ -22,6 +22,12 @@ cuBLAS's 16-bit products on Hopper got faster in CUDA 12.6 Update 2 (release not
 https://docs.nvidia.com/cuda/archive/12.9.1/cuda-toolkit-release-notes/, cuBLAS 12.6 Update 2); PyTorch's wheels have
 it from 2.7 on, and 2.6 where it is built for CUDA 12.6 (https://github.com/pytorch/pytorch/issues/138440).
 
+Liger's fused loss adds to the weight's gradient by one product until 0.6.1, from 0.6.2 to 0.8.2 by a product, a copy of
+it in fp32 and a sum (of weights in 16 bit; of fp32 ones under autocast until 0.8.0), and by one product again since
+0.8.3, which also keeps one buffer for the logits of all chunks and writes products where they belong; norms compute no
+gradient of a frozen weight since 0.8.5 (linkedin/Liger-Kernel, ops/fused_linear_cross_entropy.py and rms_norm.py of
+these releases).
+
 What else differs between versions, such as contiguous copies before attention, small kernels of rotary positions and
 masks, or the program of older optimizers, is left out.
 """
@@ -35,7 +41,7 @@ from ..values import immutable
 
 Version = tuple[int, int, int]
 
-_FIRST = {"torch": (2, 0, 0), "cuda": (11, 7, 0), "transformers": (4, 36, 0), "peft": (0, 3, 0)}  # that are known
+_FIRST = {"torch": (2, 0, 0), "cuda": (11, 7, 0), "transformers": (4, 36, 0), "peft": (0, 3, 0), "liger": (0, 5, 0)}
 _NUMBER = r"([0-9]{1,3})(?:\.([0-9]{1,3}))?(?:\.([0-9]{1,3}))?(?:[.+-]?[a-z][a-z0-9.+]*)?"
 _BUILD = r"\+cu([0-9]{2})([0-9])$"  # of PyTorch's versions, such as 2.6.0+cu124
 # CUDA of the wheels that pip takes, from a version of PyTorch on (RELEASE.md; 2.11: /pull/177975)
@@ -59,6 +65,7 @@ class SoftwareStack:
     cuda: Version = (13, 0, 0)
     transformers: Version = (5, 24, 0)
     peft: Version = (0, 21, 0)
+    liger: Version = (0, 8, 5)
 
     @classmethod
     def of(cls, given: "SoftwareStack | str | Mapping[str, str]") -> "SoftwareStack":
@@ -83,8 +90,9 @@ class SoftwareStack:
     def installed(cls, versions: Mapping[str, str | None]) -> "SoftwareStack":
         """The stack of versions as packages and PyTorch itself tell them, of other packages, too; current ones where
         they are not known."""
+        told = {"liger": versions.get("liger-kernel"), **versions}
         try:
-            return cls.of({name: told for name, told in versions.items() if told and name in _FIRST})
+            return cls.of({name: version for name, version in told.items() if version and name in _FIRST})
         except UserError:
             return CURRENT
 
@@ -149,6 +157,26 @@ class SoftwareStack:
         return self.transformers < (5,)
 
     @property
+    def liger_sums_apart(self) -> bool:
+        """Whether Liger's loss adds to the weight's gradient by a product, a copy in fp32 and a sum."""
+        return self.liger >= (0, 6, 2)
+
+    @property
+    def liger_adds_in_fp32(self) -> bool:
+        """Whether to one in fp32 it adds 16-bit products without a copy."""
+        return self.liger >= (0, 8, 1)
+
+    @property
+    def liger_keeps_logits(self) -> bool:
+        """Whether it has one buffer for logits, and adds to a 16-bit gradient as to one in fp32."""
+        return self.liger >= (0, 8, 3)
+
+    @property
+    def liger_leaves_frozen_norms(self) -> bool:
+        """Whether Liger's norms form no gradient of a frozen weight."""
+        return self.liger >= (0, 8, 5)
+
+    @property
     def words(self) -> str:
         """The versions in words."""
         return _in_words(self.as_dict())
@@ -157,11 +185,12 @@ class SoftwareStack:
     def other_words(self) -> str:
         """The versions that are not current, in words."""
         current = CURRENT.as_dict()
-        return _in_words({name: version for name, version in self.as_dict().items() if version != current[name]})
+        return _in_words({name: version for name, version in self.as_dict().items() if version != current.get(name)})
 
     def as_dict(self) -> dict[str, str]:
-        """Versions by package, as text."""
-        return {name: _short(getattr(self, name)) for name in _FIRST}
+        """Versions by package, as text; Liger's, which few runs have, where it is not current."""
+        told = {name: _short(getattr(self, name)) for name in _FIRST}
+        return {name: text for name, text in told.items() if name != "liger" or self.liger != type(self).liger}
 
 
 CURRENT = SoftwareStack()

@@ -1,7 +1,7 @@
 """Liger's patch of Llama-like models: its modules around stand-ins of its Triton kernels.
 
 The stand-ins are custom ops that take, allocate and overwrite what the kernels do and compute the same in plain torch.
-Written from Liger-Kernel 0.5-0.8 (ops/, transformers/model/llama.py), not from the tape.
+Written from Liger-Kernel 0.6, 0.7 and 0.8.5 (ops/, transformers/model/llama.py), not from the tape.
 """
 
 import importlib
@@ -15,15 +15,43 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 from transformers.modeling_outputs import CausalLMOutput
 
 T = torch.Tensor
 SM_COUNT = 132
+LIGER = (0, 8, 5)  # the release that runs; `patched` sets another
+
+
+def add_product(total: T, a: T, b: T) -> None:
+    """CUDA's `addmm` of 16-bit operands into fp32 (`out_dtype`)."""
+    torch.ops.cuda_forms.addmm.dtype_out(total, a, b, torch.float32, out=total)
+
+
+library = torch.library.Library("cuda_forms", "FRAGMENT")
+library.define(
+    "addmm.dtype_out(Tensor self, Tensor mat1, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
+)
+
+
+@torch.library.impl(library, "addmm.dtype_out", "CPU")
+def _added(self: T, mat1: T, mat2: T, out_dtype: torch.dtype, *, out: T) -> T:
+    return out.copy_(self + mat1.to(out_dtype) @ mat2.to(out_dtype))
+
+
+@torch.library.impl(library, "addmm.dtype_out", "Meta")
+def _added_to(self: T, mat1: T, mat2: T, out_dtype: torch.dtype, *, out: T) -> T:
+    return out
 
 
 def rms(x: T) -> T:
     """1 / root mean square of the rows."""
     return torch.rsqrt(x.float().pow(2).mean(-1) + 1e-6)
+
+
+@register_flop_formula(torch.ops.cuda_forms.addmm)
+def _flops(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
 
 
 @torch.library.custom_op("liger::rms_norm", mutates_args=())
@@ -40,34 +68,34 @@ def _(x: T, weight: T, offset: float) -> tuple[T, T]:
 
 
 @torch.library.custom_op("liger::rms_norm_backward", mutates_args=("dy",))
-def rms_norm_backward(dy: T, x: T, weight: T, rstd: T) -> T:
-    """dX over dY; the weight's gradient in a part for every program."""
+def rms_norm_backward(dy: T, x: T, weight: T, rstd: T, wanted: bool) -> list[T]:
+    """dX over dY; the weight's gradient in a part for every program, if it is wanted."""
     g, normed = (dy * weight).float(), x.float() * rstd[:, None]
     partial = torch.zeros(SM_COUNT, x.shape[-1])
     partial[0] = (dy.float() * normed).sum(0)
     dy.copy_(rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True)))
-    return partial
+    return [partial] if wanted else []
 
 
 @rms_norm_backward.register_fake
-def _(dy: T, x: T, weight: T, rstd: T) -> T:
-    return x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)
+def _(dy: T, x: T, weight: T, rstd: T, wanted: bool) -> list[T]:
+    return [x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)] if wanted else []
 
 
 @torch.library.custom_op("liger::rms_norm_backward_apart", mutates_args=("dx",))
-def rms_norm_backward_apart(dy: T, x: T, weight: T, rstd: T, dx: T) -> T:
+def rms_norm_backward_apart(dy: T, x: T, weight: T, rstd: T, dx: T, wanted: bool) -> list[T]:
     """dX into a tensor of its own."""
     normed = x.float() * rstd[:, None]
     g = dy.float() * (1.0 + weight.float())
     partial = torch.zeros(SM_COUNT, x.shape[-1])
     partial[0] = (dy.float() * normed).sum(0)
     dx.copy_(rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True)))
-    return partial
+    return [partial] if wanted else []
 
 
 @rms_norm_backward_apart.register_fake
-def _(dy: T, x: T, weight: T, rstd: T, dx: T) -> T:
-    return x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)
+def _(dy: T, x: T, weight: T, rstd: T, dx: T, wanted: bool) -> list[T]:
+    return [x.new_empty(SM_COUNT, x.shape[-1], dtype=torch.float32)] if wanted else []
 
 
 class RMSNorm(torch.autograd.Function):
@@ -87,12 +115,13 @@ class RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         shape = dy.shape
         dy = dy.contiguous().view(-1, shape[-1])
+        wanted = ctx.needs_input_grad[1] or LIGER < (0, 8, 5)
         if ctx.offset:
             dx = torch.zeros_like(dy)
-            partial = rms_norm_backward_apart(dy, x, weight, rstd, dx)
+            partial = rms_norm_backward_apart(dy, x, weight, rstd, dx, wanted)
         else:
-            dx, partial = dy, rms_norm_backward(dy, x, weight, rstd)
-        return dx.view(shape), partial.sum(dim=0).to(weight.dtype), None
+            dx, partial = dy, rms_norm_backward(dy, x, weight, rstd, wanted)
+        return dx.view(shape), partial[0].sum(dim=0).to(weight.dtype) if wanted else None, None
 
 
 class LigerRMSNorm(nn.Module):
@@ -281,19 +310,43 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         grad_input = torch.zeros_like(x)
         loss_1d = torch.zeros(tokens, dtype=torch.float32, device=x.device)
         n = (target != -100).sum().item()
+        casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
+        out = LIGER >= (0, 8, 3) and x.dtype == weight.dtype and not casts
+        room = torch.empty((min(size, tokens), weight.shape[0]), dtype=x.dtype, device=x.device) if out else None
         for start in range(0, tokens, size):
             end = min(start + size, tokens)
             x_chunk = x[start:end]
-            logits_chunk = x_chunk @ weight.t()
+            if room is not None:
+                logits_chunk = room[: end - start]
+                torch.mm(x_chunk, weight.t(), out=logits_chunk)
+            else:
+                logits_chunk = x_chunk @ weight.t()
             loss_slice = loss_1d[start:end]
             cross_entropy(logits_chunk, target[start:end], loss_slice, n)
             loss_1d[start:end] = loss_slice
             grad_logits = logits_chunk
-            grad_input[start:end] = grad_logits @ weight
+            if room is not None:
+                torch.mm(grad_logits, weight, out=grad_input[start:end])
+            else:
+                grad_input[start:end] = grad_logits @ weight
             if grad_weight is not None:
-                torch.addmm(grad_weight, logits_chunk.t().to(x_chunk.dtype), x_chunk, out=grad_weight)
+                FusedLinearCrossEntropy.add(grad_weight, grad_logits, x_chunk)
+        del room
         ctx.save_for_backward(grad_input.detach(), grad_weight.detach() if grad_weight is not None else None)
         return torch.sum(loss_1d)
+
+    @staticmethod
+    def add(grad_weight: T, grad_logits: T, x: T) -> None:
+        """The branches of the loop's end, on a GPU."""
+        half = grad_logits.dtype in (torch.bfloat16, torch.float16)
+        if LIGER < (0, 6, 2):
+            torch.addmm(grad_weight, grad_logits.t().to(x.dtype), x, out=grad_weight)
+        elif LIGER >= (0, 8, 1) and half and grad_weight.dtype == torch.float32:
+            add_product(grad_weight, grad_logits.t(), x.to(grad_logits.dtype))
+        elif LIGER >= (0, 8, 3) and half and grad_weight.dtype == grad_logits.dtype:
+            torch.addmm(grad_weight, grad_logits.t(), x.to(grad_logits.dtype), out=grad_weight)
+        else:
+            grad_weight += torch.mm(grad_logits.t(), x).float()
 
     @staticmethod
     def backward(ctx: Any, grad_output: T) -> Any:
@@ -334,7 +387,7 @@ def patch(model: Any) -> Any:
 
 
 @contextmanager
-def patched(model_type: str, *, scaled: bool, on: bool = True) -> Iterator[None]:
+def patched(model_type: str, *, scaled: bool, on: bool = True, release: tuple[int, int, int] = LIGER) -> Iterator[None]:
     """Rotary positions of Liger in transformers' modeling file; `scaled`: the loss is divided before backward."""
     if not on:
         yield
@@ -344,5 +397,6 @@ def patched(model_type: str, *, scaled: bool, on: bool = True) -> Iterator[None]
     with (
         mock.patch.object(modeling, "apply_rotary_pos_emb", Rope.apply),
         mock.patch.object(FusedLinearCrossEntropy, "scaled", scaled, create=True),
+        mock.patch.dict(globals(), LIGER=release),
     ):
         yield

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import reference_liger as reference
 import torch
 
-from perfmodel import methods, predict
+from perfmodel import explain, methods, predict
 from perfmodel.architectures import from_config, load
 from perfmodel.errors import UserError
 from perfmodel.recording.record import build
@@ -32,7 +32,7 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
     method = methods.parse(spec).bind(architecture)
     step = build(architecture, method, setup, "cpu", view_replay=True)
     model = models.apply_method(reference.patch(models.build_model(config, setup)), method, architecture)
-    with reference.patched(name, scaled=setup.grad_accum > 1):
+    with reference.patched(name, scaled=setup.grad_accum > 1, release=setup.stack.liger):
         trace = trace_step(model, setup, step.optimizer)
     return counts.judge_step(Case(config, spec, setup), step, trace).differences
 
@@ -54,6 +54,14 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
         ("gemma2", "lora:r=4", {"attention": "eager", "checkpoint": "block-reentrant"}),
         ("gemma3_text", "full", {"batch": 2}),
         ("gemma3_text", "lora:r=4", {"dtype": "fp32", "amp": "bf16", "checkpoint": "block"}),
+        ("llama", "full", {"dtype": "fp32", "amp": "bf16", "batch": 3}),
+        ("llama", "full", {"stack": "liger=0.6.1", "batch": 3}),
+        ("llama", "full", {"stack": "liger=0.7", "batch": 3}),
+        ("llama", "full", {"stack": "liger=0.8.2", "batch": 3}),
+        ("llama", "full", {"stack": "liger=0.8.3", "batch": 3}),
+        ("qwen2", "full", {"stack": "liger=0.7", "dtype": "fp32", "amp": "bf16", "batch": 3}),
+        ("qwen2", "full", {"stack": "liger=0.8.2", "dtype": "fp32", "amp": "bf16", "batch": 3}),
+        ("qwen3", "lora:r=4", {"stack": "liger=0.8.4"}),
     ],
 )
 def test_the_tape_equals_ligers_program(name: str, spec: str, options: dict[str, Any]) -> None:
@@ -185,3 +193,27 @@ def test_what_liger_cannot_do_is_refused(model: str, method: str, message: str) 
     """One line that says why."""
     with pytest.raises(UserError, match=message):
         step_of(model, method, kernels="liger")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "tokens", "vocab", "width", "measured"),
+    [  # ms of head and loss, forward and backward, trained, on an H100: huggingface/trl, pull request 6858, issue 7244
+        ("torch", 16384, 248_320, 2048, 137.0),
+        ("torch", 8192, 151_936, 4096, 59.0),
+        ("liger", 16384, 248_320, 2048, 321.2),
+        ("liger", 8192, 151_936, 4096, 192.0),
+    ],
+)
+def test_the_loss_takes_about_as_long_as_was_measured(
+    kernels: str, tokens: int, vocab: int, width: int, measured: float
+) -> None:
+    """No fit saw them. Copies in fp32 of the weight's gradient, once a chunk, made releases like 0.8.0 slow."""
+    shape = {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": 16, "num_hidden_layers": 1}
+    config = config_of("llama", **shape, max_position_embeddings=tokens)
+    asked: dict[str, Any] = {"device": "h100-sxm", "batch": 1, "seq": tokens, "kernels": kernels}
+    step = explain(config, "full", "full", stack="liger=0.8.0", **asked)
+    of_the_head = (k for k in step.kernels("a") if str(vocab) in k.shapes and k.part != "optimizer")
+    assert sum(k.seconds for k in of_the_head) == pytest.approx(measured / 1e3, rel=0.12)
+    now = explain(config, "full", "full", **asked)
+    saved = step.a.time.phases["total"] - now.a.time.phases["total"]
+    assert saved > 0.4 * measured / 1e3 if kernels == "liger" else saved == 0

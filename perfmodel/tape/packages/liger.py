@@ -3,8 +3,8 @@
 Each is an autograd Function around a Triton kernel. Gradients are written over what they belong to: a norm's over the
 gradient that came in (not Gemma 2's and 3's, whose residual still needs it), a gate's over its saved inputs, the loss's
 over its logits, of which only a chunk ever exists. Models are patched before they are made, so that norms of heads are
-Liger's, too. Source: Liger-Kernel 0.5-0.8, src/liger_kernel/ops/ (rms_norm.py, rope.py, swiglu.py, geglu.py,
-fused_linear_cross_entropy.py), transformers/monkey_patch.py.
+Liger's, too. Source: Liger-Kernel 0.5 to 0.8.5 (`program.software` says what differs), src/liger_kernel/ops/
+(rms_norm.py, rope.py, swiglu.py, geglu.py, fused_linear_cross_entropy.py), transformers/monkey_patch.py.
 """
 
 from collections.abc import Sequence
@@ -55,14 +55,17 @@ def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     python_function()
     shape = g.shape
     g = _rows(contiguous(g))
-    partial = new_tensor((PROGRAMS, shape[-1]), "fp32")
+    wanted = node.needs[1] or not tape().stack.liger_leaves_frozen_norms
+    partial = [new_tensor((PROGRAMS, shape[-1]), "fp32")] if wanted else []
     grad_x = g if in_place else emit("zeros_like", (g,), g.shape, g.dtype)
     if in_place:
-        record("liger::rms_norm_backward", (g, x, weight, rstd), (partial, g))
+        record("liger::rms_norm_backward", (g, x, weight, rstd), (*partial, g))
     else:
-        record("liger::rms_norm_backward_apart", (g, x, weight, rstd, grad_x), (partial, grad_x))
-    total = emit("sum.dim_IntList", (partial,), (shape[-1],), "fp32", attrs=Attrs(dims=(0,)))
-    return (view(grad_x, shape), cast(total, weight.dtype))  # a frozen weight's too
+        record("liger::rms_norm_backward_apart", (g, x, weight, rstd, grad_x), (*partial, grad_x))
+    if not wanted:
+        return (view(grad_x, shape), None)
+    total = emit("sum.dim_IntList", tuple(partial), (shape[-1],), "fp32", attrs=Attrs(dims=(0,)))
+    return (view(grad_x, shape), cast(total, weight.dtype))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,26 +155,55 @@ def chunks(tokens: Dim, vocab: int, width: int) -> list[Dim]:
 
 
 def _loss_and_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Grad]:
+    current = tape()
     tokens, width = hidden.shape
     grad_weight = emit("zeros_like", (weight,), weight.shape, weight.dtype) if weight.requires_grad else None
     grad_hidden = emit("zeros_like", (hidden,), hidden.shape, hidden.dtype)
     losses = emit("zeros", (), (tokens,), "fp32")
     counted = emit("ne.Scalar", (target,), target.shape, "bool")
     record("_local_scalar_dense", (emit("sum", (counted,), (), "i64"),), ())
-    for size in chunks(tokens, weight.shape[0], width):
+    sizes = chunks(tokens, weight.shape[0], width)
+    alike = hidden.dtype == weight.dtype and current.autocast in (None, hidden.dtype)  # `_can_use_mm_out`
+    in_place = current.stack.liger_keeps_logits and alike
+    room = emit("empty.memory_format", (), (sizes[0], weight.shape[0]), hidden.dtype) if in_place else None
+    for size in sizes:
         part, labels, loss = _slice(hidden, size), _slice(target, size), _slice(losses, size)
-        logits = matmul(part, t(weight))  # as the last chunk's still is, until this name is bound
+        if room is not None:
+            logits = _slice(room, size)
+            _product_into(logits, part, t(weight))
+        else:
+            logits = matmul(part, t(weight))  # as the last chunk's still is, until this name is bound
         record("liger::cross_entropy", (logits, labels, loss), (logits, loss))
         record("copy_", (_slice(losses, size), loss), (_slice(losses, size),))
-        grad_logits = logits
-        rows = matmul(grad_logits, weight)
-        record("copy_", (_slice(grad_hidden, size), rows), (_slice(grad_hidden, size),))
-        del rows
+        grad_logits, rows = logits, _slice(grad_hidden, size)
+        if room is not None:
+            _product_into(rows, grad_logits, weight)
+        else:
+            record("copy_", (rows, matmul(grad_logits, weight)), (rows,))
         if grad_weight is not None:
-            left = cast(t(logits), part.dtype)
-            layout = _layout(_column_major(left), _column_major(part))
-            record("addmm.out", (grad_weight, left, part, grad_weight), (grad_weight,), attrs=Attrs(layout))
+            _add_weight_gradient(grad_weight, grad_logits, part)
+    del room
     return emit("sum", (losses,), (), "fp32"), grad_hidden, grad_weight
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    record("mm.out", (a, b, out), (out,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
+
+
+def _add_weight_gradient(total: Tensor, grad_logits: Tensor, part: Tensor) -> None:
+    """total += grad_logitsᵀ·part: by one product, or by one apart, in fp32 in releases that took no other way."""
+    stack, left = tape().stack, t(grad_logits)
+    widened = stack.liger_adds_in_fp32 and total.dtype == "fp32" != left.dtype
+    if widened or not stack.liger_sums_apart or (stack.liger_keeps_logits and total.dtype == left.dtype != "fp32"):
+        if stack.liger_adds_in_fp32:
+            part = cast(part, left.dtype)
+        else:
+            left = cast(left, part.dtype)
+        layout = Attrs(_layout(_column_major(left), _column_major(part)))
+        record(f"addmm.{'dtype_' * widened}out", (total, left, part, total), (total,), attrs=layout)
+        return
+    product = cast(matmul(left, part), "fp32")
+    record("add_.Tensor", (total, product), (total,))
 
 
 def _slice(x: Tensor, size: Dim) -> Tensor:
