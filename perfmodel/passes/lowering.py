@@ -5,10 +5,12 @@ Sources: torch/_inductor/lowering.py, torch/_inductor/decomposition.py, torch/_d
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..calls.costs import along_rows
 from ..calls.table import row
-from ..program.dims import Dim, decide, product
+from ..program.dims import Dim, decide, exceeds, product
+from ..program.dtypes import ITEMSIZE
 from ..program.part import Part
 from ..registry import add_once
 from ..tape.tensor import Flow, Parameter
@@ -96,14 +98,15 @@ def _plain(b: Builder, name: str) -> None:
     if work == "reduction" and len(op.outputs) == 1 and op.inputs:
         _sum(b, name)
     elif (work in POINTWISE or work in ARRANGING or work == "join") and len(op.outputs) == 1:
-        reads = b.reads()
+        reads, out = b.reads(), op.outputs[0]
         allowed = work in POINTWISE or (work == "join" and _repeats(reads))
-        if name == "copy":
-            reads = reads[1:]
         if work in PICKING:
-            reads = [(reads[0][0], op.outputs[0].nbytes), *reads[1:]]
-        out = op.outputs[0]
-        more = {"recomputable": allowed, "fusible": allowed}
+            reads = [(reads[0][0], out.nbytes), *reads[1:]]
+        more: dict[str, Any] = {"recomputable": allowed, "fusible": allowed}
+        if name == "copy":
+            (into, _), *reads = reads
+            if exceeds(into.nbytes, out.nbytes):  # into a part: what else the block holds stays
+                reads, more["holds"] = [*reads, (into, 0)], into.nbytes // ITEMSIZE[out.dtype]
         b.write(op.writes[0], b.add(op.name, "pointwise", reads, out.numel, out.dtype, layouts=b.layouts(), **more))
     else:
         _extern(b)

@@ -158,6 +158,15 @@ def test_memory_and_time_fall() -> None:
     assert fused.flops["total"] == plain.flops["total"]
 
 
+@pytest.mark.parametrize("release", ["0.8.2", "0.8.5"])
+def test_compiled_every_chunk_is_multiplied(release: str) -> None:
+    """Each writes into a part of one gradient: compiled, only the last was taken for needed."""
+    asked: dict[str, Any] = {"device": "h100-sxm", "batch": 4, "seq": 512, "kernels": "liger"}
+    asked["stack"] = f"liger={release}"
+    eager, compiled = (predict("tinyllama-1.1b", "lora:r=8", compile=c, **asked) for c in ("none", "default"))
+    assert compiled.flops["forward"] == eager.flops["forward"]
+
+
 def test_saved_activations_are_those_that_lorafusion_measured() -> None:
     """Llama-3.1-8B, LoRA r=16 with dropout on all linears, Liger's norm, rotation and SwiGLU, flash attention.
 
