@@ -35,6 +35,7 @@ LATENT = {
 }  # fmt: skip
 # Types whose classes in transformers 5.24 have no flash-attn (`_supports_flash_attn`).
 WITHOUT_FLASH = {"deepseek_v4", "gemma4", "gemma4_unified", "glm_moe_dsa", "llama4", "mamba", "mllama", "mpt"}
+HEAD_WITHIN = {"llama4"}  # types whose head lies in a language model within: no trace has cut cross entropy for them
 # Types whose stacked experts PEFT adapts where their layers of transformers 4 are named (`_convert_peft_config_moe`).
 EXPERTS_BY_LAYER = {
     "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
@@ -127,7 +128,11 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
         if name in of_config and made.get(name) != instead and asked in (ANY, made.get(name)):
             made[name] = instead
             said.append((name, words))
-    if made.get("kernels") == "cce" and not takes_cut_loss(made["dtype"], made["objective"]) and "kernels" in of_config:
+    if (
+        made.get("kernels") == "cce"
+        and "kernels" in of_config
+        and not (takes_cut_loss(made["dtype"], made["objective"]) and traced_type(made["model"]) not in HEAD_WITHIN)
+    ):
         made["kernels"] = "torch"
         said.append(("kernels", UNCUT if made["objective"] == "sft" else ""))
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:

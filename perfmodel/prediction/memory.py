@@ -16,9 +16,10 @@ from ..values import immutable
 class Memory:
     """Bytes that PyTorch allocates (`max_memory_allocated`).
 
-    `activations` is what the peak holds beyond weights, gradients and optimizer state: saved activations, logits,
-    temporaries of the optimizer. `low` and `high` bound what the allocator reserves for it, fragmentation included.
-    `host` is what is kept for it in the host's memory, page-locked: offloaded weights, states and gradients.
+    `gradients` are those that a rank keeps (of ZeRO-1 and 2 its part). `activations` is what the peak holds beyond
+    weights, gradients and optimizer state: saved activations, logits, temporaries of the optimizer. `low` and `high`
+    bound what the allocator reserves for it, fragmentation included. `host` is what is kept for it in the host's
+    memory, page-locked: offloaded weights, states and gradients.
     """
 
     weights: Dim
@@ -38,6 +39,8 @@ class Memory:
         elsewhere = built.setup.in_backward or built.setup.offload != "none"  # freed, or in the host's memory
         kept = () if elsewhere else built.parameters
         gradients = sum(p.nbytes * p.count for p in kept if p.used)
+        if built.form is not None and built.setup.parallel in ("zero1", "zero2"):
+            gradients = -(-gradients // (built.setup.replicas * built.setup.cp))
         rest = built.weight_bytes + gradients + built.state_bytes
         activations = larger(peak - rest, 0)
         return cls(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high, built.host_bytes)

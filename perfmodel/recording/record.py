@@ -231,7 +231,7 @@ def _micro_batch(step: Step, tape: Tape, kept: Kept, programs: dict[Any, Any]) -
     tape.renew(loss)
     if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
         tape.loss = loss = div(loss, setup.grad_accum)
-    if not loss.requires_grad:
+    if not loss.requires_grad or not any(p.requires_grad for p in parameters):  # a checkpointed input's gradient alone
         raise UserError(f"method {method.spec()}: nothing trains in {step.architecture.name}")
     step.parameters = parameters
     tape.part = _backward_start(tape)

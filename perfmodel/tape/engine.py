@@ -1,8 +1,8 @@
 """Reverse pass with the semantics of PyTorch's engine.
 
-Nodes run in reverse order of their creation as soon as all their gradients have arrived, leaves at once, in order of
-their edges; a second gradient for the same place is added at once; a gradient is reduced to its tensor's shape and cast
-to its dtype (`validate_outputs`).
+Nodes run in reverse order of their creation as soon as all their gradients have arrived, or none will, leaves at once,
+in order of their edges; a second gradient for the same place is added at once; a gradient is reduced to its tensor's
+shape and cast to its dtype (`validate_outputs`).
 
 Sources: torch/csrc/autograd/engine.cpp, input_buffer.cpp.
 """
@@ -58,7 +58,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                     current.flow.region = node.region
             current.owner = node.owner
             current.part.host.nodes += 1
-            outputs = _call(node, buffers.take(node))
+            outputs = _call(node, buffers.take(node)) if id(node) in buffers.grads else _nothing(node)
             for i, edge in enumerate(node.edges):
                 if edge is None:
                     continue
@@ -69,7 +69,7 @@ def run_backward(root: Tensor, grad: Tensor) -> None:
                     buffers.deliver(target, slot, out)
                     del out
                 dependencies[id(target)] -= 1
-                if dependencies[id(target)] == 0 and id(target) in buffers.grads:
+                if dependencies[id(target)] == 0:
                     heapq.heappush(ready, (-target.sequence, next(arrivals), target))
             del outputs
 
@@ -84,6 +84,12 @@ def _call(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
     if node.name != "AccumulateGrad":
         node.saved = []  # only now, as in `evaluate_function`
     return outputs
+
+
+def _nothing(node: Node) -> list[Tensor | None]:
+    """What a node hands down to which no gradient came, of an output that nobody used."""
+    node.saved = []
+    return [None] * len(node.edges)
 
 
 class Buffers:

@@ -90,6 +90,8 @@ def test_cut_cross_entropy_is_followed(
     made, said = traces.followed(options, {"kernels"})
     assert (made["kernels"], said) == (answered, says)
     assert traces.followed(options, set()) == (options, [])
+    inner = {**options, "model": "llama-4-scout-17b-16e", "kernels": "cce", "dtype": "bf16", "objective": "sft"}
+    assert traces.followed(inner, {"kernels"})[1] == [("kernels", UNCUT)]
 
 
 def test_models_without_flash_attn_are_those_of_transformers() -> None:

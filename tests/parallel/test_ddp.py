@@ -67,6 +67,12 @@ def test_a_search_copies_logits_and_sends_a_map(method: str) -> None:
     assert looked_at + 1 == nodes  # those that backward runs, but for the copies' own
 
 
+def test_an_output_that_no_loss_uses_holds_nothing_up() -> None:
+    """ASFT's model returns its own loss, too, of which no gradient comes back: nothing trained beneath it."""
+    plain, searching = of_two("plain", objective="asft"), of_two("find-unused", objective="asft")
+    assert calls(searching, "mul.out") == calls(plain, "mul.out") == sum(p.count for p in plain.parameters if p.used)
+
+
 def test_a_search_is_made_once_a_step_and_copies_in_every_micro_batch() -> None:
     """Micro-batches that exchange nothing are not searched, but their logits are copied."""
     one, three = (of_two("find-unused", grad_accum=n) for n in (1, 3))

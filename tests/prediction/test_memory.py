@@ -136,6 +136,15 @@ def test_the_peak_holds_at_least_weights_gradients_and_optimizer_state(
     assert memory.peak_bytes(step) >= step.weight_bytes + step.state_bytes + gradients
 
 
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3"])
+def test_the_parts_of_the_peak_are_its_sum_on_several_gpus(parallel: str, accum: int) -> None:
+    """Of ZeRO-1 and 2 all gradients were told, of which a rank keeps its part: more than there was in all."""
+    asked: dict[str, Any] = {"device": "h200", "gpus": 8, "parallel": parallel, "batch": 1, "seq": 16}
+    found = predict("llama-3.2-1b", "full", grad_accum=accum, **asked).memory
+    assert found.weights + found.gradients + found.optimizer + found.activations == found.peak
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_saves_memory_where_activations_dominate(name: str) -> None:
     """That is what it is for; it must not keep what it promises to recompute."""
