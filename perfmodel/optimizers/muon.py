@@ -3,6 +3,8 @@
 Source: torch/optim/_muon.py, whose documentation leaves embeddings, head, norms and biases to AdamW.
 """
 
+import re
+
 from ..program.dims import decide
 from ..tape.core import emit
 from ..tape.linalg import addmm, matmul
@@ -12,12 +14,14 @@ from ..tape.tensor import Parameter, Tensor
 from .parts.ops import in_place, new
 from .parts.update import Parameters, Update, gradient, optimizer, picked_form
 
+IN_A_BLOCK = re.compile(r"\.\d+\.")
 STEPS = 5  # of Newton-Schulz (DEFAULT_NS_STEPS)
 
 
 def is_hidden(p: Parameter) -> bool:
-    """Whether a parameter is a matrix of a block."""
-    return len(p.shape) == 2 and p.part is not None and p.part.name == "blocks"
+    """Whether a parameter is a matrix of a block: by its part, or of a traced model by the number in its name."""
+    inside = p.part.name == "blocks" if p.part is not None else IN_A_BLOCK.search(p.name) is not None
+    return inside and len(p.shape) == 2 and p.kind != "embedding"
 
 
 @optimizer("muon")

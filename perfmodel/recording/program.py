@@ -116,6 +116,8 @@ class Program:
         evaluated = Evaluated(batch, seq)
         first = [evaluated.part(part) for part in self.first]
         first[0].highest = self.live.at(batch, seq)
+        if first[-1].repeat > 1:
+            first.append(Part("traced", "backward"))
         first[-1].allocate(sum(p.nbytes * p.count for p in self.parameters if p.used))  # they wait for the update
         groups = [(first, 1)]
         if count > 1:

@@ -16,6 +16,7 @@ from perfmodel import cli
 from perfmodel.architectures import Config, load
 from perfmodel.calls import costs
 from perfmodel.devices import host, profile
+from perfmodel.optimizers import optimizer_names
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.prediction.predict import of_step, predict, resolve
 from perfmodel.recording import record
@@ -158,6 +159,28 @@ def test_micro_batches_are_traced_once_each() -> None:
 def test_peak_memory_is_the_tapes() -> None:
     real, tape = both("llama", "lora:r=4", setup_of("llama", batch=4, seq=64), "cpu")
     assert int(peak_bytes(real)) == pytest.approx(int(peak_bytes(tape)), rel=0.01)
+
+
+def test_gradients_wait_once_where_blocks_without_any_come_last() -> None:
+    """They were counted again for each block that was not traced: top-K of 8B took three times its memory."""
+    for k in (1, 2):
+        real, tape = both("llama", f"top_k:k={k}", setup_of("llama", batch=4, seq=64), "cpu")
+        assert int(peak_bytes(real)) == pytest.approx(int(peak_bytes(tape)), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["full", "lora:r=4"])
+def test_every_optimizer_updates_what_it_updates_on_the_tape(method: str, tmp_path: Path) -> None:
+    """Of a traced model Muon knew no matrix of a block, and was AdamW."""
+    config = config_of("llama", layers=7)
+    real = recorded.traced(config, tmp_path)
+    for optimizer in optimizer_names():
+        if (method, optimizer) == ("lora:r=4", "adam-mini"):  # it takes no adapters
+            continue
+        asked: dict[str, Any] = {"batch": 1, "seq": 16, "optimizer": optimizer, "device": "a100-80gb-sxm"}
+        found, tape = (predict(model, method, **asked) for model in (real, config))
+        for figure in ("flops", "bytes", "kernels", "dispatches"):
+            assert getattr(found, figure)["optimizer"] == getattr(tape, figure)["optimizer"], optimizer
+        assert found.memory.optimizer == tape.memory.optimizer, optimizer
 
 
 def test_layers_that_are_not_alike_are_all_traced() -> None:
