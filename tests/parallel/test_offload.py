@@ -102,6 +102,17 @@ def test_a_faster_bus_makes_no_step_slower(
         assert 0 <= time.communication.offloading["total"] < time.phases["total"]
 
 
+@pytest.mark.parametrize("tokens", [(1, 128), (16, 2048)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("parallel", "offload"), FORMS)
+def test_offloading_makes_no_step_faster(parallel: str, offload: str, method: str, tokens: tuple[int, int]) -> None:
+    """Weights that came from the host were gathered without waiting for what others wait for."""
+    batch, seq = tokens
+    asked: dict[str, Any] = {"device": "l40s", "gpus": 8, "parallel": parallel, "batch": batch, "seq": seq}
+    here, there = (predict("qwen3-0.6b", method, offload=o, **asked).time for o in ("none", offload))
+    assert there.phases["total"] >= here.phases["total"] * (1 - ROUNDING)
+
+
 @pytest.mark.parametrize(("parallel", "offload"), FORMS)
 def test_a_grid_equals_its_single_steps(parallel: str, offload: str) -> None:
     """What is offloaded has dims like all else."""

@@ -289,10 +289,8 @@ class CutWeights(WholeUnits):
         mine = existing((part,), p.dtype)
         given = self._fetched(part, p.dtype) if self.from_host else existing((part,), p.dtype)
         record("cat.out", (given, mine), (mine,), runs=Run(GATHER_COPY) if self.from_host else MAIN)
-        if self.from_host:
-            exchange("c10d::_allgather_base_", mine, whole, self.ranks, after=(GATHER_COPY,))
-            return whole
-        exchange("c10d::_allgather_base_", mine, whole, self.ranks)
+        behind = (COMPUTE, GATHER_COPY) if self.from_host else (COMPUTE,)
+        exchange("c10d::_allgather_base_", mine, whole, self.ranks, after=behind)
         return whole
 
     def _fetched(self, elements: Dim, dtype: str) -> Tensor:
