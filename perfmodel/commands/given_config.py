@@ -111,6 +111,7 @@ def on_its_model(command: Command) -> Command:
     def run(**options: Any) -> Any:
         ctx = click.get_current_context()
         found = given_launch.on_its_gpus(ctx, ctx.meta.get(CONFIG), options)
+        given_launch.check_idle(ctx, options)
         if found is not None:
             ctx.meta[CONFIG] = found
         if found is not None and options["model"] and not is_traced(options):

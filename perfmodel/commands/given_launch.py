@@ -60,6 +60,42 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
     return found
 
 
+def _several(options: dict[str, Any]) -> bool:
+    gpus = options["gpus"]
+    return bool((max(gpus) if isinstance(gpus, tuple) else gpus) > 1)
+
+
+def _of_form(form: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda options: options["parallel"].startswith(form) and _several(options)
+
+
+# Options that mean something beside others alone, what those are in words, and whether they are there
+BESIDE: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "ddp": ("--parallel ddp of several --gpus", _of_form("ddp")),
+    "reduce_dtype": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
+    "shard_group": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
+    "sync_each_batch": ("several --gpus", _several),
+    "pp_schedule": ("--pp 2 or more", lambda options: options["pp"] > 1),
+    "cp_rotate": ("--cp 2 or more", lambda options: options["cp"] > 1),
+    "image_size": ("--images", lambda options: options["images"] > 0),
+    "group_by_length": ("--lengths", lambda options: bool(options["lengths"])),
+}
+
+
+def check_idle(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Raise `UserError` where something is typed that means nothing beside the rest; advice tries other forms, too."""
+    from ..errors import UserError
+
+    if ctx.info_name == "advise" and _several(options):
+        return
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        beside, means = BESIDE.get(name, ("", bool))
+        typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if beside and typed and options[name] != parameter.default and not means(options):
+            raise UserError(f"--{name.replace('_', '-')} means nothing without {beside}; leave it out")
+
+
 accelerate_option = click.option(
     "--accelerate",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -58,7 +58,8 @@ def test_the_page_has_a_line_of_padding(tmp_path: Path) -> None:
         (("--lengths", "nowhere.txt"), "no such file"),
         (("--lengths", "10:900"), "times its mean"),
         (("--lengths", "60:150", "--packing", "varlen"), "use packing dense"),
-        (("--packing", "dense", "--group-by-length"), "leaves no padding"),
+        (("--packing", "dense", "--group-by-length", "--lengths", "60:64"), "leaves no padding"),
+        (("--group-by-length",), "means nothing without --lengths"),
         (("--lengths", "60:150", "--attention", "flash2"), "use sdpa"),
     ],
 )
