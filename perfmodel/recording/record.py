@@ -1,6 +1,7 @@
 """Forward, backward, clipping, optimizer: a Step is recorded."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -190,15 +191,16 @@ def _shared(step: Step, tape: Tape, shared: Shared) -> Callable[[], None]:
     if known is not None:
         step.groups = [Group(parts, repeat) for parts, repeat in known.groups]
         step.parameters, step.notes = sharing.with_gradients(known.parameters, tape), known.notes
+        step.form = copy(known.form)
         return lambda: tape.part.free(known.ending)
     end = _micro_batches(step, tape, shared.programs)
     groups = [(group.parts, group.repeat) for group in step.groups]
-    parameters = sharing.with_gradients(step.parameters, None)
+    parameters, form = sharing.with_gradients(step.parameters, None), copy(step.form)
 
     def end_and_note() -> None:
         before = tape.part.delta
         end()
-        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta, step.notes)
+        shared.micro_batches[wanted] = MicroBatches(groups, parameters, before - tape.part.delta, step.notes, form)
 
     return end_and_note
 

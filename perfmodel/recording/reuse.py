@@ -18,6 +18,7 @@ from ..tape.core import Tape
 from ..tape.grouped import ONE_KERNEL
 from ..tape.tensor import Parameter, Storage
 from ..values import immutable
+from .parallel.form import ParallelForm
 
 Sums = dict[str, Dim]
 K = TypeVar("K")
@@ -40,12 +41,14 @@ class MicroBatches:
         parameters: with their gradients.
         ending: bytes that die with the step: the loss and what modules kept.
         notes: how a recorded program was made.
+        form: what several GPUs did, with what it knows of them.
     """
 
     groups: list[tuple[list[Part], int]]
     parameters: list[Parameter]
     ending: Dim
     notes: list[str] = field(default_factory=list)
+    form: ParallelForm | None = None
 
 
 def with_gradients(parameters: list[Parameter], tape: Tape | None) -> list[Parameter]:

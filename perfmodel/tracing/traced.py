@@ -35,7 +35,7 @@ from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
 from .programs.choose import in_one_line
-from .programs.objectives import asked_loss
+from .programs.objectives import asked_loss, quietened
 from .programs.stacks import stacks
 from .regions import Region
 from .scans import LONGEST, NOTE, Scans
@@ -105,6 +105,7 @@ def trace_model(
         facts = adapters.layers_of(base, config.name)
         model, bound = adapters.adapted(base, method, facts, setup)
         prepare(model, setup)
+        quietened(setup, model)
 
         def make(here: Setup) -> Loss:
             rows = replace(here, batch=here.sequences)
@@ -116,6 +117,7 @@ def trace_model(
         here = capability if kind == "cuda" else None
         program = trace(model, make, setup, here, config.name, bare=base, names=names, sizes=sizes, scans=scans)
     notes = (*programs.notes_of(config, setup), *((NOTE,) if scans else ()))
+    notes += ("the trace leaves out what the objective's trainer logs",) if setup.objective != "sft" else ()
     return facts, bound, replace(program, notes=notes)
 
 

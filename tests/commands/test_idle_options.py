@@ -31,9 +31,8 @@ def stderr(*words: str) -> str:
 def test_what_means_nothing_is_refused(typed: str, beside: str) -> None:
     """And taken where it means something."""
     option = typed.split()[0]
-    assert f"{option} means nothing without {BESIDE[option[2:].replace('-', '_')][0]}; leave it out" in stderr(
-        *typed.split()
-    )
+    needed = BESIDE[option[2:].replace("-", "_")][0]
+    assert f"{option} means nothing without {needed}; leave it out" in stderr(*typed.split())
     assert stderr(*typed.split(), *beside.split()) == ""
 
 

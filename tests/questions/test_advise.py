@@ -262,6 +262,20 @@ def test_the_front_holds_what_nothing_beats_and_nothing_twice(points: list[tuple
     assert [(c.peak, c.seconds) for c in front] == sorted({p for p in points if not beaten(p)})
 
 
+@pytest.mark.parametrize("ddp", ["plain", "find-unused"])
+@pytest.mark.parametrize("form", ["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3"])
+def test_what_a_search_shares_changes_no_figure_of_several_gpus(form: str, ddp: str) -> None:
+    """Under ZeRO-2 the second optimizer was told less memory: nobody knew how many micro-batches had gone before."""
+    if ddp != "plain" and form != "ddp":
+        pytest.skip("DDP's alone")
+    on, shared = profile.load("l40s"), Shared()
+    for optimizer in ("adamw", "adamw-8bit"):
+        setup = Setup(batch=1, seq=32, gpus=2, grad_accum=3, parallel=form, ddp=ddp, optimizer=optimizer)
+        alone, again = (predict("gpt2", "lora", setup, on, shared=s) for s in (None, shared))
+        assert again.memory == alone.memory
+        assert again.time.phases == alone.time.phases
+
+
 def test_no_limit_gives_more_memory_than_the_device_has() -> None:
     """Whoever types 80GB for a card of 48 must not be told to run what cannot start there."""
     asked = {"device": DEVICE, "batch": 64, "seq": 2048, "optimizer": "adamw-fused", "kernels": "liger"}

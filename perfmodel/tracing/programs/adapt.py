@@ -91,9 +91,14 @@ def _traits(model: Any) -> Traits:
 
 
 def _row_of_blocks(model: Any, layers: int) -> tuple[str, int]:
-    """Where the longest row of blocks lies in the module tree, and how many there are; of a short one by its length."""
+    """Where the longest row of blocks lies in the module tree, and how many there are; of a short one by its length.
+
+    Of an encoder and a decoder it is the decoder's, where the output is.
+    """
     rows = stacks(model)
-    longest = max(rows, key=len).containers[0] if rows else None
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    row = (rows[-1] if two else max(rows, key=len)) if rows else None
+    longest = row.containers[0] if row is not None else None
     for name, module in model.named_modules():
         if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
             continue

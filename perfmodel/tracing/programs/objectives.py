@@ -34,11 +34,18 @@ def asked_loss(setup: Setup, model: Any, of_model: Callable[[Any, Inputs], torch
     if compares and (not hasattr(model, "disable_adapter") or setup.reference not in ("auto", "adapter-off")):
         raise UserError(f"--traced cannot follow --objective {setup.objective} beside a second model; use lora")
     loss = {"dpo": _dpo, "grpo": _grpo}[setup.objective]
-    if found(setup.objective).quiet:  # `disable_dropout_in_model` of trl/trainer/utils.py
+    return lambda inputs: loss(setup, model, inputs)
+
+
+def quietened(setup: Setup, model: Any) -> None:
+    """Switch dropout off where an objective's trainer does, in blocks that no trace runs, too.
+
+    Source: trl/trainer/utils.py, `disable_dropout_in_model`.
+    """
+    if found(setup.objective).quiet:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    return lambda inputs: loss(setup, model, inputs)
 
 
 def _logits(setup: Setup, model: Any, inputs: Inputs, kept: int = 0, *, reference: bool = False) -> torch.Tensor:
