@@ -108,7 +108,8 @@ def headline(p: Prediction) -> str:
 
 def gpus_of(s: Setup, device: str) -> str:
     """The GPUs of a job in words: `16 x h100-sxm on 2 nodes`."""
-    return job_of(int(np.max(s.gpus)), device) + (f" on {s.nodes} nodes" if s.nodes else "")
+    nodes = {None: "", 1: " on 1 node"}.get(s.nodes, f" on {s.nodes} nodes")
+    return job_of(int(np.max(s.gpus)), device) + nodes
 
 
 def job_of(gpus: int, device: str) -> str:
