@@ -19,7 +19,7 @@ from .values import immutable
 DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
 CHECKPOINT = ("none", "block", "block-reentrant")
-KERNELS = ("torch", "liger", "cce", "liger+cce")
+KERNELS = ("torch", "liger", "cce", "liger+cce", "trl", "liger+trl")
 FP8 = ("none", "tensorwise", "padded", "rowwise")  # recipes of `tape.packages.float8`
 INT8 = ("none", "mixed")  # `tape.packages.int8_mixed`
 QAT = re.compile(r"none|int8-int4:[1-9]\d{0,5}")  # of inputs, of weights, and weights that share a scale
@@ -62,7 +62,8 @@ class Setup:
         clip_grad: whether the gradient norm is clipped.
         cuda_graphs: whether the whole step is captured in a CUDA graph, so that one launch dispatches it.
         kernels: torch; liger, Liger's fused RMSNorm, rotary positions, SwiGLU and linear cross entropy; cce, cut cross
-            entropy for the head and its loss; or liger+cce, that and the rest of Liger's.
+            entropy for the head and its loss; trl, TRL's fused head with SFTTrainer's loss; liger+cce or liger+trl,
+            that and the rest of Liger's.
         compile: what `torch.compile` does to the model: none, default (fused kernels), or reduce-overhead (the same,
             and forward and backward are each a CUDA graph).
         fp8: how products of linear layers run in 8-bit floats, as accelerate converts a model with torchao: none, or a

@@ -15,6 +15,7 @@ from ..tape.bus import summed_in_place
 from ..tape.core import tape
 from ..tape.nn import shifted_labels
 from ..tape.packages.cut_loss import cut_cross_entropy
+from ..tape.packages.fused_head import fused_head_loss
 from ..tape.packages.liger import gated, linear_cross_entropy, rope
 from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
@@ -210,6 +211,8 @@ class Llama(Architecture):
             weight = model.parameter("lm_head.weight", (self.vocab, self.hidden), "weight")
         if model.build.setup.uses("cce"):
             return cut_cross_entropy(self.scaled_logits(hidden), weight, labels)
+        if model.build.setup.uses("trl"):
+            return fused_head_loss(hidden, weight, labels)
         target = shifted_labels(labels)
         hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
         return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)

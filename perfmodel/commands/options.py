@@ -219,7 +219,8 @@ def _rest() -> tuple[Decorator, ...]:
     return (
         click.option("--kernels", type=click.Choice(KERNELS), default="torch", show_default=True,
                      help="liger: fused norms, rotary positions, SwiGLU and linear cross entropy; cce: cut cross "
-                     "entropy, head and loss in one kernel without logits; liger+cce: that instead of Liger's loss."),
+                     "entropy, head and loss in one kernel without logits; trl: TRL's fused head, as SFTTrainer "
+                     "runs by default; liger+cce, liger+trl: these instead of Liger's loss."),
         click.option("--compile", type=click.Choice(COMPILE), default="none", show_default=True,
                      help="torch.compile of the model; reduce-overhead adds CUDA graphs."),
         click.option("--fp8", type=click.Choice(FP8), default="none", show_default=True,

@@ -14,6 +14,7 @@ ANY = "any"  # value but the one that is answered
 INSTEAD = (
     ("kernels", "liger", "torch", "without Liger's kernels"),
     ("kernels", "liger+cce", "cce", "without Liger's kernels"),
+    ("kernels", "liger+trl", "trl", "without Liger's kernels"),
     ("compile", "default", "none", "without torch.compile"),
     ("compile", "reduce-overhead", "none", "without torch.compile"),
     ("fp8", ANY, "none", "products in bf16, not in fp8 (fp8)"),
@@ -117,7 +118,7 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     Args:
         of_config: those that the config gave; what is typed stays, and is refused.
     """
-    from ..imports.mesh import UNCUT
+    from ..imports.mesh import UNCUT, UNFUSED_HEAD
     from ..tracing.setups import OBJECTIVES, takes_cut_loss
 
     made, said = dict(options), []
@@ -135,6 +136,13 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     ):
         made["kernels"] = "torch"
         said.append(("kernels", UNCUT if made["objective"] == "sft" else ""))
+    if (
+        made.get("kernels") == "trl"
+        and "kernels" in of_config
+        and (made["objective"] != "sft" or traced_type(made["model"]) in HEAD_WITHIN)
+    ):
+        made["kernels"] = "torch"
+        said.append(("kernels", UNFUSED_HEAD if made["objective"] == "sft" else ""))
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:
         said.append(("objective", "without what its trainer logs"))
     return made, said

@@ -1,5 +1,5 @@
 """Which price model kernels that are no ATen calls take: of bitsandbytes, flash-attn, Liger, cut cross entropy,
-Axolotl, Unsloth, LoRAFusion and Inductor.
+TRL, Axolotl, Unsloth, LoRAFusion and Inductor.
 
 Their names carry a namespace (`liger::rms_norm`). Triton's norms and losses were measured by
 Liger and have kinds of their own (`perfmodel.devices.pointwise.KINDS`); what only streams is priced as any such kernel.
@@ -14,6 +14,7 @@ ROWS = {
     "dropout_layer_norm::dropout_add_ln_fwd": "fused_norm",
     "liger::cross_entropy": "cross_entropy",
     "cce::indexed_dot": "embedding",
+    "trl::fold_logits": "fused_norm",
     "xentropy::forward": "cross_entropy",
     "bitsandbytes::int8_vector_quant": "fused_norm",  # a row a program
     "bitsandbytes::dequantize_4bit": "dequantise",
@@ -44,6 +45,8 @@ def package_kernels(op: Op) -> Row:
     written = op.bytes_written
     if op.name == "cce::indexed_dot":  # a row of the words for each row of the states
         return (ROWS[op.name], 1, 2 * x.nbytes, written, x.numel, rows, length)
+    if op.name == "trl::fold_logits":  # only sums are written
+        return (ROWS[op.name], 1, op.bytes_read, written, x.numel, rows, length)
     if op.name in BACKWARD_NORMS:
         read = sum(s.nbytes for s in op.inputs[: BACKWARD_NORMS[op.name]])
         return ("fused_norm_backward", 1, read, x.nbytes, x.numel, rows, length)

@@ -16,14 +16,14 @@ from ..methods.lora import FUSED_BY, Lora
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, unmatched
-from ..recording.checks import OF_CUT, check_cut_loss
+from ..recording.checks import OF_OWN_LOSS, check_own_loss
 from ..recording.converted import check_converted
 from ..recording.parallel.form import COMPILED, COMPILED_METHODS, CUT
 from ..recording.pipeline import METHODS as STAGED
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
 from .llama_factory_v1 import OWN_LOSS
-from .mesh import UNCUT
+from .mesh import UNCUT, UNFUSED_HEAD
 from .read import Imported
 
 BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every `nn.Linear` (`find_all_linear_names`, …)
@@ -32,7 +32,10 @@ BY_MODULE = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # they name every 
 # model/model_utils/liger_kernel.py)
 LIGER_OF = {"LLaMA-Factory v1": ("qwen3", "qwen3_moe")}
 WITHOUT_LIGER = {"LLaMA-Factory": ("smollm3",)}
-LIGERS_LOSS = "Liger's loss, not cut cross entropy"
+# What is said of such a loss that is not modelled, without Liger's kernels and with
+OWN_LOSSES = {
+    "cce": (UNCUT, "Liger's loss, not cut cross entropy"), "trl": (UNFUSED_HEAD, "Liger's loss, not TRL's fused head"),
+}  # fmt: skip
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
@@ -103,22 +106,23 @@ def _of_kernels(found: Imported, architecture: Architecture) -> Iterator[Fallbac
             kept = kept[1:]
         elif "liger" not in architecture.traits.fused:
             kept, said = kept[1:], ["PyTorch's kernels, not Liger's, which are not modelled for the model"]
-    if "cce" in kept and (why := _uncut(found, architecture)) is not None:
+    own = kept[-1] if kept and kept[-1] in OWN_LOSSES else ""
+    if own and (why := _without_own_loss(found, architecture, own)) is not None:
         kept = kept[:-1]
-        said += [why.replace(UNCUT, LIGERS_LOSS) if kept else why] if why else []
+        said += [OWN_LOSSES[own][bool(kept)]] if why else []
     if (left := "+".join(kept) or "torch") != asked:
         yield Fallback("kernels", left, "; ".join(said))
 
 
-def _uncut(found: Imported, architecture: Architecture) -> str | None:
-    """What is said where cut cross entropy is not modelled, empty where its tool does without it; None where it is."""
+def _without_own_loss(found: Imported, architecture: Architecture, own: str) -> bool | None:
+    """Whether it is to be said that a loss is not modelled: not where its tool does without; None where it is."""
     if found.setup.get("objective", "sft") != "sft":
-        return ""  # a loss on logits
-    setup = Setup(**{name: found.setup[name] for name in OF_CUT if name in found.setup})
+        return False  # a loss on logits
+    setup = Setup(**{name: found.setup[name] for name in OF_OWN_LOSS if name in found.setup} | {"kernels": own})
     try:
-        check_cut_loss(architecture, methods.parse(found.method or "full"), setup)
+        check_own_loss(architecture, methods.parse(found.method or "full"), setup)
     except UserError:
-        return UNCUT
+        return True
     return None
 
 

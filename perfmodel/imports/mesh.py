@@ -33,6 +33,7 @@ OWN = {
 }  # fmt: skip
 OF_ULYSSES = ("sdpa", "flash2")  # attention that is modelled with it
 UNCUT = "the logits in memory, without cut cross entropy"
+UNFUSED_HEAD = "the logits in memory, without TRL's fused head"
 NOT_LIGER = "PyTorch's kernels, not Liger's, which are not modelled with context parallel"
 # Of packed documents under accelerate's context parallel (accelerate/big_modeling.py, `_attach_context_parallel_hooks`)
 MASK_DROPPED = "attention across packed documents, as accelerate has it, without the mask that it makes and drops"
@@ -158,10 +159,12 @@ def that_shares(cp: int, cp_rotate: str, setup: Mapping[str, Any]) -> tuple[dict
     """
     if cp == 1:
         return {}, []
-    if (kernels := setup.get("kernels", "torch")).endswith("cce"):
-        plain = kernels.removesuffix("cce").removesuffix("+") or "torch"
-        shared, said = that_shares(cp, cp_rotate, {**setup, "kernels": plain})
-        return ({"kernels": plain} | shared, [*said, ("kernels", UNCUT)]) if shared else (shared, said)
+    *plain, own = setup.get("kernels", "torch").split("+")
+    if own in ("cce", "trl"):
+        kernels = {"kernels": plain[0] if plain else "torch"}
+        shared, said = that_shares(cp, cp_rotate, {**setup, **kernels})
+        without = ("kernels", UNCUT if own == "cce" else UNFUSED_HEAD)
+        return (kernels | shared, [*said, without]) if shared else ({}, said)
     within = setup.get("packing") in WITHIN
     if cp_rotate == ULYSSES:
         by_zero = str(setup.get("parallel")).startswith("zero") and setup.get("attention", "sdpa") in OF_ULYSSES

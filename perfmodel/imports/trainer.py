@@ -38,6 +38,7 @@ MARKS = (
 OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
+LOGGED = "the loss alone, without the sums of entropies and hits that TRL logs, for which the host waits"
 PREPARING = ("orpo", "cpo", "simpo")  # objectives whose trainers call peft's `prepare_model_for_kbit_training`
 # `clone_chat_template`: tokens that the tokenizer lacks are added, and trained (sft_trainer.py, reward_trainer.py)
 OF_ANOTHER = "adapters alone; TRL trains the head too where another model's chat template has tokens that are new"
@@ -71,7 +72,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "attention": attention(keys, "attn_implementation", ATTENTION),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
-        "kernels": "liger" if keys.flag("use_liger_kernel") else "torch",
+        "kernels": _kernels(keys, fused=is_trl and not objective),
     }
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
@@ -83,7 +84,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     if not is_trl and not objective:  # TRL's trainers hand in `use_cache=False`
         without_cache(keys, setup["checkpoint"])
     if not objective:
-        _loss(keys, is_trl=is_trl, liger=setup["kernels"] == "liger")
+        _loss(keys, is_trl=is_trl, kernels=setup["kernels"])
     elif setup["kernels"] == "liger":
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
@@ -140,10 +141,14 @@ def _under_zero3(keys: Keys, setup: dict[str, Any]) -> str | None:
     return str(setup["dtype"])
 
 
-def _loss(keys: Keys, *, is_trl: bool, liger: bool) -> None:
-    """Say what SFTTrainer's loss is more than transformers' cross entropy, or in its place (`compute_loss`).
+def _kernels(keys: Keys, *, fused: bool) -> str:
+    """Liger's, and SFTTrainer's head, fused since TRL 1.16; while the length was called `max_seq_length` it was not."""
+    liger, fused = keys.flag("use_liger_kernel"), fused and "max_seq_length" not in keys.values
+    return "+".join(name for name, asked in (("liger", liger), ("trl", fused)) if asked) or "torch"
 
-    Its default is the chunked one of sft_config.py, but with Liger's and while the length was called `max_seq_length`.
+
+def _loss(keys: Keys, *, is_trl: bool, kernels: str) -> None:
+    """Say what SFTTrainer's loss is more than what is answered (`compute_loss`).
 
     Raises:
         UserError: the loss of another objective.
@@ -153,11 +158,8 @@ def _loss(keys: Keys, *, is_trl: bool, liger: bool) -> None:
         raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
     if word == "dft":
         keys.differ("cross entropy, without DFT's weights", "loss_type")
-    by_default = is_trl and word is None and not liger and "max_seq_length" not in keys.values
-    if word == "chunked_nll" or by_default:
-        keys.differ("the logits in memory, without TRL's chunked loss", *(["loss_type"] if word else []))
-    elif is_trl:
-        keys.differ(LIGERS_ACCURACY if liger else METRICS)
+    if is_trl:
+        keys.differ(LOGGED if kernels.endswith("trl") else LIGERS_ACCURACY if kernels == "liger" else METRICS)
 
 
 def _checkpoint(keys: Keys, default: bool) -> str:

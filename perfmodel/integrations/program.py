@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers: the objects of the run are asked for what they know.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -65,8 +66,18 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     length = fields.pop("seq", None) if found.get("max_length") or found.get("max_seq_length") else None
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
     fields.pop("seq", None)  # a default, where the run cuts no sample
+    fields["kernels"] = _kernels(fields["kernels"], architecture)
     setup = replace(Setup(), **fields, experts=_experts(base), stack=_stack())
     return TrainingRun(architecture, chosen.bind(architecture), setup, length)
+
+
+def _kernels(asked: str, architecture: Architecture) -> str:
+    """Without TRL's fused head where this process has a TRL before 1.16, or where it is not modelled."""
+    release = re.match(r"(\d+)\.(\d+)", str(getattr(sys.modules.get("trl"), "__version__", "")))
+    fused = release is not None and tuple(map(int, release.groups())) >= (1, 16)
+    if not architecture.recorded:
+        fused = fused and architecture.traits.cut_loss and architecture.classifier is None
+    return asked if fused else "+".join(name for name in asked.split("+") if name != "trl") or "torch"
 
 
 def _stack() -> SoftwareStack:

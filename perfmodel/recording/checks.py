@@ -9,10 +9,11 @@ from ..setup import Setup
 from . import converted
 from .deepspeed import zero3_alone
 
-# What cut cross entropy is modelled with: under ZeRO-3, FSDP and its like its program gathers the head by itself
-OF_CUT: dict[str, tuple[object, ...]] = {
-    "dtype": (), "objective": (), "gpus": (), "parallel": ("ddp", "zero1", "zero2"), "offload": ("none", "optimizer"),
-    "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",), "compile": ("none",), "qat": ("none",),
+# What losses that read the head's weight by themselves are modelled with: under ZeRO-3 and FSDP they gather it, too
+OF_OWN_LOSS: dict[str, tuple[object, ...]] = {
+    "kernels": (), "dtype": (), "objective": (), "gpus": (), "parallel": ("ddp", "zero1", "zero2"),
+    "offload": ("none", "optimizer"), "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",), "compile": ("none",),
+    "qat": ("none",),
 }  # fmt: skip
 
 
@@ -48,23 +49,28 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
         )
     if setup.uses("liger") and "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: Liger's loss reads the head's own weight; leave lm_head out of targets")
-    if setup.uses("cce"):
-        check_cut_loss(architecture, method, setup)
+    if setup.uses("cce") or setup.uses("trl"):
+        check_own_loss(architecture, method, setup)
 
 
-def check_cut_loss(architecture: Architecture, method: Method, setup: Setup) -> None:
-    """Raise `UserError` where cut cross entropy is not modelled, or would do nothing; of a setup `OF_CUT` matters."""
-    what = "kernels cce (cut cross entropy)"
-    if not architecture.traits.cut_loss or architecture.classifier is not None or architecture.logit_cap:
+def check_own_loss(architecture: Architecture, method: Method, setup: Setup) -> None:
+    """Raise `UserError` where cut cross entropy or TRL's fused head is not modelled, or would do nothing.
+
+    Of a setup `OF_OWN_LOSS` matters.
+    """
+    cuts = setup.uses("cce")
+    what = "kernels cce (cut cross entropy)" if cuts else "kernels trl (TRL's fused head)"
+    capped = cuts and architecture.logit_cap  # TRL's kernels cap logits themselves
+    if not architecture.traits.cut_loss or architecture.classifier is not None or capped:
         raise UserError(f"{what}: not modelled for {architecture.name}; leave it out")
     if "lm_head" in getattr(method, "targets", ()):
-        raise UserError(f"method {method.name}: cut cross entropy reads the head's own weight; leave lm_head out")
-    if setup.dtype == "fp32":
+        raise UserError(f"method {method.name}: {what} reads the head's own weight; leave lm_head out")
+    if cuts and setup.dtype == "fp32":
         raise UserError(f"{what}: its kernels take weights of 16 bits; use --dtype bf16")
     if setup.objective != "sft":
         raise UserError(f"{what}: objective {setup.objective} takes logits; leave it out")
     shared = np.max(setup.gpus) > 1 or setup.offload != "none"
-    for name, known in OF_CUT.items():
+    for name, known in OF_OWN_LOSS.items():
         value = getattr(setup, name)
         if known and value not in known and (name != "parallel" or shared):
             raise UserError(f"{what}: not modelled with {name} {value}; leave it out")

@@ -142,6 +142,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"{s.experts} experts"] if s.experts != usual.experts else []
     told += ["liger kernels"] if s.uses("liger") else []
     told += ["cut cross entropy"] if s.uses("cce") else []
+    told += ["TRL's fused head"] if s.uses("trl") else []
     told += [{"default": "torch.compile"}.get(s.compile, f"torch.compile {s.compile}")] if s.compile != "none" else []
     told += [f"fp8 {s.fp8}"] if s.fp8 != usual.fp8 else []
     told += [f"int8 {s.int8}"] if s.int8 != usual.int8 else []

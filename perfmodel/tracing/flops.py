@@ -27,6 +27,12 @@ def _cpu_attention_backward_flops(
     return int(sdpa_backward_flop_count(g, q, _grouped(q, k), _grouped(q, v)))  # type: ignore[no-untyped-call]
 
 
+@register_flop_formula(aten.addmm_)
+def _addmm_in_place_flops(total: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """`FlopCounterMode` counts the form that adds in place as 0."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
 @register_flop_formula(aten._grouped_mm)
 def _grouped_mm_flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """`FlopCounterMode` counts products by expert as 0; whatever expert a row goes to, it is a row of one product."""

@@ -21,6 +21,9 @@ def picking_all(func: Any, args: Any, kwargs: Any) -> Any:
     except DynamicOutputShapeException:
         if func is aten.nonzero.default and (args[0].dim() == 1 or hasattr(args[0], ALL_SET)):
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        if func is aten.index.Tensor and any(hasattr(t, ALL_SET) for t in args[1]):
+            (flags,) = args[1]
+            return func(args[0], [torch.empty(flags.numel(), dtype=torch.long) for _ in flags.shape])
         if not any(_is_flags(t) for t in tree_leaves(args)):
             raise
         return func(*tree_map(lambda t: torch.empty_like(t, dtype=torch.long) if _is_flags(t) else t, args), **kwargs)

@@ -22,9 +22,11 @@ def check_setup(setup: Setup) -> None:
     if setup.engine != "torch":
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.uses("liger"):
-        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch, or cce")
+        raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch, cce or trl")
     if setup.uses("cce") and not takes_cut_loss(setup.dtype, setup.objective):
         raise UserError("--traced follows --kernels cce with weights of 16 bits and --objective sft alone")
+    if setup.uses("trl") and setup.objective != "sft":
+        raise UserError("--traced follows --kernels trl with --objective sft alone")
     if setup.experts != "grouped_mm":
         raise UserError(f"--traced cannot follow --experts {setup.experts}: which are hit is data; use grouped_mm")
     for option in ("fp8", "int8", "qat"):

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 EXCHANGING = ("c10d", "_c10d_functional", "fsdp")  # namespaces of what ranks do with one another
 NAMESPACES = {  # of the calls that are recorded
     "aten", "cuda_forms", "flash_attn", "dropout_layer_norm", "flash_rotary", "xentropy", "bitsandbytes", "liger",
-    "cce", "lorafusion", "unsloth", "axolotl", "gptqmodel", "torchao", *EXCHANGING,
+    "cce", "trl", "lorafusion", "unsloth", "axolotl", "gptqmodel", "torchao", *EXCHANGING,
 }  # fmt: skip
 
 # Autograd asks fake tensors where they lie, several times a call: as calls of their own these took a tenth of a trace.

@@ -132,6 +132,29 @@ def test_cut_cross_entropy_gives_way_where_it_is_not_modelled(
     assert answered in said
 
 
+@pytest.mark.parametrize(
+    ("model", "typed", "differs", "answered"),
+    [
+        ("llama-3.2-1b", "", "", "TRL's fused head"),
+        ("gemma-2-2b", "", "eager attention, not sdpa", "TRL's fused head"),
+        ("llama-3.2-1b", "--gpus 8", "", "TRL's fused head, ddp"),
+        ("llama-3.2-1b", "--gpus 8 --parallel fsdp2", "the logits in memory, without TRL's fused head", "fsdp2"),
+        ("llama-3.2-1b", "--kernels torch", "", "adamw-fused"),
+        ("gpt2", "", "the logits in memory, without TRL's fused head", "on gpt2"),
+    ],
+)
+def test_trls_head_is_answered_where_it_is_modelled(
+    tmp_path: Path, model: str, typed: str, differs: str, answered: str
+) -> None:
+    """SFTTrainer has no other since TRL 1.16."""
+    text = f"model_name_or_path: {model}\nmax_length: 64\nuse_peft: true\nbf16: true\n"
+    text += "lora_target_modules: all-linear\n"
+    said = asked(tmp_path, text, *typed.split())
+    assert differs in said
+    assert ("fused head" in differs) == ("without TRL's fused head" in said)
+    assert answered in said
+
+
 @pytest.mark.parametrize("text", [f"model_name_or_path: EleutherAI/pythia-70m\n{FACTORY}lora_target: all\n"])
 def test_what_one_tool_does_alone_is_not_said_of_another(tmp_path: Path, text: str) -> None:
     """LLaMA-Factory leaves the head of GPT-NeoX out of all linear layers, so nothing differs there."""

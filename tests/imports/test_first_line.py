@@ -186,9 +186,14 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
         "trl", "every block checkpointed, on the GPU (activation_checkpointing_kwargs)",
     ),
     "loss_type: nll": (
+        "trl", "the loss alone, without the sums of entropies and hits that TRL logs, for which the host waits",
+    ),
+    "max_seq_length: 64": (
         "trl", "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step",
     ),
-    "use_liger_kernel: true": ("trl", "Liger's loss alone, without the accuracy that TRL asks of it"),
+    "max_seq_length: 64\nuse_liger_kernel: true": (
+        "trl", "Liger's loss alone, without the accuracy that TRL asks of it",
+    ),
     "debug: underflow_overflow": (
         "factory", "without the hooks that look for overflows in what every module gives (debug)",
     ),

@@ -92,7 +92,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
         {"attention": "flash2", "checkpoint": "block-reentrant", "batch": 4, "grad_accum": 4},
     ),
     "trl/sft-fp16.json": ("lora:r=8,targets=q_proj+v_proj,dropout=0.05", {"dtype": "fp16", "amp": "fp16", "seq": 512}),
-    "trl/sft-liger.json": ("full", {"kernels": "liger", "optimizer": "adamw-fused", "checkpoint": "block"}),
+    "trl/sft-liger.json": ("full", {"kernels": "liger+trl", "optimizer": "adamw-fused", "checkpoint": "block"}),
     "trl/arguments-only.json": (None, {**FP32_AMP, "batch": 16, "grad_accum": 2, "checkpoint": "none"}),
     "trl/arguments-fp32.json": (
         None, {"dtype": "fp32", "amp": None, "optimizer": "sgd", "clip_grad": False, "checkpoint": "block"},

@@ -15,43 +15,18 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 from transformers.modeling_outputs import CausalLMOutput
+
+from perfmodel.tracing.cuda_products import add_product
 
 T = torch.Tensor
 SM_COUNT = 132
 LIGER = (0, 8, 5)  # the release that runs; `patched` sets another
 
 
-def add_product(total: T, a: T, b: T) -> None:
-    """CUDA's `addmm` of 16-bit operands into fp32 (`out_dtype`)."""
-    torch.ops.cuda_forms.addmm.dtype_out(total, a, b, torch.float32, out=total)
-
-
-library = torch.library.Library("cuda_forms", "FRAGMENT")
-library.define(
-    "addmm.dtype_out(Tensor self, Tensor mat1, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
-)
-
-
-@torch.library.impl(library, "addmm.dtype_out", "CPU")
-def _added(self: T, mat1: T, mat2: T, out_dtype: torch.dtype, *, out: T) -> T:
-    return out.copy_(self + mat1.to(out_dtype) @ mat2.to(out_dtype))
-
-
-@torch.library.impl(library, "addmm.dtype_out", "Meta")
-def _added_to(self: T, mat1: T, mat2: T, out_dtype: torch.dtype, *, out: T) -> T:
-    return out
-
-
 def rms(x: T) -> T:
     """1 / root mean square of the rows."""
     return torch.rsqrt(x.float().pow(2).mean(-1) + 1e-6)
-
-
-@register_flop_formula(torch.ops.cuda_forms.addmm)
-def _flops(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    return int(2 * a[0] * a[1] * b[1])
 
 
 @torch.library.custom_op("liger::rms_norm", mutates_args=())

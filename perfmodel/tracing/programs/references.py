@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 from ...architectures import Architecture
@@ -78,12 +77,6 @@ class PacaLinear(nn.Module):
                 base.weight.data[:, self.indices] = columns
         columns = self.paca_w * self.scaling
         return PartialLinear.apply(x, base.weight, columns, base.bias, self.indices, base)  # type: ignore[no-untyped-call]
-
-
-@register_flop_formula(torch.ops.aten.addmm_)
-def _addmm_flops(y: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """FlopCounterMode passes over the in-place form of addmm."""
-    return int(2 * a[0] * a[1] * b[1])
 
 
 class RunLoraModule(torch.autograd.Function):
