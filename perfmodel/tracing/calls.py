@@ -15,8 +15,8 @@ from ..errors import UserError
 from ..program.op import OVER_BUS, PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
-from .flash_attn import NO_WINDOW, flash_attn_in_place
 from .owners import Owners
+from .packages.flash_attn import NO_WINDOW, flash_attn_in_place
 from .programs.diffusion import of_diffusers
 from .programs.dtypes import DTYPES, TORCH_DTYPES
 from .trace import CallRecorder, call_name, eager_program, graph_nodes

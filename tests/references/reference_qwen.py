@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from perfmodel.tracing.flash_attn import flash_attn_func
+from perfmodel.tracing.packages.flash_attn import flash_attn_func
 
 T = torch.Tensor
 

@@ -17,7 +17,7 @@ from perfmodel import explain, methods, predict, traced
 from perfmodel.architectures import Config, from_config
 from perfmodel.errors import UserError
 from perfmodel.recording.record import build
-from perfmodel.tracing import cut_loss
+from perfmodel.tracing.packages import cut_loss
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
 from validate.oracle import counts
@@ -33,7 +33,7 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
     step = build(architecture, method, setup, "cpu")
     model = models.build_model(config, setup, device="cpu")
     model = reference_liger.patch(model) if setup.uses("liger") else model
-    model = models.apply_method(cut_loss.cut(model), method, architecture)
+    model = models.apply_method(cut_loss.with_cut_loss(model), method, architecture)
     exact = patch.object(cut_loss.LinearCrossEntropy, "rows_of_a_lock", 128)
     with exact, reference_liger.patched(name, scaled=False, on=setup.uses("liger")):
         trace = trace_step(model, setup, step.optimizer, real=True)

@@ -20,7 +20,7 @@ from perfmodel import methods, predict, traced
 from perfmodel.architectures import Config, from_config
 from perfmodel.recording.record import build
 from perfmodel.tape.packages import fused_head as of_tape
-from perfmodel.tracing import fused_head
+from perfmodel.tracing.packages import fused_head
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import CallRecorder, trace_step
 from validate.oracle import counts
@@ -38,7 +38,7 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
         step = build(architecture, method, setup, "cpu")
         model = models.build_model(config, setup, device="cpu")
         model = reference_liger.patch(model) if setup.uses("liger") else model
-        model = models.apply_method(fused_head.fused(model), method, architecture)
+        model = models.apply_method(fused_head.with_fused_head(model), method, architecture)
         with reference_liger.patched(name, scaled=False, on=setup.uses("liger")):
             trace = trace_step(model, setup, step.optimizer, real=True)
     return counts.judge_step(Case(config, spec, setup), step, trace, real=True).differences
@@ -59,7 +59,7 @@ def differences(name: str, spec: str, **options: Any) -> list[str]:
         ("gemma2", "lora:r=4", {"attention": "eager"}),
         ("gemma3_text", "full", {}),
         ("cohere", "full", {"batch": 2}),
-        ("granite", "lora:r=4", {}),
+        ("granite", "lora:r=4,targets=q_proj", {}),
         ("qwen3_moe", "lora:r=4,targets=q_proj", {}),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from .cuda_products import add_product
+from ...errors import UserError
+from ..cuda_products import add_product
+from ..picked import all_set
 from .cut_loss import IGNORED
-from .picked import all_set
 
 T = torch.Tensor
 TOKENS, WORDS = 4096, 32768  # of a tile (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
@@ -127,7 +127,7 @@ def _add(total: T, a: T, b: T) -> None:
         add_product(total, a, b)
 
 
-def fused(model: Any) -> Any:
+def with_fused_head(model: Any) -> Any:
     """`add_fused_lm_head` of a causal model, and SFTTrainer's loss of what it gives.
 
     Raises:

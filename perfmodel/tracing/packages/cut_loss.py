@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..calls.products import KEPT_GRADIENTS
-from ..errors import UserError
-from .picked import all_set
+from ...calls.products import KEPT_GRADIENTS
+from ...errors import UserError
+from ..picked import all_set
 
 T = torch.Tensor
 IGNORED = -100
@@ -37,7 +37,7 @@ def indexed_dot(e: T, c: T, inds: T, valids: T, out: T) -> None:
 
 
 @torch.library.custom_op("cce::backward", mutates_args=("de", "dc", "de_locks", "dc_locks"))
-def backward(
+def cut_backward(
     e: T, c: T, valids: T, do: T, lse: T, ordering: T, targets: T, de: T | None, dc: T | None, de_locks: T | None,
     dc_locks: T | None, scale: float, softcap: float = 0.0,
 ) -> None:  # fmt: skip
@@ -67,7 +67,7 @@ def _(e: T, c: T, inds: T, valids: T, out: T) -> None:
     return None
 
 
-@backward.register_fake
+@cut_backward.register_fake
 def _(*arguments: Any) -> None:
     return None
 
@@ -129,7 +129,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if made is None else made.new_zeros((number, -(-c.size(1) // 64)), dtype=torch.int32)
             for made, number in ((de, LinearCrossEntropy.locks(len(valids))), (dc, LinearCrossEntropy.locks(len(c))))
         ]
-        backward(e, c, valids, do, lse, ordering, targets, de, dc, *locks, 1 / lse.numel(), ctx.softcap)
+        cut_backward(e, c, valids, do, lse, ordering, targets, de, dc, *locks, 1 / lse.numel(), ctx.softcap)
         return de, dc, None, None, None
 
 
@@ -152,7 +152,7 @@ def apply_lce(e: T, c: T, labels: T, softcap: float = 0.0) -> T:
     return loss
 
 
-def cut(model: Any) -> Any:
+def with_cut_loss(model: Any) -> Any:
     """`cce_patch` of a causal model: its loss comes from the last hidden states and the head's weight.
 
     Raises:

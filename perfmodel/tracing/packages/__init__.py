@@ -1,0 +1,1 @@
+"""Kernels of packages that only GPUs have, as operators, and the programs that call them."""
