@@ -2,9 +2,11 @@
 
 import mmap
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import pytest
 pytest.importorskip("peft")
 
 import torch
+from helpers import config_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from perfmodel import UserError
-from perfmodel.architectures import Config
+from perfmodel.architectures import Config, from_config
+from perfmodel.integrations import program
 from perfmodel.integrations.findings import Findings
 from perfmodel.integrations.program import CPU, trainer_program
 from perfmodel.integrations.trainer import StepPrediction, resident_bytes
@@ -110,6 +114,22 @@ class Logger(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.got.append((state.global_step, dict(logs)))
+
+
+@pytest.mark.parametrize(
+    ("release", "asked", "kernels"),
+    [
+        ("1.16.0", "trl", "trl"), ("2.0.0.dev0", "liger+trl", "liger+trl"), ("1.15.2", "trl", "torch"),
+        ("0.24", "liger+trl", "liger"), (None, "trl", "torch"), ("1.16.0", "torch", "torch"),
+    ],
+)  # fmt: skip
+def test_trls_head_is_fused_where_the_trl_of_the_process_fuses_it(
+    monkeypatch: pytest.MonkeyPatch, release: str | None, asked: str, kernels: str
+) -> None:
+    """Older ones keep logits in memory, or chunks of them; so does any of a model that it is not modelled for."""
+    monkeypatch.setitem(sys.modules, "trl", None if release is None else SimpleNamespace(__version__=release))
+    assert program._kernels(asked, from_config(config_of("llama"))) == kernels
+    assert "trl" not in program._kernels(asked, from_config(config_of("gpt2")))
 
 
 def test_predicted_and_measured_reach_the_loggers_of_the_trainer(tmp_path: Path) -> None:
