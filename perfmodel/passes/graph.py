@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..program.dims import Dim, decide, same
+from ..program.dims import Dim, decide
 from ..program.dtypes import ITEMSIZE
 from ..program.op import Op, Use
 from ..program.part import Part
 from ..tape.tensor import Flow
+from .places import Key, Names, Place, places
 
 
 class Value:
@@ -68,17 +69,6 @@ class Prim:
 
 
 @dataclass
-class Place:
-    """A copy of a recorded part: it stands for `repeat` of them. `run` is the same forward and back."""
-
-    part: Part
-    copy: int
-    repeat: int
-    backward: bool
-    run: int
-
-
-@dataclass
 class Graph:
     """The operations in order, and what must be there after them.
 
@@ -109,81 +99,6 @@ class Graph:
         """A further pass: its gradients are added to those that are there, and gone after it."""
         added = {value for prim in self.additions for value, _ in prim.reads}
         return Graph(self.places, self.prims, self.results - added, self.additions, apart=self.apart)
-
-
-def places(parts: list[Part], flow: Flow) -> list[Place]:
-    """The parts in the order in which they run, with runs of layers cut into copies."""
-    found = []
-    for part in parts:
-        backward = part.phase == "backward"
-        run = id(flow.twins.get(id(part), part))
-        copies = [Place(part, i, repeat, backward, run) for i, repeat in enumerate(_copies(part.repeat))]
-        found += copies[::-1] if id(part) in flow.twins else copies
-    return found
-
-
-def _copies(repeat: int) -> list[int]:
-    return [1] * repeat if repeat < 4 else [1, repeat - 2, 1]
-
-
-Key = tuple[int, int]  # a block of memory, and which copy's
-
-
-class Names:
-    """Which copy's memory an op of a copied part means."""
-
-    def __init__(self, parts: list[Part], flow: Flow, parameters: dict[int, Part | None]) -> None:
-        self.flow = flow
-        self.parameters = parameters
-        self.origin: dict[int, Part] = {}
-        for part in parts:
-            for op in part.ops:
-                for use in op.writes:
-                    self.origin.setdefault(use.storage, part)
-        self.order = {id(part): i for i, part in enumerate(parts)}
-        self.pairs = {id(part): id(flow.twins.get(id(part), part)) for part in parts}
-        self.carried = {part: flow.carried.get(pair, (None, None)) for part, pair in self.pairs.items()}
-        self.handed = {id(p): self._handed_on(p, parts) for p in parts if id(p) in flow.twins and p.repeat > 1}
-
-    def _handed_on(self, part: Part, parts: list[Part]) -> tuple[int | None, int | None]:
-        """The gradient of the residual stream as it comes into a backward part, and as it leaves it."""
-        carried = self.flow.carried.get(id(self.flow.twins[id(part)]), ())
-        sizes = [use.nbytes for op in self.flow.twins[id(part)].ops for use in op.reads if use.storage in carried]
-        if not sizes:
-            return None, None
-        here = self.order[id(part)]
-        coming = (use for op in part.ops for use in op.reads if self._comes_from(use, parts[:here]))
-        leaving = (
-            use for later in parts[here + 1 :] for op in later.ops for use in op.reads if self._comes_from(use, [part])
-        )
-        first, last = (
-            next((use.storage for use in uses if same(use.nbytes, sizes[0])), None) for uses in (coming, leaving)
-        )
-        return (first, last) if first is not None and last is not None else (None, None)
-
-    def _comes_from(self, use: Use, parts: list[Part]) -> bool:
-        origin = self.origin.get(use.storage)
-        return origin is not None and id(origin) in self.flow.twins and any(origin is part for part in parts)
-
-    def key(self, storage: int, place: Place) -> Key:
-        """A name for a block of memory that is the same wherever it is meant."""
-        part = place.part
-        before, after = self.carried[id(part)]
-        if storage == before and after is not None and place.copy:
-            return (after, place.copy - 1)
-        coming, leaving = self.handed.get(id(part), (None, None))
-        if storage == coming and leaving is not None and place.copy < len(_copies(part.repeat)) - 1:
-            return (leaving, place.copy + 1)
-        home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
-        if home is None:
-            return (storage, 0)
-        if self.pairs.get(id(home), id(home)) == self.pairs[id(part)]:
-            return (storage, place.copy)
-        if home.repeat == part.repeat and storage not in (before, coming):  # what goes over the same layers again
-            return (storage, place.copy)
-        if id(home) in self.flow.twins:  # of a backward part, the first layer comes last
-            return (storage, 0)
-        return (storage, 0 if storage in self.parameters else len(_copies(home.repeat)) - 1)
 
 
 class Builder:

@@ -76,6 +76,31 @@ def test_a_compiled_step_does_the_same_with_less(method: str) -> None:
     pytest.fail(f"{method} was tried on no model")
 
 
+@pytest.mark.parametrize("kernels", ["torch", "liger"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_is_there_whatever_trains(name: str, kernels: str) -> None:
+    """Gradients of frozen layers lead to those of what trains before them: none of their products is dead code.
+
+    Liger's norms write them over what came in, an encoder's output has one of every layer of the decoder.
+    """
+    model = architecture_of(name, layers=6 * period_of(name))
+    tried = 0
+    for method in ("full", "norm", "bitfit", "lora:r=4", "prompt_tuning"):
+        try:
+            eager, compiled = (
+                predict(
+                    model, with_targets(method, model), setup_of(name, seq=64, kernels=kernels, compile=mode), "h100"
+                )
+                for mode in ("none", "default")
+            )
+        except UserError:
+            continue
+        assert compiled.flops["total"] == eager.flops["total"], method
+        tried += 1
+    if not tried:
+        pytest.skip(f"nothing of {name} is compiled with {kernels} kernels")
+
+
 @pytest.mark.parametrize("checkpoint", ["block", "block-reentrant"])
 def test_checkpoints_stay(checkpoint: str) -> None:
     """What a checkpoint drops is not saved by the compiler either, and what it runs again still runs."""
