@@ -67,7 +67,7 @@ class Pipelined:
 
     Attributes:
         time: of the step; its components are those of the busiest rank.
-        busiest: that rank, whose work is answered; fullest: the one whose memory is.
+        busiest: that whose device works longest, whose work is answered; fullest: the one whose memory is.
         durations: device seconds of the busiest rank's parts.
     """
 
@@ -247,7 +247,9 @@ def priced_pipeline(ranks: Sequence[RankStep], on: DeviceProfile, by: Host) -> P
     spans = [_ended(clocks, clips=setup.clip_grad) for clocks in (real, ideal)]
     own = [_ended([at], clips=False).total for at in alone]
     peaks = [memory.peak_bytes(ours.step) for ours in ranks]
-    busiest, fullest = (int(np.argmax([np.mean(x) for x in of_ranks])) for of_ranks in (own, peaks))
+    works = [_works(ours, free) for ours in ranks]
+    busy = [sum(seconds.values()) for seconds in works]  # of the device: ranks that wait for the host are all alike
+    busiest, fullest = (int(np.argmax([np.mean(x) for x in of_ranks])) for of_ranks in (busy, peaks))
     phases, quiet = (_phases(ranks[busiest], sent, span) for span in spans)
     exchanged = _exchanged(ranks[busiest], shared, phases, quiet, takes)
     bubble = np.maximum(0.0, quiet["total"] - own[busiest])
@@ -258,7 +260,7 @@ def priced_pipeline(ranks: Sequence[RankStep], on: DeviceProfile, by: Host) -> P
         )
         for ours, at, peak in zip(ranks, real, peaks, strict=True)
     ]  # fmt: skip
-    time = _time(ranks[busiest], free, phases, exchanged, bubble)
+    time = _time(works[busiest], on, phases, exchanged, bubble)
     return Pipelined(time, busiest, fullest, stages, durations[busiest])
 
 
@@ -322,13 +324,18 @@ def _exchanged(
     return Communication(exposed, hidden, nbytes, calls, ALONE.offloading)
 
 
-def _time(ours: RankStep, priced: PricedParts, phases: Phases, exchanged: Communication, bubble: Seconds) -> Time:
-    """The time of a step with the work of one rank as its components."""
+def _works(ours: RankStep, priced: PricedParts) -> dict[str, Any]:
+    """Seconds of a rank's device by component."""
     components: dict[str, Any] = {}
     for part, times in ours.step.parts():
         for name, busy in priced.priced(part)[1].items():
             components[name] = components.get(name, 0.0) + busy * times
-    total, on = phases["total"], priced.on
+    return components
+
+
+def _time(works: dict[str, Any], on: DeviceProfile, phases: Phases, exchanged: Communication, bubble: Seconds) -> Time:
+    """The time of a step with the work of one rank as its components."""
+    components, total = dict(works), phases["total"]
     components[intervals.COLLECTIVE] = exchanged.exposed["total"]
     busy = sum(components.values())
     components[intervals.BUBBLE] = bubble

@@ -157,13 +157,18 @@ class Recorder(NamedTuple):
     schedule: Schedule
 
     def stages(self) -> list[Stage]:
-        """All stages, with what they are given: stage i of n has the blocks from i · layers / n on."""
-        count, layers = self.setup.pp * self.schedule.chunks, self.architecture.layers
+        """All stages, with what they are given. The first ones have a block more where they are not all alike.
+
+        So do ranks of several stages, which come in rounds, and the last one, with its head, has not.
+        """
+        count = self.setup.pp * self.schedule.chunks
+        each, over = divmod(self.architecture.layers, count)
+        ends = [i * each + min(i, over) for i in range(count + 1)]
         found: list[Stage] = []
         known: dict[Hashable, bool] = {}
         given = False
         for i in range(count):
-            stage = Stage(i, count, range(i * layers // count, (i + 1) * layers // count), given)
+            stage = Stage(i, count, range(ends[i], ends[i + 1]), given)
             found.append(stage)
             key = self.key(stage)
             if key not in known:

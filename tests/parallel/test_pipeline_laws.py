@@ -158,6 +158,27 @@ def test_one_stage_is_what_it_was(setup: Setup, method: str) -> None:
     assert {**alone, "setup": {}} == {**usual, "setup": {}}
 
 
+@pytest.mark.parametrize(("spec", "pp"), [("1f1b", 4), ("interleaved:v=2", 2), ("interleaved:v=2", 4)])
+def test_ranks_share_blocks_evenly(spec: str, pp: int) -> None:
+    """Whatever the stages: no rank has two blocks more than another, nor those that are over beside the head."""
+    setup = Setup(batch=1, seq=64, gpus=pp, pp=pp, pp_schedule=spec, grad_accum=4)
+    pipelined = predict(LLAMA, "full", setup, "h100-sxm").pipeline
+    assert pipelined is not None
+    of_ranks = [sum(last - first + 1 for first, last in stage.blocks) for stage in pipelined.stages]
+    assert sum(of_ranks) == 9
+    assert max(of_ranks) - min(of_ranks) == 1
+    assert of_ranks[-1] == min(of_ranks)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_answered_rank_is_the_one_whose_device_works_most(spec: str) -> None:
+    """Ranks that wait for the host take equally long: which of them is answered must not change with micro-batches."""
+    setup = Setup(batch=1, seq=64, gpus=8, pp=4, pp_schedule=spec, parallel="fsdp2", reshard=False)
+    few, more = (predict(LLAMA, "full", replace(setup, grad_accum=n), "h100-sxm") for n in (4, 16))
+    assert few.time.launch_bound_share > 0.2
+    assert more.flops["backward"] == 4 * few.flops["backward"]
+
+
 @settings(max_examples=5, deadline=None)
 @given(JOBS)
 def test_stages_have_the_model_and_its_work_between_them(job: Job) -> None:
@@ -322,13 +343,20 @@ def test_models_and_methods_that_are_not_cut_say_so(model: str, method: str, sai
 
 def test_a_message_between_nodes_takes_the_cards() -> None:
     """Where a stage's next one lies decides its price: the last GPU of a node sends through network cards."""
-    inside = predict(LLAMA, "full", device="h100-sxm", gpus=8, pp=4, grad_accum=8, nodes=1)
-    outside = predict(LLAMA, "full", device="h100-sxm", gpus=8, pp=4, grad_accum=8, nodes=4)
+    job: dict[str, Any] = {"device": "h100-sxm", "gpus": 8, "pp": 4, "grad_accum": 8, "batch": 8, "seq": 2048}
+    inside, outside = (predict(LLAMA, "full", **job, nodes=nodes) for nodes in (1, 4))
     assert outside.time.communication.exposed["total"] > inside.time.communication.exposed["total"]
 
 
 def test_stages_that_lie_on_nodes_unevenly_have_an_answer() -> None:
     """Twelve GPUs stand on two nodes of six, so the second of three stages on both: NCCL does not mind."""
-    job: dict[str, Any] = {"device": "h100-sxm", "parallel": "fsdp2", "nodes": 2, "grad_accum": 6}
+    job: dict[str, Any] = {
+        "device": "h100-sxm",
+        "parallel": "fsdp2",
+        "nodes": 2,
+        "grad_accum": 6,
+        "batch": 8,
+        "seq": 2048,
+    }
     uneven, even = (predict(LLAMA, "full", **job, gpus=gpus, pp=pp) for gpus, pp in ((12, 3), (16, 4)))
     assert uneven.time.communication.exposed["total"] < 2 * even.time.communication.exposed["total"]

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from perfmodel.tracing import flash_attn
+from perfmodel.tracing.packages import flash_attn
 
 T = torch.Tensor
 FORWARD, BACKWARD = 2, 5  # products of the size of the attention
