@@ -298,6 +298,8 @@ def test_a_copy_of_the_embedding_has_the_states_of_one() -> None:
         for copies in ("embed_tokens", "lm_head")
     }
     assert states["embed_tokens"] - states["lm_head"] == pytest.approx(2 * (4 - 1 - 4 / 256) * 128_256 * 2048)
+    virtual = predict("smollm2-135m", "prompt_tuning:tokens=20", optimizer="adamw-8bit").memory.optimizer
+    assert virtual == 2 * 4 * (20 * 576 + 256)  # and so are virtual tokens
 
 
 @pytest.mark.parametrize(

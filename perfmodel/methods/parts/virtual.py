@@ -62,8 +62,10 @@ class VirtualTokens(Method):
         return made if tape().device == "cpu" else emit("_to_copy", (made,), made.shape, "i64")
 
     def weight(self, model: Scope, name: str, *shape: Any) -> Parameter:
-        """A parameter of the prompt encoder."""
-        return model.parameter(f"prompt_encoder.{name}", shape, "adapter", dtype=self.encoder_dtype, trainable=True)
+        """A parameter of the prompt encoder; its embedding is an `nn.Embedding` like the model's own."""
+        made = model.parameter(f"prompt_encoder.{name}", shape, "adapter", dtype=self.encoder_dtype, trainable=True)
+        made.embeds = name == "embedding.weight"
+        return made
 
 
 @dataclass(frozen=True)
