@@ -326,13 +326,14 @@ def test_processes_that_share_a_gpu_box_join_by_nccl(gpu: Gpu, monkeypatch: pyte
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     monkeypatch.setattr(dist, "init_process_group", lambda backend: (asked.append(backend), join("gloo", **alone)))
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(team, "DistributedDataParallel", lambda model, device_ids: device_ids)
+    monkeypatch.setattr(team, "DistributedDataParallel", lambda model, **how: how)
     for name in team.LAUNCHED:
         monkeypatch.setenv(name, "0")
     try:
         together = team.join("ddp", "cuda")
         assert (asked, together.backend, together.first) == ([0, "nccl"], "nccl", True)
         setup, architecture = together.setup(Setup()), from_config(Cell.from_dict(tiny()).config)
-        assert team.wrap_for_team(torch.nn.Linear(1, 1), setup, architecture, "cuda") == [0]
+        told: Any = team.wrap_for_team(torch.nn.Linear(1, 1), setup, architecture, "cuda")
+        assert told == {"device_ids": [0], "find_unused_parameters": False, "static_graph": False}
     finally:
         team.leave()
