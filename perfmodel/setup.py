@@ -268,7 +268,7 @@ class Setup:
         return self.experts == "eager" or self.stack.loops_experts
 
     def uses(self, whose: str) -> bool:
-        """Whether kernels of liger's, or of cce's, are asked for."""
+        """Whether kernels of liger's, cce's or trl's are asked for."""
         return whose in self.kernels.split("+")
 
     @property

@@ -36,8 +36,7 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
     Raises:
         UserError: the files contradict each other.
     """
-    launch, gpus = ctx.meta.get(LAUNCH), options["gpus"]
-    several = max(gpus) > 1 if isinstance(gpus, tuple) else gpus > 1
+    launch, gpus, several = ctx.meta.get(LAUNCH), options["gpus"], _several(options)
     before = dict(found.setup) if found is not None else {}
 
     def typed(name: str) -> bool:

@@ -129,20 +129,12 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
         if name in of_config and made.get(name) != instead and asked in (ANY, made.get(name)):
             made[name] = instead
             said.append((name, words))
-    if (
-        made.get("kernels") == "cce"
-        and "kernels" in of_config
-        and not (takes_cut_loss(made["dtype"], made["objective"]) and traced_type(made["model"]) not in HEAD_WITHIN)
-    ):
-        made["kernels"] = "torch"
-        said.append(("kernels", UNCUT if made["objective"] == "sft" else ""))
-    if (
-        made.get("kernels") == "trl"
-        and "kernels" in of_config
-        and (made["objective"] != "sft" or traced_type(made["model"]) in HEAD_WITHIN)
-    ):
-        made["kernels"] = "torch"
-        said.append(("kernels", UNFUSED_HEAD if made["objective"] == "sft" else ""))
+    if "kernels" in of_config and made.get("kernels") in ("cce", "trl"):
+        cuts, sft = made["kernels"] == "cce", made["objective"] == "sft"
+        fits = takes_cut_loss(made["dtype"], made["objective"]) if cuts else sft
+        if not fits or traced_type(made["model"]) in HEAD_WITHIN:
+            made["kernels"] = "torch"
+            said.append(("kernels", (UNCUT if cuts else UNFUSED_HEAD) if sft else ""))
     if "objective" in of_config and made.get("objective") in OBJECTIVES[1:]:
         said.append(("objective", "without what its trainer logs"))
     return made, said

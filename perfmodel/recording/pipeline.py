@@ -157,9 +157,10 @@ class Recorder(NamedTuple):
     schedule: Schedule
 
     def stages(self) -> list[Stage]:
-        """All stages, with what they are given. The first ones have a block more where they are not all alike.
+        """All stages, with what they are given.
 
-        So do ranks of several stages, which come in rounds, and the last one, with its head, has not.
+        Blocks that are over go to the first stages, one each: a rank's stages are a round apart, so that no rank has
+        two blocks more than another, nor the last one, which has the head, more than any.
         """
         count = self.setup.pp * self.schedule.chunks
         each, over = divmod(self.architecture.layers, count)

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..program.dims import Dim, product
-from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, record, tape
-from .linalg import _column_major, _layout, addmm, autocast_operand, conv1d, linear, mm
+from .linalg import addmm, autocast_operand, conv1d, layout_of, linear, mm
 from .pointwise import add
 from .shape import contiguous, reshape, t, view
 from .tensor import Backward, Grads, Node, Storage, Tensor
@@ -117,7 +116,7 @@ def _partial_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`y.addmm_(a, b)`: y += a·b in the GEMM's epilogue."""
-    record("addmm_", (y, a, b), (y,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
+    record("addmm_", (y, a, b), (y,), attrs=layout_of(a, b))
     return y
 
 

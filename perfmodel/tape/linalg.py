@@ -48,6 +48,17 @@ def _column_major(x: Tensor) -> bool:
     return same(x.strides[0], 1) and same(x.strides[1], x.shape[0])
 
 
+def layout_of(a: Tensor, b: Tensor) -> Attrs:
+    """What a product a·b of two matrices that no graph follows says of how they lie."""
+    return Attrs(_layout(_column_major(a), _column_major(b)))
+
+
+def product_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """`torch.mm(a, b, out=out)`: (m, k) by (k, n) into memory that is there, outside of any graph."""
+    record("mm.out", (a, b, out), (out,), attrs=layout_of(a, b))
+    return out
+
+
 def _copied(a: Tensor, b: Tensor) -> tuple[int, ...]:
     """Operands of which neither of the last two dims is contiguous: the call copies them before it asks cuBLAS."""
     return _scattered(a.strides[-2:], b.strides[-2:])

@@ -15,9 +15,9 @@ from ...program.dims import Dim, decide
 from ...program.op import Attrs
 from ..autograd import differentiate
 from ..core import emit, record, tape
-from ..custom import python_function
+from ..custom import addmm_, python_function
 from ..elementary import div
-from ..linalg import _column_major, _layout
+from ..linalg import layout_of, product_into
 from ..pointwise import add, cast, fill, neg
 from ..scores import sum_all
 from ..shape import narrow, t, view_as
@@ -94,7 +94,7 @@ def _log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
         folded = (largest, *sums, before, of_target)
         room = fill("empty.memory_format", (_first(n[0]), WORDS), dtype)
         for rows, part, words, tile in _tiles(hidden, weight, room, dtype):
-            _product_into(tile, part, t(words))
+            product_into(part, t(words), tile)
             of_rows = [_rows(x, rows) for x in folded]
             written = (*of_rows[:3], *of_rows[5:])
             record("trl::fold_logits", (tile, _rows(targets, rows), *of_rows), written)
@@ -136,16 +136,11 @@ def _rows(x: Tensor, n: Dim) -> Tensor:
     return view_as("slice.Tensor", x, (n, *x.shape[1:]), x.strides)
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    record("mm.out", (a, b, out), (out,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    layout = Attrs(_layout(_column_major(a), _column_major(b)))
     if a.dtype == "fp32":
-        record("addmm_", (total, a, b), (total,), attrs=layout)
+        addmm_(total, a, b)
     else:
-        record("addmm.dtype_out", (total, a, b, total), (total,), attrs=layout)
+        record("addmm.dtype_out", (total, a, b, total), (total,), attrs=layout_of(a, b))
 
 
 def _backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -156,7 +151,7 @@ def _backward(node: Node, grads: Sequence[Grad]) -> Grads:
     made = [fill("zeros", x.shape, "fp32") if wanted else None for x, wanted in inputs]
     room = fill("empty.memory_format", (_first(hidden.shape[0]), WORDS), dtype)
     for rows, part, words, tile in _tiles(hidden, weight, room, dtype):
-        _product_into(tile, part, t(words))
+        product_into(part, t(words), tile)
         record("trl::grad_logits", (tile, *(_rows(x, rows) for x in (targets, log_z, entropy, g))), (tile,))
         if made[0] is not None:
             _add_product(_rows(made[0], rows), tile, words)

@@ -16,7 +16,7 @@ from ...program.op import Attrs
 from ..autograd import differentiate
 from ..core import emit, new_tensor, record, tape
 from ..custom import autocasting, python_function
-from ..linalg import _column_major, _layout, matmul
+from ..linalg import layout_of, matmul, product_into
 from ..pointwise import cast
 from ..shape import contiguous, t, transpose, view, view_as
 from ..tensor import Grads, Node, Tensor
@@ -170,24 +170,20 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple
         part, labels, loss = _slice(hidden, size), _slice(target, size), _slice(losses, size)
         if room is not None:
             logits = _slice(room, size)
-            _product_into(logits, part, t(weight))
+            product_into(part, t(weight), logits)
         else:
             logits = matmul(part, t(weight))  # as the last chunk's still is, until this name is bound
         record("liger::cross_entropy", (logits, labels, loss), (logits, loss))
         record("copy_", (_slice(losses, size), loss), (_slice(losses, size),))
         grad_logits, rows = logits, _slice(grad_hidden, size)
         if room is not None:
-            _product_into(rows, grad_logits, weight)
+            product_into(grad_logits, weight, rows)
         else:
             record("copy_", (rows, matmul(grad_logits, weight)), (rows,))
         if grad_weight is not None:
             _add_weight_gradient(grad_weight, grad_logits, part)
     del room
     return emit("sum", (losses,), (), "fp32"), grad_hidden, grad_weight
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    record("mm.out", (a, b, out), (out,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
 
 
 def _add_weight_gradient(total: Tensor, grad_logits: Tensor, part: Tensor) -> None:
@@ -199,8 +195,7 @@ def _add_weight_gradient(total: Tensor, grad_logits: Tensor, part: Tensor) -> No
             part = cast(part, left.dtype)
         else:
             left = cast(left, part.dtype)
-        layout = Attrs(_layout(_column_major(left), _column_major(part)))
-        record(f"addmm.{'dtype_' * widened}out", (total, left, part, total), (total,), attrs=layout)
+        record(f"addmm.{'dtype_' * widened}out", (total, left, part, total), (total,), attrs=layout_of(left, part))
         return
     product = cast(matmul(left, part), "fp32")
     record("add_.Tensor", (total, product), (total,))

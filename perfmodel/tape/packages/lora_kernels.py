@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from ...program.op import Attrs
 from ..core import emit, new_tensor, record, tape
 from ..custom import addmm_, as_rows, in_place_of_base, on_base, python_function
-from ..linalg import _column_major, _layout, mm
+from ..linalg import mm, product_into
 from ..pointwise import cast
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
@@ -105,12 +104,6 @@ def _empty_like(x: Tensor) -> Tensor:
     return emit("empty_like", (x,), x.shape, x.dtype, strides=x.strides)
 
 
-def _product_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """`torch.matmul(a, b, out=out)`."""
-    record("mm.out", (a, b, out), (out,), attrs=Attrs(_layout(_column_major(a), _column_major(b))))
-    return out
-
-
 def _transposed(adapter: Adapted, dtype: str) -> tuple[Tensor, Tensor]:
     """Aᵀ and Bᵀ in the compute dtype."""
     return t(cast(adapter.a, dtype)), t(cast(adapter.b, dtype))
@@ -170,7 +163,7 @@ def _unsloth_qkv_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     x = as_rows(x)
     turned = [_transposed(layer, x.dtype) for layer in layers]
     made = [_adapter_grads(x, g, *at_bt) for g, at_bt in zip(gs, turned, strict=True)]
-    grad_x = on_base(_product_into, gs[0], on_base(_weight, layers[0]), x)
+    grad_x = on_base(product_into, gs[0], on_base(_weight, layers[0]), x)
     for i, (g, layer, at_bt) in enumerate(zip(gs, layers, turned, strict=True)):
         _add_input_grad(grad_x, g, layer, *at_bt, base=i > 0)
     return (view(grad_x, shape), *(t(grad) for pair in made for grad in pair))
@@ -206,7 +199,7 @@ def _unsloth_mlp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     of_down = _adapter_grads(h, dy, *down_t)
     of_up = _adapter_grads(x, df, *up_t)
     of_gate = _adapter_grads(x, de, *gate_t)
-    grad_x = on_base(_product_into, df, on_base(_weight, up), x)
+    grad_x = on_base(product_into, df, on_base(_weight, up), x)
     _add_input_grad(grad_x, df, up, *up_t, base=False)
     _add_input_grad(grad_x, de, gate, *gate_t, base=True)
     return (view(grad_x, shape), *(t(grad) for grad in (*of_gate, *of_up, *of_down)))
