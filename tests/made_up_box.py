@@ -1,7 +1,7 @@
 """A CPU that is made up: what its kernels take by parameters that a fit has to find."""
 
 from perfmodel.devices import cpu
-from perfmodel.devices.cpu_work import KINDS, REGIMES
+from perfmodel.devices.cpu_work import KINDS, REGIMES, STATE
 from perfmodel.devices.hardware import Hardware
 from validate.fitting import cpu as fit
 from validate.fitting.cpu_ops import passes
@@ -21,15 +21,16 @@ GEMM = cpu.CpuGemmParameters(
         )
     ),
 )
-ATTENTION = cpu.CpuAttentionParameters(
-    20e-6, 6e-6, 10.0, 0.6, 1.5, 40e-6, 12e-6, 20.0, 0.5, 1.3, 1.2, 1.6
-)  # fmt: skip
+ATTENTION = {
+    "fp32": cpu.CpuAttentionParameters(20e-6, 6e-6, 10.0, 0.6, 1.5, 40e-6, 12e-6, 20.0, 0.5, 1.3),
+    "bf16": cpu.CpuAttentionParameters(20e-6, 8e-6, 6.0, 0.8, 1.4, 40e-6, 50e-6, 8.0, 0.4, 1.3),
+}
 STREAM = cpu.CpuStreamParameters(
     0.9, 2.5, 0.5,
     {kind: (1 + i) * 1e-6 for i, kind in enumerate(KINDS)},
     {kind: 0.0 if kind == "stream" else 0.5 + 0.2 * i for i, kind in enumerate(KINDS)},
     {kind: 1.0 + 0.2 * i for i, kind in enumerate(KINDS)},
-    1.5, 9e6,
+    1.5, 9e6, 4.0,
 )  # fmt: skip
 ENVIRONMENT = {
     "kind": "environment", "id": "e", "device": "cpu", "software": {"torch": "2"},
@@ -50,14 +51,18 @@ def seconds_of(case: designs.MicroCase) -> float:
         sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
         return float(
             cpu.cpu_attention_time(
-                *sizes, hardware=BOX, parameters=ATTENTION, causal=True, backward=case.backward,
-                half=case.dtype != "fp32",
+                *sizes, hardware=BOX, parameters=ATTENTION[case.dtype], dtype=case.dtype, causal=True,
+                backward=case.backward,
             )
         )  # fmt: skip
     if case.block == "pointwise":
         half = case.dtype != "fp32" or case.op == "cast"
+        back = case.op in STATE
         rows = passes(case.op, case.dtype, s["rows"], s["columns"])
         return float(
-            sum(cpu.stream_time(*a, hardware=BOX, parameters=STREAM, kind=kind, half=half) for kind, a in rows)
+            sum(
+                cpu.stream_time(*a, hardware=BOX, parameters=STREAM, kind=kind, half=half, back=back)
+                for kind, a in rows
+            )
         )
     return 0.0

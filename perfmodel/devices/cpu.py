@@ -64,7 +64,6 @@ class CpuAttentionParameters:
         score, backward_score: clocks a score (a query and a key that it sees) and core, products excluded.
         efficiency, backward_efficiency: share of the fp32 peak in its products.
         aliasing, backward_aliasing: how much longer the products take where the rows of q are whole pages apart.
-        half, backward_half: how many times as long a call takes on 16-bit operands.
     """
 
     floor: float = 10e-6
@@ -77,8 +76,6 @@ class CpuAttentionParameters:
     backward_score: float = 16.0
     backward_efficiency: float = 0.7
     backward_aliasing: float = 1.5
-    half: float = 1.0
-    backward_half: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,7 @@ class CpuStreamParameters:
         floors: seconds of a call beyond the cheapest one, by kind.
         clocks: clocks an element and core beyond a load and a store, by kind, on fp32.
         clocks16: the same on 16-bit operands, which are computed in fp32.
+        back16: the same beyond that, where results go back in place to what no cache holds: few lines are under way.
     """
 
     stream: float = 1.0
@@ -104,14 +102,15 @@ class CpuStreamParameters:
     clocks16: Mapping[str, float] = _each(KINDS, 1.0)
     cold: float = 0.0
     shared_bytes: float = 0.0
+    back16: float = 0.0
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """What prices a CPU's work: products by dtype (fp32, bf16; fp16 as bf16), attention, streams."""
+    """What prices a CPU's work: products and attention by dtype (fp32, bf16; fp16 as bf16), streams."""
 
     gemm: Mapping[str, CpuGemmParameters]
-    attention: CpuAttentionParameters
+    attention: Mapping[str, CpuAttentionParameters]
     stream: CpuStreamParameters
 
 
@@ -205,8 +204,7 @@ def attention_work(b: Any, queries: Any, keys: Any, heads: Any, *, causal: bool)
 
 def cpu_attention_time(
     b: Any, queries: Any, keys: Any, heads: Any, head_dim: Any,
-    *, hardware: Hardware, parameters: CpuAttentionParameters, causal: bool, backward: bool = False,
-    half: bool = False,
+    *, hardware: Hardware, parameters: CpuAttentionParameters, dtype: str, causal: bool, backward: bool = False,
 ) -> Array:  # fmt: skip
     """Seconds of scaled dot product attention: two products forward, five backward."""
     p, prefix = parameters, "backward_" if backward else ""
@@ -214,23 +212,24 @@ def cpu_attention_time(
         getattr(p, prefix + name) for name in ("floor", "block", "score", "efficiency", "aliasing")
     )
     blocks, scores = attention_work(b, queries, keys, heads, causal=causal)
-    slower = np.where(aliased(heads * head_dim * ITEMSIZE["fp32"]), aliasing, 1.0)
+    slower = np.where(aliased(heads * head_dim * ITEMSIZE[dtype]), aliasing, 1.0)
     products = slower * 2.0 * (5 if backward else 2) * scores * head_dim / (efficiency * hardware.fp32_flops)
     per_core = (blocks * block + scores * score / hardware.clock_hz) / hardware.sm_count
-    return np.asarray((floor + products + per_core) * (getattr(p, prefix + "half") if half else 1.0))
+    return np.asarray(floor + products + per_core)
 
 
 def stream_time(
     traffic: Any, elements: Any, calls: Any = 1, cold: Any = 0.0,
-    *, hardware: Hardware, parameters: CpuStreamParameters, kind: str, half: bool = False,
+    *, hardware: Hardware, parameters: CpuStreamParameters, kind: str, half: bool = False, back: bool = False,
 ) -> Array:  # fmt: skip
     """Seconds of a call that moves `traffic` bytes and computes on so many elements; `calls` pay a floor each.
 
-    `cold` of the bytes are in no cache; the others are not either if they are more than the shared cache keeps.
+    `cold` of the bytes are in no cache; the others are not either if they are more than the shared cache keeps. `half`:
+    of 16 bits; `back`: written in place to where no cache holds them.
     """
     p = parameters
     cores = np.clip(np.ceil(np.asarray(elements, np.float64) / GRAIN), 1.0, hardware.sm_count)
-    clocks = (p.clocks16 if half else p.clocks)[kind]
+    clocks = p.clocks16[kind] + back * p.back16 if half else p.clocks[kind]
     usable = p.cache_usable * hardware.l2_bytes * cores / hardware.sm_count
     hit = _kept(traffic, usable)
     slowdown = (1.0 - hit) + hit / (p.cache_ratio * cores / hardware.sm_count)
@@ -246,15 +245,19 @@ def _kept(traffic: Any, usable: Any) -> Any:
 
 
 def _attention(
-    hardware: Hardware, parameters: CpuAttentionParameters, backward: bool, causal: bool, half: bool, *sizes: Any
-) -> np.ndarray:
-    kind = {"causal": causal, "backward": backward, "half": half}
-    return cpu_attention_time(*sizes, hardware=hardware, parameters=parameters, **kind)
+    hardware: Hardware, parameters: Mapping[str, CpuAttentionParameters], backward: bool, causal: bool, dtype: str,
+    *sizes: Any,
+) -> np.ndarray:  # fmt: skip
+    return cpu_attention_time(
+        *sizes, hardware=hardware, parameters=parameters[dtype], dtype=dtype, causal=causal, backward=backward
+    )
 
 
 def _solver(hardware: Hardware, name: str, *shape: Any) -> np.ndarray:
     return solver_time(name, *shape, hardware=hardware)
 
 
-def _stream(hardware: Hardware, parameters: CpuStreamParameters, kind: str, half: bool, *columns: Any) -> np.ndarray:
-    return stream_time(*columns, hardware=hardware, parameters=parameters, kind=kind, half=half)
+def _stream(
+    hardware: Hardware, parameters: CpuStreamParameters, kind: str, half: bool, back: bool, *columns: Any
+) -> np.ndarray:
+    return stream_time(*columns, hardware=hardware, parameters=parameters, kind=kind, half=half, back=back)

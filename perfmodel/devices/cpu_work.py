@@ -82,8 +82,9 @@ def sort(i: int, op: Op, tables: Tables) -> None:
             raise UserError("attention flash2: flash-attn runs on a GPU only; use sdpa")
         backward = name.endswith("_backward")
         q, k = op.inputs[1:3] if backward else op.inputs[:2]
-        causal, half = op.attrs.causal, q.dtype in ("bf16", "fp16")
-        tables.add("attention", (backward, causal, half), i, q.shape[0], q.shape[2], k.shape[2], q.shape[1], q.shape[3])
+        causal, dtype = op.attrs.causal, "bf16" if q.dtype in ("bf16", "fp16") else "fp32"
+        batch, heads, queries, head_dim = q.shape
+        tables.add("attention", (backward, causal, dtype), i, batch, queries, k.shape[2], heads, head_dim)
     elif work == "decomposition":
         *batch, rows, columns = op.inputs[0].shape
         tables.add("solver", (name,), i, product(tuple(batch)), rows, columns)
@@ -93,7 +94,7 @@ def sort(i: int, op: Op, tables: Tables) -> None:
     else:
         half = any(s.dtype in ("bf16", "fp16") for s in (*op.inputs, *op.outputs))
         for kind, *amounts in streams(op):
-            tables.add("stream", (kind, half), i, *amounts)
+            tables.add("stream", (kind, half, writes_back(op)), i, *amounts)
 
 
 def _gemm_key(op: Op, layout: str) -> tuple[str, str]:
@@ -138,6 +139,12 @@ def streams(op: Op) -> list[tuple[str, Any, Any, Any, Any]]:
         elements = sum(s.numel * s.copies for s in op.inputs if s.shape) if "norm" in base else _elements(lists)
         return [(kind_of(op), op.bytes_read + written, elements, sum(s.copies for s in lists), op.bytes_read)]
     return [(kind_of(op), op.bytes_read + written, max_numel(op), 1, _cold(op, base))]
+
+
+def writes_back(op: Op) -> bool:
+    """Whether an op changes in place what no cache holds: an optimizer's passes over weights, gradients and states."""
+    base = op.name.partition(".")[0]
+    return base in STATE or (base.endswith("_") and base.startswith("_foreach_"))
 
 
 def _cold(op: Op, base: str) -> Any:

@@ -42,6 +42,7 @@ GROUPED = "grouped"  # a block that a device may lack: its products by expert ar
 EARLY = "gemm.early"  # the same of products under CUDA before 12.6: they are then priced as today's
 CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attention (`calls.sdpa`)
 CUDNN_ATTENTION = "attention_cudnn"  # its block
+CPU_ATTENTION16 = "attention_bf16"  # a block that a CPU may lack: 16-bit attention is then priced as fp32's
 KINDS = ("cuda", "cpu")
 PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 RESIDUALS = ("mean", "median", "p90")
@@ -267,14 +268,19 @@ def _cpu_blocks(fitted: Any, where: str) -> dict[str, "_Block[Any]"]:
     from .cpu import CpuAttentionParameters, CpuGemmParameters, CpuStreamParameters
 
     kinds = (CpuGemmParameters, CpuGemmParameters, CpuAttentionParameters, CpuStreamParameters)
-    return {name: _block(name, kind, fitted, "cpu", where) for name, kind in zip(BLOCKS, kinds, strict=True)}
+    pairs = zip(BLOCKS, kinds, strict=True)
+    blocks: dict[str, _Block[Any]] = {name: _block(name, kind, fitted, "cpu", where) for name, kind in pairs}
+    if CPU_ATTENTION16 in fitted:
+        blocks[CPU_ATTENTION16] = _parse(kinds[2], fitted[CPU_ATTENTION16], f"{where}: [fitted.{CPU_ATTENTION16}]")
+    return blocks
 
 
 def _cpu_kernels(blocks: dict[str, "_Block[Any]"]) -> "CpuKernels":
     from .cpu import CpuKernels
 
     bf16, fp32, attention, stream = (blocks[name].parameters for name in BLOCKS)
-    return CpuKernels({"bf16": bf16, "fp32": fp32}, attention, stream)
+    of_16_bits = blocks.get(CPU_ATTENTION16, blocks["attention"]).parameters
+    return CpuKernels({"bf16": bf16, "fp32": fp32}, {"bf16": of_16_bits, "fp32": attention}, stream)
 
 
 def _identity(table: Table, where: str) -> tuple[str, str, str, Hardware, str]:

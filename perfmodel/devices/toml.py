@@ -21,7 +21,7 @@ RANGES = {  # ends of keys -> a tighter range, from the first computers to any t
 P = TypeVar("P", bound="DataclassInstance")
 
 _MAY_BE_MISSING = (  # newer than files
-    "power_share", "load_energy", "cold", "shared_bytes", "half", "backward_half", "backward_wide", "row_tiles",
+    "power_share", "load_energy", "cold", "shared_bytes", "back16", "backward_wide", "row_tiles",
     "l2_write_cost", "downcast_rate",
 )  # fmt: skip
 _MAY_BE_ZERO = {
@@ -31,7 +31,7 @@ _MAY_BE_ZERO = {
     "backward_cta_overhead", "backward_launch_floor", "kernel_gap", "row_latency", "serial_latency",
     "row_copy_latency", "norm_reread", "softmax_reread", "mean", "median", "p90", "rows_fitted", "rows_left_out",
     "floor", "block", "score", "backward_floor", "backward_block", "backward_score", "a_passes", "b_passes",
-    "c_passes", "floors", "clocks", "clocks16", "cold", "shared_bytes",
+    "c_passes", "floors", "clocks", "clocks16", "cold", "shared_bytes", "back16",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ ORIGINS = {
 BLOCKS = {
     "gemm.bf16": "GEMMs in 16 bit", "gemm.fp32": "GEMMs in fp32", "attention": "attention",
     "attention_cudnn": "cuDNN's attention", "pointwise": "memory-bound kernels", "grouped": "products by expert",
-    "gemm.early": "16-bit products under CUDA before 12.6",
+    "gemm.early": "16-bit products under CUDA before 12.6", "attention_bf16": "attention in 16 bit",
 }  # fmt: skip
 SHEET = {  # figure of the datasheet -> (name, unit)
     "sm_count": ("streaming multiprocessors", ""), "clock_hz": ("highest clock", "Hz"),

@@ -18,7 +18,7 @@ from perfmodel.devices import host as host_files
 from perfmodel.devices import own, profile
 from perfmodel.devices.cpu_work import STATE
 from perfmodel.devices.hardware import Hardware
-from perfmodel.devices.profile import DeviceProfile
+from perfmodel.devices.profile import CPU_ATTENTION16, DeviceProfile
 from perfmodel.errors import UserError
 from perfmodel.resources import write_text
 
@@ -158,9 +158,11 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
     host, software = here["host"], f"PyTorch {here['software'].get('torch')}, {here['host']['threads']} threads"
     fits = {f"gemm.{d}": cpu_fit.fit_gemms(rows, d, hardware, software) for d in ("bf16", "fp32")}
     fits |= {
-        "attention": cpu_fit.fit_attention_kernel(rows, hardware, software),
+        "attention": cpu_fit.fit_attention_kernel(rows, "fp32", hardware, software),
         "pointwise": cpu_fit.fit_streams(rows, hardware, software),
     }
+    if cpu_fit.tells_attention(rows, "bf16"):  # otherwise priced as fp32's
+        fits[CPU_ATTENTION16] = cpu_fit.fit_attention_kernel(rows, "bf16", hardware, software)
     return file_text(name, host["cpu"], "cpu", "cpu", datasheet, fits), fits
 
 

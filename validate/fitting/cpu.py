@@ -23,7 +23,7 @@ from perfmodel.devices.cpu import (
     regime,
     stream_time,
 )
-from perfmodel.devices.cpu_work import KINDS, LIKE, REGIMES
+from perfmodel.devices.cpu_work import KINDS, LIKE, REGIMES, STATE
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
 
@@ -36,6 +36,7 @@ PACKED_AS = {  # regimes that differ in the rate of their products alone
 }  # fmt: skip
 NEEDED_ROWS = 6  # products that tell the parameters of a layout
 NEEDED_MORE = 3  # those that tell in what else a regime differs from it
+NEEDED_ATTENTION = 12
 BEYOND = 1.3  # no product runs at so many times the best rate that was measured, packing included
 ROUNDS, SCALE = 20, 0.02  # reweighting: rounds, and the relative error below which it stays quadratic
 PULL = 2e-3  # of the squared logarithm from where a search begins: what the rows do not tell stays there
@@ -175,14 +176,19 @@ def _zeros(parameters: Any, *names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def fit_attention_kernel(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -> Fit:
-    """The flash kernel: a floor, blocks, scores and products, forward and backward."""
-    found = [r for r in all_rows if r.case["block"] == "attention"]
-    full = [r for r in found if r.case["dtype"] == "fp32"]
-    _enough(full, 12, "attention")
+def tells_attention(all_rows: Sequence[CpuRow], dtype: str) -> bool:
+    """Whether enough calls of attention in a dtype were measured, in each direction."""
+    used = [r.case["backward"] for r in _of_attention(all_rows, dtype) if not r.left_out]
+    return min(used.count(True), used.count(False)) >= NEEDED_ATTENTION // 2
+
+
+def fit_attention_kernel(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, software: str) -> Fit:
+    """The flash kernel of a dtype: a floor, blocks, scores and products, forward and backward."""
+    found = _of_attention(all_rows, dtype)
+    _enough(found, NEEDED_ATTENTION, f"{dtype} attention")
     values: dict[str, float] = {}
     for prefix, backward in (("", False), ("backward_", True)):
-        used = [r for r in full if not r.left_out and r.case["backward"] == backward]
+        used = [r for r in found if not r.left_out and r.case["backward"] == backward]
         blocks, scores, flops = np.array([_attention_terms(r) for r in used]).T
         whole_pages = np.array([_whole_pages(r) for r in used])
         seconds, dispatch = _seconds_of(used)
@@ -193,7 +199,7 @@ def fit_attention_kernel(all_rows: Sequence[CpuRow], hardware: Hardware, softwar
             flops,
             flops * whole_pages,
         ]
-        low = [0.0, 0.0, 0.0, 1.0 / hardware.fp32_flops, 0.0]
+        low = [0.0, 0.0, 0.0, 1.0 / max(hardware.fp32_flops, hardware.peak(dtype)), 0.0]
         floor, block, score, per_flop, more = least_relative(columns, seconds, low, dispatch)
         values |= {
             f"{prefix}floor": float(floor),
@@ -203,37 +209,27 @@ def fit_attention_kernel(all_rows: Sequence[CpuRow], hardware: Hardware, softwar
             f"{prefix}aliasing": float(1.0 + more / per_flop),
         }
     p = CpuAttentionParameters(**values)
-    times = _times_of_half([r for r in found if r.case["dtype"] != "fp32" and not r.left_out], hardware, p)
-    p = replace(p, **times)
 
     def predict(r: CpuRow) -> float:
         return _attention_seconds(r, hardware, p)
 
-    kept = tuple(name for name in ("half", "backward_half") if name not in times)
-    doubts = Doubts(kept, _zeros(p, *(f.name for f in fields(p))))
-    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.fp32_flops), software, doubts)
+    doubts = Doubts((), _zeros(p, *(f.name for f in fields(p))))
+    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.peak(dtype)), software, doubts)
 
 
-def _times_of_half(used: Sequence[CpuRow], hardware: Hardware, p: CpuAttentionParameters) -> dict[str, float]:
-    """How many times as long calls on 16-bit operands take, forward and backward, where enough were measured."""
-    found = {}
-    for name, backward in (("half", False), ("backward_half", True)):
-        mine = [r for r in used if r.case["backward"] == backward]
-        if len(mine) >= NEEDED_MORE:
-            work = [(r.seconds - r.dispatch) / _attention_seconds(r, hardware, p) for r in mine]
-            found[name] = float(np.median(work))
-    return found
+def _of_attention(all_rows: Sequence[CpuRow], dtype: str) -> list[CpuRow]:
+    return [r for r in all_rows if r.case["block"] == "attention" and r.case["dtype"] == dtype]
 
 
 def _attention_seconds(r: CpuRow, hardware: Hardware, p: CpuAttentionParameters) -> float:
     s = r.sizes
     sizes = (s["batch"], s["seq"], s["seq"], s["heads"], s["head_dim"])
-    kind = {"causal": True, "backward": r.case["backward"], "half": r.case["dtype"] != "fp32"}
+    kind = {"dtype": r.case["dtype"], "causal": True, "backward": r.case["backward"]}
     return float(cpu_attention_time(*sizes, hardware=hardware, parameters=p, **kind))
 
 
 def _whole_pages(r: CpuRow) -> bool:
-    return bool(aliased(r.sizes["heads"] * r.sizes["head_dim"] * ITEMSIZE["fp32"]))
+    return bool(aliased(r.sizes["heads"] * r.sizes["head_dim"] * ITEMSIZE[r.case["dtype"]]))
 
 
 def _attention_terms(r: CpuRow) -> tuple[float, float, float]:
@@ -248,11 +244,11 @@ def fit_streams(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -
     _enough(found, 40, "pointwise calls")
     used = [r for r in found if not r.left_out]
     p = _bandwidths([r for r in used if r.case["dtype"] == "fp32"], hardware)
-    floors, clocks = _by_kind([r for r in used if r.case["dtype"] == "fp32"], hardware, p)
+    floors, clocks, _ = _by_kind([r for r in used if r.case["dtype"] == "fp32"], hardware, p)
     usual = CpuStreamParameters()
     p = replace(p, floors={**usual.floors, **floors}, clocks={**usual.clocks, **clocks})
-    _, clocks16 = _by_kind([r for r in used if r.case["dtype"] != "fp32"], hardware, p)
-    p = replace(p, clocks16={**p.clocks, **clocks16})
+    _, clocks16, back16 = _by_kind([r for r in used if r.case["dtype"] != "fp32"], hardware, p)
+    p = replace(p, clocks16={**p.clocks, **clocks16}, back16=back16)
     kept = [f"floors.{k}" for k in KINDS if k not in floors] + [f"clocks.{k}" for k in KINDS if k not in clocks]
     doubts = Doubts(
         (*kept, *(f"clocks16.{k}" for k in KINDS if k not in clocks16)), _zeros(p, "floors", "clocks", "clocks16")
@@ -274,7 +270,8 @@ def _passes(r: CpuRow) -> list[tuple[str, Amounts]]:
 
 def _seconds(kind: str, amounts: Amounts, r: CpuRow, hardware: Hardware, p: CpuStreamParameters) -> float:
     half = r.case["dtype"] != "fp32" or r.case["op"] in ("cast", "add_mixed")
-    return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half))
+    back = r.case["op"] in STATE
+    return float(stream_time(*amounts, hardware=hardware, parameters=p, kind=kind, half=half, back=back))
 
 
 def _bandwidths(used: Sequence[CpuRow], hardware: Hardware) -> CpuStreamParameters:
@@ -305,9 +302,12 @@ def _bandwidths(used: Sequence[CpuRow], hardware: Hardware) -> CpuStreamParamete
 
 def _by_kind(
     used: Sequence[CpuRow], hardware: Hardware, p: CpuStreamParameters
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Floor and clocks an element of the kinds that the rows hold, the bandwidths given."""
-    floors, clocks = {}, {}
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Floor and clocks an element of the kinds that the rows hold, and more of what is written back to memory.
+
+    The bandwidths are given.
+    """
+    floors, clocks, back = {}, {}, 0.0
     bare = replace(p, floors=dict.fromkeys(KINDS, 0.0), clocks=dict.fromkeys(KINDS, 0.0))
     bare = replace(bare, clocks16=bare.clocks)
     for kind in KINDS:
@@ -318,8 +318,11 @@ def _by_kind(
         base = np.array([_seconds(kind, _passes(r)[0][1], r, hardware, bare) for r in mine])
         elements = np.array([_passes(r)[0][1][1] for r in mine])
         cores = np.clip(np.ceil(elements / GRAIN), 1.0, hardware.sm_count)
-        floor, per_element = least_relative(
-            [np.ones(len(mine)), elements / cores], seconds, [0.0, 0.0], dispatch + base
-        )
-        floors[kind], clocks[kind] = float(floor), float(per_element * hardware.clock_hz)
-    return floors, clocks
+        columns = [np.ones(len(mine)), elements / cores]
+        written_back = np.array([r.case["op"] in STATE for r in mine])
+        if written_back.any():
+            columns.append(columns[1] * written_back)
+        found = least_relative(columns, seconds, [0.0] * len(columns), dispatch + base)
+        floors[kind], clocks[kind] = float(found[0]), float(found[1] * hardware.clock_hz)
+        back += float(sum(found[2:]) * hardware.clock_hz)  # of one kind alone: what streams
+    return floors, clocks, back

@@ -50,7 +50,7 @@ def design(device: str, dtypes: tuple[str, ...]) -> dict[str, list[MicroCase]]:
         blocks[f"pointwise {dtype}"] = stream_cases(dtype, wide=wide)
     blocks["attention"] = attentions("bf16" if wide else "fp32", wide=wide)
     if not wide:
-        blocks["attention bf16"] = attentions("bf16", wide=wide)[::3]
+        blocks["attention bf16"] = attentions("bf16", wide=wide)
     return blocks
 
 
