@@ -209,13 +209,20 @@ class Llama(Architecture):
             weight = model.tied_weight("model.embed_tokens")
         else:
             weight = model.parameter("lm_head.weight", (self.vocab, self.hidden), "weight")
-        if model.build.setup.uses("cce"):
+        setup, wrapping = model.build.setup, tape().wrapping
+        there: Tensor = weight if wrapping is None else wrapping.weight(weight)
+        if there is not weight and not setup.uses("trl"):
+            raise UserError(
+                f"kernels {setup.kernels}: the loss reads the head's weight, which lies in shards there (accelerate's "
+                "FSDP2 around PEFT's model), and PyTorch ends in an error; use --fsdp-units blocks, or --kernels torch"
+            )
+        if setup.uses("cce"):
             return cut_cross_entropy(self.scaled_logits(hidden), weight, labels)
-        if model.build.setup.uses("trl"):
-            return fused_head_loss(hidden, weight, labels)
+        if setup.uses("trl"):
+            return fused_head_loss(hidden, there, labels)
         target = shifted_labels(labels)
         hidden = view(hidden, (product(hidden.shape[:-1]), self.hidden))
-        return linear_cross_entropy(hidden, weight, target, scaled=model.build.setup.grad_accum > 1)
+        return linear_cross_entropy(hidden, weight, target, scaled=setup.grad_accum > 1)
 
     def _decoder(self, model: Scope, ids: Tensor, attention: Tensor) -> Tensor:
         embedded = self.scaled_words(model.build.method.embedded(model, self.embed(model, ids)))

@@ -382,7 +382,7 @@ def form_of_axolotl(keys: Keys) -> AskedForm:
         options = {key: value for key, value in options.items() if str(key).removeprefix("fsdp_") not in NOT_IN_SCHEMA}
     found = form_of(keys.but(fsdp_config=options), fsdp_version=1)
     if found.parallel == "fsdp2" and not keys.values.get("adapter"):
-        found = replace(found, unlike=(*found.unlike, MASTERS))
+        found = replace(found, setup={**found.setup, "fsdp_units": "blocks"}, unlike=(*found.unlike, MASTERS))
     return found
 
 

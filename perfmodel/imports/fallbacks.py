@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..methods.lora import FUSED_BY, Lora
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
-from ..methods.parts.targeted import ALL_LINEAR, unmatched
+from ..methods.parts.targeted import ALL_LINEAR, Targeted, unmatched
 from ..recording.checks import OF_OWN_LOSS, check_own_loss
 from ..recording.converted import check_converted
 from ..recording.parallel.form import COMPILED, COMPILED_METHODS, CUT
@@ -36,6 +36,7 @@ WITHOUT_LIGER = {"LLaMA-Factory": ("smollm3",)}
 OWN_LOSSES = {
     "cce": (UNCUT, "Liger's loss, not cut cross entropy"), "trl": (UNFUSED_HEAD, "Liger's loss, not TRL's fused head"),
 }  # fmt: skip
+READS_SHARD = "PyTorch's kernels: under accelerate's FSDP2 a fused loss finds the head of an adapted model in shards"
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
@@ -106,12 +107,22 @@ def _of_kernels(found: Imported, architecture: Architecture) -> Iterator[Fallbac
             kept = kept[1:]
         elif "liger" not in architecture.traits.fused:
             kept, said = kept[1:], ["PyTorch's kernels, not Liger's, which are not modelled for the model"]
+    if kept[-1:] in (["liger"], ["cce"]) and _head_in_shards(found, architecture):
+        kept, said = [], [READS_SHARD]
     own = kept[-1] if kept and kept[-1] in OWN_LOSSES else ""
     if own and (why := _without_own_loss(found, architecture, own)) is not None:
         kept = kept[:-1]
         said += [OWN_LOSSES[own][bool(kept)]] if why else []
     if (left := "+".join(kept) or "torch") != asked:
         yield Fallback("kernels", left, "; ".join(said))
+
+
+def _head_in_shards(found: Imported, architecture: Architecture) -> bool:
+    """Whether the head of PEFT's model lies in shards where a loss reads it, as accelerate has FSDP2's units."""
+    setup = found.setup
+    form = setup.get("parallel", "ddp"), setup.get("fsdp_units", "accelerate")
+    several = np.max(setup.get("gpus", 1)) > 1 and form == ("fsdp2", "accelerate")
+    return several and not architecture.tied and isinstance(methods.parse(found.method or "full"), Targeted)
 
 
 def _without_own_loss(found: Imported, architecture: Architecture, own: str) -> bool | None:

@@ -331,6 +331,9 @@ def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bo
 
 
 def unknown_to(parallel: str) -> tuple[str, ...]:
-    """Fields of a setup that a form has not: DeepSpeed exchanges as its stage does, and only FSDP casts to reduce."""
+    """Fields of a setup that a form has not: DeepSpeed exchanges as its stage does, only FSDP casts to reduce, and only
+    FSDP2 has units to choose.
+    """
     each = ("sync_each_batch",) if parallel.startswith("zero") else ()
-    return each if parallel.startswith("fsdp") else ("reduce_dtype", *each)
+    units = () if parallel == "fsdp2" else ("fsdp_units",)
+    return (*units, *each) if parallel.startswith("fsdp") else ("reduce_dtype", *units, *each)

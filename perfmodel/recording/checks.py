@@ -11,9 +11,9 @@ from .deepspeed import zero3_alone
 
 # What losses that read the head's weight by themselves are modelled with: under ZeRO-3 and FSDP they gather it, too
 OF_OWN_LOSS: dict[str, tuple[object, ...]] = {
-    "kernels": (), "dtype": (), "objective": (), "gpus": (), "parallel": ("ddp", "zero1", "zero2"),
-    "offload": ("none", "optimizer"), "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",), "compile": ("none",),
-    "qat": ("none",),
+    "kernels": (), "dtype": (), "objective": (), "gpus": (), "parallel": ("ddp", "zero1", "zero2", "fsdp2", "fsdp1"),
+    "offload": ("none", "optimizer", "params"), "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",),
+    "compile": ("none",), "qat": ("none",),
 }  # fmt: skip
 
 
@@ -60,16 +60,16 @@ def check_own_loss(architecture: Architecture, method: Method, setup: Setup) -> 
     """
     cuts = setup.uses("cce")
     what = "kernels cce (cut cross entropy)" if cuts else "kernels trl (TRL's fused head)"
+    shared = np.max(setup.gpus) > 1 or setup.offload != "none"
     capped = cuts and architecture.logit_cap  # TRL's kernels cap logits themselves
     if not architecture.traits.cut_loss or architecture.classifier is not None or capped:
         raise UserError(f"{what}: not modelled for {architecture.name}; leave it out")
     if "lm_head" in getattr(method, "targets", ()):
         raise UserError(f"method {method.name}: {what} reads the head's own weight; leave lm_head out")
-    if cuts and setup.dtype == "fp32":
+    if cuts and setup.dtype == "fp32" and not (shared and setup.parallel.startswith("fsdp") and setup.amp):
         raise UserError(f"{what}: its kernels take weights of 16 bits; use --dtype bf16")
     if setup.objective != "sft":
         raise UserError(f"{what}: objective {setup.objective} takes logits; leave it out")
-    shared = np.max(setup.gpus) > 1 or setup.offload != "none"
     for name, known in OF_OWN_LOSS.items():
         value = getattr(setup, name)
         if known and value not in known and (name != "parallel" or shared):

@@ -57,8 +57,9 @@ class Wrapping(Protocol):
         """Run the embedding of the words, a norm or the head."""
         return run(x)
 
-    def weight(self, p: Parameter) -> None:
-        """A parameter of an adapter is about to be used."""
+    def weight(self, p: Parameter) -> Tensor:
+        """What there is of a parameter that is about to be used beside its module: of an adapter, or of a head."""
+        return p
 
 
 class Tape:

@@ -31,8 +31,7 @@ from .calls import Calls, Key, Loss, Place, TracedProgram, record_calls
 from .fakes import Fakes
 from .growth import Term, Whole, whole
 from .kernels import BY_TOKEN
-from .packages.cut_loss import with_cut_loss
-from .packages.fused_head import with_fused_head
+from .packages.fused_head import with_own_loss
 from .parameters import parameters_of
 from .programs import adapt as adapters
 from .programs import diffusion
@@ -101,8 +100,7 @@ def trace_model(
         seeing = f"{config.name}-vision"
         raise UserError(f"--images: {name} takes no images" + (f"; {seeing} does" if seeing in model_names() else ""))
     with without_remarks():
-        base = programs.build_model(config, setup)
-        base = with_cut_loss(base) if setup.uses("cce") else with_fused_head(base) if setup.uses("trl") else base
+        base = with_own_loss(programs.build_model(config, setup), setup)
         names = frozenset(name for name, _ in base.named_parameters())
         facts = adapters.layers_of(base, config.name)
         model, bound = adapters.adapted(base, method, facts, setup)

@@ -47,6 +47,10 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lora:r=4", {"grad_accum": 2, "sync_each_batch": True}),
     ("full", {"shard_group": 2}),
     ("lora:r=4", {"shard_group": 2, "reshard": False, "grad_accum": 2, "gpus": 6}),
+    *((method, {"kernels": "trl", **more}) for method in ("full", "lora:r=4") for more in ({}, {"reshard": False})),
+    ("full", {"kernels": "cce", "dtype": "bf16", "checkpoint": "block"}),
+    ("lora:r=4", {"kernels": "cce", "dtype": "bf16", "grad_accum": 2}),
+    ("full", {"kernels": "cce", "amp": "bf16", "reshard": False}),
 )
 
 

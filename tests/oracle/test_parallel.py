@@ -47,8 +47,12 @@ TOKENS = [case for case in GRID if case.setup.sequence_parallel]
 RINGS = [case for case in GRID if case.setup.cp > 1]
 
 
+OWN_LOSSES = [case for case in GRID if case.setup.kernels != "torch"]
+
+
 CHOSEN = [
-    *[case for case in GRID if case.setup.tp == case.setup.cp == 1][::17],
+    *[case for case in GRID if case.setup.tp == case.setup.cp == 1 and case.setup.kernels == "torch"][::17],
+    *OWN_LOSSES[::8],
     *SHARED[::7],
     *TOKENS[1::9],
     *RINGS[3::11],

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain, islice, zip_longest
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from perfmodel.program.part import PHASES
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
+from perfmodel.tracing.packages.cut_loss import LinearCrossEntropy
+from perfmodel.tracing.packages.fused_head import with_own_loss
 from perfmodel.tracing.programs import models, updates
 from perfmodel.tracing.programs.dtypes import DTYPES, TORCH_DTYPES
 from perfmodel.tracing.programs.low_bit import apply_low_bit
@@ -295,7 +298,8 @@ def traced_rank(case: Case, optimizer: str) -> RankRecorder:
     checkpointed(model, setup)
     if setup.replicas * setup.cp > 1:
         model = wrapped_for_ranks(model, setup, architecture, mesh)
-    real = trace_rank(model, setup, updates.make(model, optimizer, method))
+    with patch.object(LinearCrossEntropy, "rows_of_a_lock", 128):  # as its package has them
+        real = trace_rank(model, setup, updates.make(model, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real
 
@@ -309,7 +313,7 @@ def checkpointed(model: Any, setup: Setup) -> None:
 
 def alone(config: Config, setup: Setup, architecture: Architecture, method: Method, mesh: Any = None) -> Any:
     """The model with the method on it, as one GPU alone would have it, or one of those that share its layers."""
-    base = models.build_model(config, setup, device="cpu")
+    base = with_own_loss(models.build_model(config, setup, device="cpu"), setup)
     method = method.under(setup.stack, setup.dtype)
     if setup.sequence_parallel:
         return share_tokens(base, method, architecture, mesh["tp"])

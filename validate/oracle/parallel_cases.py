@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -28,6 +29,7 @@ BY_BLOCKS: tuple[dict[str, Any], ...] = (  # all else in one unit
 )  # fmt: skip
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
+OWN_LOSS_MODELS = ("llama", "qwen3")
 METHODS = (
     "full",
     "lora:r=4",
@@ -121,10 +123,27 @@ def rank_grid(which: str) -> Iterator[Case]:
                     setup.amp is None or form == "ddp" or not method.startswith("prefix")
                 ):  # else PyTorch ends in an error
                     yield _case(config, method, replace(setup, parallel=form, checkpoint="none"))
+    yield from own_loss_grid(which)
     yield from tensor_grid(which)
     yield from mesh_grid(which)
     yield from sequence_grid(which)
     yield from ring_grid(which)
+
+
+def own_loss_grid(which: str) -> Iterator[Case]:
+    """Heads whose loss reads their weight, in every form; with LoRA TRL's gathers one of its own by itself."""
+    for i, (name, tied) in enumerate((name, tied) for name in OWN_LOSS_MODELS for tied in (False, True)):
+        config = Config({**SMALL[name], "tie_word_embeddings": tied}, name, f"{name}-{'tied' if tied else 'untied'}")
+        for j, (kernels, method) in enumerate(product(("trl", "cce"), ("full", "lora:r=4", "top_k:k=1"))):
+            for k, way in enumerate((*WAYS, *({**way, "fsdp_units": "blocks"} for way in WAYS[1:]))):
+                apart = method.startswith("lora") and not tied and way.get("fsdp_units") != "blocks"
+                if (which == "quick" and (i + j + k) % 3) or (apart and (kernels == "cce" or "offload" in way)):
+                    continue  # PyTorch ends in an error, or the head is the host's
+                for setup in varied(5 * i + 3 * j + 2 * k, {"quick": 1, "standard": 3, "all": 12}[which]):
+                    setup = replace(setup, attention="sdpa", kernels=kernels, **way)
+                    if setup.dtype == "fp32" and kernels == "cce" and (setup.amp is None or setup.parallel == "ddp"):
+                        setup = replace(setup, dtype="bf16")
+                    yield _case(config, method, setup)
 
 
 def compiled_grid(which: str) -> Iterator[Case]:

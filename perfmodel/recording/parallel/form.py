@@ -74,8 +74,8 @@ class ParallelForm(Protocol):
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The embedding of the words, a norm or the head between its hooks."""
 
-    def weight(self, p: Parameter) -> None:
-        """A parameter of an adapter is about to be used."""
+    def weight(self, p: Parameter) -> Tensor:
+        """What there is of a parameter that is about to be used beside its module: of an adapter, or of a head."""
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Behind a forward pass; returns what it gives, the loss or logits first, hooked."""
@@ -132,8 +132,9 @@ class OfBlocks:
 class WholeUnits(OfBlocks):
     """Of a form whose units hold adapters like all else."""
 
-    def weight(self, p: Parameter) -> None:
+    def weight(self, p: Parameter) -> Tensor:
         """It came with its block."""
+        return p
 
 
 def check_form(setup: Setup, method: Method) -> None:

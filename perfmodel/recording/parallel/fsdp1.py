@@ -200,12 +200,13 @@ class FlatShard(OfBlocks):
         wait_event(COMPUTE, COMMUNICATION)
         self._unshard(self.units[ROOT])
 
-    def weight(self, p: Parameter) -> None:
+    def weight(self, p: Parameter) -> Tensor:
         """An adapter's module is about to run."""
         unit = self.of_adapter.get(id(p))
         if unit is not None:
             self._unshard(unit)
             unit.leave(frees=not self.keeps)
+        return p
 
     def block(self, path: str, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A block between its hooks."""

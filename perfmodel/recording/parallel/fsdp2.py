@@ -29,6 +29,7 @@ host's memory one by one before each gathering, gradients go there one by one, a
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ...errors import UserError
 from ...program.dims import Dim, decide
 from ...program.dtypes import ITEMSIZE
 from ...program.op import STRIDED, Attrs
@@ -36,14 +37,16 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
+from ...tape.bus import functional_collective
 from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
+from ...tape.shape import narrow
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
 from .form import WholeUnits
 from .gathered import Gathered
 from .offload import keep_on_host, to_host
-from .units import ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
+from .units import HEAD, ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
 
 COPIED, SCATTERED, REDUCED = "copied out", "scattered", "reduced"  # events
 
@@ -88,6 +91,7 @@ class FullyShard(WholeUnits):
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
         self.summed: list[Tensor] = []  # what was reduced across groups and is no gradient, to the end
+        self.within: list[str] = []  # units whose last module has not run yet
         self.done: set[str] = set()
         self.last: str | None = None  # the unit whose forward pass was the last one
         self.before: str | None = None  # that of the pass before, if there are several before a backward pass
@@ -129,8 +133,23 @@ class FullyShard(WholeUnits):
         out = run(self._enter(path, x) if path in self.units else x)
         return self._leave(self.ends[path], out, tape().part) if path in self.ends else out
 
+    def weight(self, p: Parameter) -> Tensor:
+        """What a fused loss reads of the head's weight: where no module has gathered it, `full_tensor` of its shard."""
+        unit = self.units[HEAD].unit if HEAD in self.units else None
+        if unit is None or p not in unit.parameters:
+            return p
+        if p.requires_grad or self.offloads:
+            raise UserError(
+                "kernels: a fused loss that gathers a head that trains, or is the host's, is not modelled; use torch"
+            )
+        shard, ranks = dict(unit.pairs)[p], self.ranks
+        rows = (shard.shape[0] * ranks.size, *shard.shape[1:])
+        whole = functional_collective("_c10d_functional::all_gather_into_tensor", shard, rows, ranks)
+        return narrow(whole, 0, p.shape[0]) if decide(rows[0] > p.shape[0]) else whole
+
     def _enter(self, path: str, x: Tensor) -> Tensor:
         self._unshard(self.units[path], forward=True)
+        self.within.append(path)
         node = differentiate("RegisterPostBackwardFunctionBackward", (x,), self._post_backward, (path,))
         if node is None:
             return x
@@ -139,11 +158,17 @@ class FullyShard(WholeUnits):
         return x
 
     def _leave(self, path: str, out: Tensor, part: Part) -> Tensor:
+        self._behind(path, part)
+        return self._before_backward(path, out)
+
+    def _behind(self, path: str, part: Part) -> None:
+        """`post_forward`: the parameters go or stay."""
         self._reshard(self.units[path])
         self.last = path
+        if path in self.within:
+            self.within.remove(path)
         if tape().grad_enabled:
             self.ran.append((path, part))
-        return self._before_backward(path, out)
 
     @hooked
     def _reshard(self, state: Gathered) -> None:
@@ -151,15 +176,19 @@ class FullyShard(WholeUnits):
             state.whole.clear()
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Behind the forward pass: the root's parameters go or stay; its hook before backward."""
+        """Behind the forward pass: the root's parameters go or stay; its hook before backward.
+
+        A unit ends here, too, whose last module never runs: a head whose weight a fused loss reads
+        (`_force_complete_incomplete_states`).
+        """
         self._forget_copied()
-        if self.units[ROOT].unit.parameters:
-            self._reshard(self.units[ROOT])
-            self.last = ROOT
-            if tape().grad_enabled:
-                self.ran.append((ROOT, tape().part))
-        hooked = [self._before_backward(ROOT, output) for output in outputs]
-        return [cast(output, self.output) for output in hooked] if self.output else hooked
+        left_open = self.within[::-1]
+        for path in (ROOT, *left_open):
+            if self.units[path].unit.parameters:
+                self._behind(path, tape().part)
+        for path in (*left_open, ROOT):  # the root's hook is the first to run
+            outputs = [self._before_backward(path, output) for output in outputs]
+        return [cast(output, self.output) for output in outputs] if self.output else outputs
 
     @hooked
     def end_of_backward(self) -> None:

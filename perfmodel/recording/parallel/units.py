@@ -184,9 +184,10 @@ class Survey(WholeUnits):
         self.passes[-1].append(path)
         return run(x)
 
-    def weight(self, p: Parameter) -> None:
+    def weight(self, p: Parameter) -> Tensor:
         """It is used now."""
         self.passes[-1].append(p.name)
+        return p
 
     def units(
         self,
@@ -221,9 +222,8 @@ class Survey(WholeUnits):
             adapted = not setup.sequence_parallel and any(
                 p.kind == "adapter" and not p.name.startswith(BESIDE) for p in parameters
             )
-            first, tail = (
-                self._of_stage() if staged else self._beside(tied=tied, adapted=adapted, classifies=classifies)
-            )
+            headed = not classifies and (tied or any(name.startswith(HEAD) for name in left.values()))
+            first, tail = self._of_stage() if staged else self._beside(tied=tied, adapted=adapted, headed=headed)
             groups = [*first, *groups, *tail]
         found = {group: [p for p, name in left.items() if name.startswith(group)] for group in groups}
         found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
@@ -246,7 +246,7 @@ class Survey(WholeUnits):
         return [(path,) for path in words], [behind] if behind else []
 
     def _beside(
-        self, *, tied: bool, adapted: bool, classifies: bool
+        self, *, tied: bool, adapted: bool, headed: bool
     ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Units of modules before and behind the blocks: the embedding's; the last norm's and the head's together.
 
@@ -255,11 +255,11 @@ class Survey(WholeUnits):
         Source: accelerate 1.15, utils/fsdp_utils.py (`fsdp2_prepare_model`, `_find_final_norm`).
         """
         words = next((path for path in self.modules if path[:-1].endswith(WORDS)), None)
-        if words is None or not (HEAD in self.modules or classifies):
+        if words is None:
             return [], []
         base = words.split(".")[0]
         norms = [path for path in self.modules if path.split(".")[0] == base and path.count(".") == 2]
         norm = () if adapted and base == "model" else tuple(path for path in norms[-1:] if path != words)
-        if HEAD not in self.modules:  # a classifier's is no output embedding
+        if not headed:  # a classifier's is no output embedding
             return [(words,)], [norm] if norm else []
         return ([(words, *norm, HEAD)], []) if tied else ([(words,)], [(*norm, HEAD)])

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ...errors import UserError
+from ...setup import Setup
 from ..cuda_products import add_product
 from ..picked import all_set
-from .cut_loss import IGNORED
+from .cut_loss import IGNORED, with_cut_loss
 
 T = torch.Tensor
 TOKENS, WORDS = 4096, 32768  # of a tile (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
@@ -143,7 +144,10 @@ def with_fused_head(model: Any) -> Any:
         hidden = self.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         labels = labels[:, 1:]
         mask = all_set(labels != IGNORED)
-        found = ChunkedLogProb.apply(hidden[mask], self.lm_head.weight, labels[mask])  # type: ignore[no-untyped-call]
+        weight = self.lm_head.weight
+        if hasattr(weight, "full_tensor"):  # a shard under FSDP2, which nothing has gathered
+            weight = weight.full_tensor()
+        found = ChunkedLogProb.apply(hidden[mask], weight, labels[mask])  # type: ignore[no-untyped-call]
         log_probs, _, _ = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found]
         -log_probs.sum() / mask.sum().clamp(min=1)  # the model's own loss, which the trainer makes again
         each = -log_probs
@@ -151,3 +155,8 @@ def with_fused_head(model: Any) -> Any:
 
     model.forward = MethodType(forward, model)
     return model
+
+
+def with_own_loss(model: Any, setup: Setup) -> Any:
+    """A causal model with the head and loss of a setup's kernels, cut cross entropy or TRL's; any other as it is."""
+    return with_cut_loss(model) if setup.uses("cce") else with_fused_head(model) if setup.uses("trl") else model
