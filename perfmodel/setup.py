@@ -28,7 +28,7 @@ COMPILE = ("none", "default", "reduce-overhead")
 ENGINES = ("torch", "deepspeed-zero3")
 # each in a file of `perfmodel/recording/parallel/` or `deepspeed/`, stages 1 and 2 of ZeRO in one
 PARALLEL = ("ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3")
-FSDP_UNITS = ("accelerate", "blocks")
+FSDP_UNITS = ("accelerate", "blocks", "adapters")
 ROTATE = ("allgather", "alltoall")  # accelerate's `cp_comm_strategy`
 ULYSSES = "ulysses"  # its `sp_size`
 SCHEDULE = re.compile(r"gpipe|1f1b|interleaved:v=[1-9]\d?")  # of a pipeline (`recording.parallel.schedules`)
@@ -104,7 +104,8 @@ class Setup:
         reshard: whether FSDP frees a block's weights behind its forward pass and gathers them again backward
             (FULL_SHARD; FSDP2's `reshard_after_forward`), or leaves them gathered in between (SHARD_GRAD_OP).
         fsdp_units: what FSDP2 gathers together: accelerate, each block, the embedding, the last norm with the head; or
-            blocks, each block, and all else, which is freed behind the forward pass, too.
+            blocks, each block, and all else, which is freed behind the forward pass, too; or adapters, each half of
+            each LoRA by itself, and the rest as blocks.
         reduce_dtype: what FSDP reduces gradients in (`reduce_dtype` of its mixed precision); None: the dtype that
             weights are gathered in, as accelerate has it.
         sync_each_batch: whether gradients are exchanged for every micro-batch (accelerate's option of that name,

@@ -63,7 +63,7 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": PARALLEL}, {"parallel": ("ddp",), "ddp": DDP}, {"parallel": PARALLEL[1:], "offload": OFFLOAD},
     {"parallel": ("fsdp2", "fsdp1"), "reshard": (False,), "offload": ("none", "params")},
     {"parallel": ("fsdp2", "fsdp1"), "reduce_dtype": ("bf16", "fp32"), "grad_accum": (1, 2, 3)},
-    {"parallel": ("fsdp2",), "fsdp_units": ("blocks",), "reshard": (True, False), "offload": ("none", "params")},
+    {"parallel": ("fsdp2",), "fsdp_units": ("blocks", "adapters"), "reshard": (True, False), "offload": OFFLOAD[::2]},
     {"parallel": PARALLEL, "sync_each_batch": (True,), "grad_accum": (2, 4)},
     {"parallel": ("fsdp2", "fsdp1"), "shard_group": (2, 4), "reshard": (True, False), "nodes": (1, 2)},
     {"parallel": PARALLEL, "tp": (2, 4)}, {"parallel": PARALLEL, "nodes": (2,)},

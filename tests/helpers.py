@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from perfmodel import methods
 from perfmodel.architectures import Architecture, Config, from_config
 from perfmodel.calls import costs
+from perfmodel.devices import host
+from perfmodel.devices.host import Host
 from perfmodel.methods import Method
 from perfmodel.program.op import Op
 from perfmodel.program.part import PHASES
@@ -117,3 +120,9 @@ def calls_by_name(step: Step, phase: str) -> Counter[str]:
         if part.phase == phase and not op.view:
             calls[op.name] += times
     return calls
+
+
+def free_host() -> Host:
+    """A host that takes no time."""
+    default = host.load("default")
+    return replace(default, **{f.name: 0.0 for f in fields(default) if isinstance(getattr(default, f.name), float)})

@@ -119,7 +119,8 @@ def of_several() -> tuple[Decorator, ...]:
                      help="Whether FSDP frees a block's weights behind its forward pass (FULL_SHARD, "
                      "reshard_after_forward) or leaves them gathered up to its backward (SHARD_GRAD_OP)."),
         click.option("--fsdp-units", type=click.Choice(FSDP_UNITS), default="accelerate", show_default=True,
-                     help="What FSDP2 gathers at once: blocks, embedding, last norm and head; or blocks, all else."),
+                     help="What FSDP2 gathers at once. accelerate: blocks, embedding, last norm and head; blocks: "
+                     "these, and all else; adapters: each half of a LoRA, too (Axolotl, LLaMA-Factory v1)."),
         click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
         click.option("--sync-each-batch", is_flag=True, help="Gradients are exchanged for every micro-batch."),
         click.option("--shard-group", type=click.IntRange(2),

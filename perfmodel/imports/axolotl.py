@@ -381,8 +381,10 @@ def form_of_axolotl(keys: Keys) -> AskedForm:
     if isinstance(options, dict):  # of which its schema leaves out what it does not know (utils/schemas/fsdp.py)
         options = {key: value for key, value in options.items() if str(key).removeprefix("fsdp_") not in NOT_IN_SCHEMA}
     found = form_of(keys.but(fsdp_config=options), fsdp_version=1)
-    if found.parallel == "fsdp2" and not keys.values.get("adapter"):
-        found = replace(found, setup={**found.setup, "fsdp_units": "blocks"}, unlike=(*found.unlike, MASTERS))
+    if found.parallel == "fsdp2":
+        adapts = bool(keys.values.get("adapter"))
+        units = {"fsdp_units": "adapters" if adapts else "blocks"}  # monkeypatch/accelerate/fsdp2.py
+        found = replace(found, setup=found.setup | units, unlike=(*found.unlike, *(() if adapts else (MASTERS,))))
     return found
 
 

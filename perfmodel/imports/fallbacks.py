@@ -18,7 +18,7 @@ from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, Targeted, unmatched
 from ..recording.checks import OF_OWN_LOSS, check_own_loss
 from ..recording.converted import check_converted
-from ..recording.parallel.form import COMPILED, COMPILED_METHODS, CUT
+from ..recording.parallel.form import BESIDE_HALVES, COMPILED, COMPILED_METHODS, CUT, check_halves
 from ..recording.pipeline import METHODS as STAGED
 from ..setup import Setup
 from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
@@ -92,6 +92,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
         yield Fallback("method", found.method, task)
     if unlike := unbalanced(found, architecture.model_type, stacked=bool(architecture.stacked_names())):
         yield Fallback("model", found.model, unlike)
+    if found.setup.get("fsdp_units") == "adapters" and not _has_halves(found):
+        yield Fallback("fsdp_units", "blocks", "adapters gathered with their blocks, not by themselves")
     if found.method is not None:
         yield from _of_method(found, methods.parse(found.method), architecture)
 
@@ -115,6 +117,17 @@ def _of_kernels(found: Imported, architecture: Architecture) -> Iterator[Fallbac
         said += [OWN_LOSSES[own][bool(kept)]] if why else []
     if (left := "+".join(kept) or "torch") != asked:
         yield Fallback("kernels", left, "; ".join(said))
+
+
+def _has_halves(found: Imported) -> bool:
+    """Whether halves of LoRAs that are units of their own are modelled with what a config trains."""
+    fields = (*BESIDE_HALVES, "gpus", "dtype", "amp")
+    try:
+        setup = Setup(**{name: found.setup[name] for name in fields if name in found.setup})
+        check_halves(setup, methods.parse(found.method or "full"))
+    except UserError:
+        return False
+    return True
 
 
 def _head_in_shards(found: Imported, architecture: Architecture) -> bool:

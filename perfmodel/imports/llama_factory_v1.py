@@ -21,8 +21,7 @@ OWN_LOSS = "transformers' loss once, without v1's own log-probabilities beside i
 FUSED_LOSS = "Liger's fused loss, in the place of the logits and of v1's own log-probabilities"  # `require_logits`
 OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTurbo does"  # `clip_grad_norm_`
 # Of its own FSDP2 (distributed/fsdp2.py, `get_mp_policy` and `prepare_model`), where that of accelerate is modelled
-BESIDE_BLOCKS = "embedding, last norm and head in accelerate's units of FSDP2"
-NO_UNITS = "adapters in the units of their blocks, not in one each"
+BESIDE_BLOCKS = "the embedding gathered with the last norm and the head, not by itself"
 NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
@@ -121,8 +120,8 @@ def form_of_llama_factory_v1(keys: Keys) -> AskedForm:
     if name == "fsdpturbo":
         return replace(sharded, unlike=(*sharded.unlike, "FSDP2, not FSDPTurbo"))
     half, adapts = keys.flag("bf16", True), _section(keys, "peft_config").get("name") == "lora"
-    own = ((BESIDE_BLOCKS, True), (NO_UNITS, adapts))
-    unlike = (*sharded.unlike, *(words for words, on in own if on))
+    unlike = (*sharded.unlike, BESIDE_BLOCKS)
+    setup["fsdp_units"] = "adapters" if adapts else "blocks"
     setup |= {"amp": "bf16", "reduce_dtype": "fp32"} if half else {}
     return replace(sharded, setup=setup, unlike=unlike)
 

@@ -227,8 +227,8 @@ class Lora(Targeted):
         result_dtype = result.dtype
         x = cast(x, dtype)
         recipe = layer.scope.build.setup.fp8  # A and B are `nn.Linear` too
-        low = layer.cut.between(float8_or_plain(dropout(x, self.dropout), a, None, recipe))
-        result = add(result, mul(float8_or_plain(low, b, None, recipe), self.alpha))
+        low = layer.cut.between(_half(a, dropout(x, self.dropout), recipe))
+        result = add(result, mul(_half(b, low, recipe), self.alpha))
         return cast(result, result_dtype)
 
     def _beside_tokens(self, layer: Linear, x: Tensor) -> Tensor:
@@ -322,3 +322,13 @@ class Lora(Targeted):
             raise UserError(
                 f"method {self.name}: {self.implementation} needs 16-bit weights under autocast; use --dtype"
             )
+
+
+def _half(weight: Parameter, x: Tensor, recipe: Any) -> Tensor:
+    """A or B, an `nn.Linear` between the hooks of a program to which it is a unit."""
+    wrapping = tape().wrapping
+
+    def run(x: Tensor) -> Tensor:
+        return float8_or_plain(x, weight, None, recipe)
+
+    return run(x) if wrapping is None else wrapping.module(weight.name.removesuffix("weight"), run, x)

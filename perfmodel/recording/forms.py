@@ -67,7 +67,10 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
         return zero3_reference.cut_weights(cut, survey, step.parameters, ranks, step.architecture.hidden, step.setup)
     if step.setup.parallel == "fsdp1":
         return fsdp1_reference.flat_shards(cut, survey, step.parameters, ranks, across, step.setup)
-    return fsdp2_reference.full_shards(cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied)
+    return fsdp2_reference.full_shards(
+        cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied,
+        getattr(step.method, "implementation", "peft") != "peft",
+    )  # fmt: skip
 
 
 def _graphs(step: Step, capability: str) -> frozenset[Any]:

@@ -123,6 +123,7 @@ def shared_setup(p: Prediction) -> str:
     return setup_line(replace(p.setup, engine="torch") if alone else p.setup)
 
 
+UNITS = {"blocks": "units of blocks alone", "adapters": "units of blocks and of adapters' halves"}
 OFFLOADED = {"optimizer": "optimizer", "params": "weights and optimizer"}
 
 
@@ -150,7 +151,7 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     several = np.any(np.greater(s.gpus, 1))
     told += [s.parallel] if np.any(np.greater(s.replicas * s.cp, 1)) or s.offload != "none" else []
     told += ["weights kept gathered"] if several and s.reshard != usual.reshard else []
-    told += ["units of blocks alone"] if several and s.fsdp_units != usual.fsdp_units else []
+    told += [UNITS[s.fsdp_units]] if several and s.fsdp_units in UNITS else []
     told += [f"gradients reduced in {s.reduce_dtype}"] if several and s.reduce_dtype is not None else []
     told += ["exchanged each micro-batch"] if several and s.sync_each_batch and s.grad_accum > 1 else []
     told += [f"shards in groups of {s.shard_group}"] if several and s.shard_group is not None else []

@@ -18,7 +18,7 @@ from perfmodel.imports import DIFFERS, read
 from perfmodel.imports.accelerate import read_launch
 from perfmodel.imports.fields import UNSCALED
 from perfmodel.imports.forms import CHECKED, OF_MASTERS, OVERLAPPED, PREFETCHED, SUMMED
-from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS, NO_UNITS
+from perfmodel.imports.llama_factory_v1 import BESIDE_BLOCKS
 from perfmodel.imports.mesh import CUT_WHEN_LOADED, ONE_GROUP, WITHOUT_ULYSSES
 from perfmodel.imports.read import ASK, NOT_CAST
 
@@ -120,7 +120,7 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2"}, "bf16": False, "peft_config": {"name": "lora"}}, "fsdp2", 1,
-        [BESIDE_BLOCKS, NO_UNITS],
+        [BESIDE_BLOCKS],
     ),
     ({**V1, "dist_config": {"name": "fsdpturbo"}}, "fsdp2", 1, ["FSDP2, not FSDPTurbo"]),
     (

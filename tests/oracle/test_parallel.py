@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("peft")
 
+import reference_axolotl
 import torch.distributed as dist
 from helpers import config_of
 
@@ -50,9 +51,16 @@ RINGS = [case for case in GRID if case.setup.cp > 1]
 OWN_LOSSES = [case for case in GRID if case.setup.kernels != "torch"]
 
 
+HALVES = [case for case in GRID if case.setup.fsdp_units == "adapters"]
+
+
+PLAIN = [case for case in GRID if case.setup.tp == case.setup.cp == 1 and case not in (*OWN_LOSSES, *HALVES)]
+
+
 CHOSEN = [
-    *[case for case in GRID if case.setup.tp == case.setup.cp == 1 and case.setup.kernels == "torch"][::17],
+    *PLAIN[::17],
     *OWN_LOSSES[::8],
+    *HALVES[::3],
     *SHARED[::7],
     *TOKENS[1::9],
     *RINGS[3::11],
@@ -68,6 +76,25 @@ def test_the_tape_equals_a_rank_of_the_real_program(case: Case) -> None:
     assert result.calls > 0
     assert result.collectives > 0
     assert result.differences == []
+
+
+@pytest.mark.parametrize(
+    ("dropout", "options"),
+    [
+        ("", {"checkpoint": "block", "grad_accum": 2}),
+        (",dropout=0.1", {"gpus": 4, "shard_group": 2, "amp": "bf16"}),
+        ("", {"gpus": 3, "grad_accum": 2, "sync_each_batch": True, "reshard": False}),
+    ],
+)
+def test_what_a_function_gathers_by_hand_is_reduced_behind_all_else(
+    dropout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Axolotl's kernels call no module, so that no hook of a LoRA's half runs; of many layers alike, once a layer."""
+    plain = parallel.alone
+    monkeypatch.setattr(parallel, "alone", lambda *given: reference_axolotl.patch(plain(*given)))
+    method = f"lora:r=4,targets=all-linear,implementation=axolotl{dropout}"
+    setup = replace(SETUP, dtype="bf16", parallel="fsdp2", fsdp_units="adapters", **options)
+    assert parallel.compare_rank(Case(config_of("llama", layers=6), method, setup)).differences == []
 
 
 @pytest.mark.parametrize(

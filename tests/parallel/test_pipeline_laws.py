@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from helpers import free_host
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -248,9 +249,10 @@ def test_links_that_cost_nothing_leave_work_and_bubbles(job: Job) -> None:
 @settings(max_examples=3, deadline=None)
 @given(JOBS)
 def test_more_micro_batches_never_raise_the_share_of_the_bubble(job: Job) -> None:
-    """It is paid once a step, however long that is."""
+    """It is paid once a step, however long that is; where hosts are slow, few micro-batches hide it in their queues."""
     method, setup = of_job(job)
-    predictions = [predict(LLAMA, method, replace(setup, grad_accum=m), "h100-sxm") for m in (4, 8, 32)]
+    sizes = [replace(setup, grad_accum=m) for m in (4, 8, 32)]
+    predictions = [predict(LLAMA, method, of_size, "h100-sxm", host=free_host()) for of_size in sizes]
     shares = [p.pipeline.bubble / p.time.phases["total"] for p in predictions if p.pipeline is not None]
     assert len(shares) == 3
     assert all(more <= less + ROUNDING for less, more in pairwise(shares))

@@ -46,3 +46,36 @@ def test_other_forms_have_units_of_their_own(parallel: str) -> None:
     wrong: dict[str, Any] = {"fsdp_units": "layers"}
     with pytest.raises(UserError, match="fsdp_units 'layers' is unknown"):
         Setup(**wrong)
+
+
+@pytest.mark.parametrize("implementation", ["peft", "axolotl"])
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+def test_halves_of_loras_travel_by_themselves(implementation: str, checkpoint: str) -> None:
+    """Each is reduced alone, so that as much is sent in more messages; a Function gathers its own once a step."""
+    method = f"lora:r=4,targets=all-linear,implementation={implementation}"
+    setup = replace(USUAL, checkpoint=checkpoint, grad_accum=2)
+    apart, with_blocks = (
+        predict(LLAMA, method, replace(setup, fsdp_units=u), "h100-sxm").time.communication
+        for u in ("adapters", "blocks")
+    )
+    assert apart is not None
+    assert with_blocks is not None
+    halves = 2 * 7 * LLAMA.count("num_hidden_layers")
+    gathers = (2 if implementation == "peft" else 1) * 2  # a micro-batch
+    assert apart.calls["reduce_scatter"] == halves
+    assert apart.calls["all_gather"] == with_blocks.calls["all_gather"] + gathers * halves
+    assert apart.nbytes["reduce_scatter"] == pytest.approx(with_blocks.nbytes["reduce_scatter"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("dora", {}, "method dora"), ("full", {}, "method full"), ("lora", {"compile": "default"}, "compile default"),
+        ("lora:implementation=unsloth", {}, "implementation unsloth"), ("lora", {"tp": 2}, "tp 2"),
+        ("lora:modules_to_save=lm_head", {}, "modules_to_save"), ("lora", {"objective": "dpo"}, "objective dpo"),
+    ],
+)  # fmt: skip
+def test_what_goes_with_halves_is_said(method: str, options: dict[str, Any], said: str) -> None:
+    """Other adapters than LoRA's are no units of the programs that make these."""
+    with pytest.raises(UserError, match=f"fsdp_units adapters: not modelled with {said}"):
+        predict(LLAMA, method, replace(USUAL, fsdp_units="adapters", **options), "h100-sxm")

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from grids import check_every_point
-from helpers import NAMES, architecture_of, period_of, setup_of, step_of
+from helpers import NAMES, architecture_of, free_host, period_of, setup_of, step_of
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import advise, explain, methods, predict
 from perfmodel.calls import costs
-from perfmodel.devices import host as hosts
 from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.passes import compile as compiling
@@ -40,14 +39,6 @@ LLAMA = {
 
 
 WIDE = {"llama": {"hidden_size": 512, "intermediate_size": 1024}}
-
-
-def free_host() -> Any:
-    """A host that takes no time."""
-    from dataclasses import fields, replace
-
-    default = hosts.load("default")
-    return replace(default, **{f.name: 0.0 for f in fields(default) if isinstance(getattr(default, f.name), float)})
 
 
 @pytest.mark.parametrize("method", tuple(methods.registered()))

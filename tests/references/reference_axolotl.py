@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from perfmodel.tracing.programs import low_bit
@@ -238,8 +239,11 @@ class Output(torch.autograd.Function):
 
 
 def parts(layer: Any) -> tuple[Any, tuple[T, T]]:
-    """(W, bias, state, s) and (A, B) of peft's layer."""
+    """(W, bias, state, s) and (A, B) of peft's layer, which FSDP2 gathers here if they are units of its."""
     base = layer.base_layer
+    for half in (layer.lora_A["default"], layer.lora_B["default"]):
+        if isinstance(half.weight, DTensor):
+            half.unshard()
     frozen = (base.weight, base.bias, getattr(base, "quant_state", None), layer.scaling["default"])
     return frozen, (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 

@@ -167,9 +167,24 @@ def test_what_is_not_modelled_is_refused(model: str, method: str, options: dict[
         step_of(model, method, kernels="cce", **options)
 
 
-@pytest.mark.parametrize("form", ["fsdp2", "fsdp1", "zero3"])
-def test_a_head_that_is_gathered_by_hand_is_refused(form: str) -> None:
-    """DDP's and ZeRO-1's program is the single GPU's; of the others nothing was compared."""
-    with pytest.raises(UserError, match=f"not modelled with parallel {form}"):
-        predict("llama-3-8b", "full", device="h100-sxm", gpus=8, parallel=form, kernels="cce")
+def test_a_head_that_is_gathered_by_hand_is_refused() -> None:
+    """FSDP's has come with its unit; of ZeRO-3 nothing was compared."""
+    with pytest.raises(UserError, match="not modelled with parallel zero3"):
+        predict("llama-3-8b", "full", device="h100-sxm", gpus=8, parallel="zero3", kernels="cce")
     predict("llama-3-8b", "full", device="h100-sxm", gpus=8, parallel="zero1", kernels="cce")
+
+
+@pytest.mark.parametrize("kernels", ["cce", "liger"])
+def test_a_head_in_shards_is_refused_where_its_loss_reads_it(kernels: str) -> None:
+    """Under accelerate's FSDP2 around PEFT's models; TRL's head gathers it, and a tied one came with the words."""
+    asked: dict[str, Any] = {"device": "h100-sxm", "gpus": 8, "parallel": "fsdp2", "kernels": kernels}
+    with pytest.raises(UserError, match="which lies in shards there"):
+        predict("llama-3.1-8b", "lora", **asked)
+    predict("llama-3.1-8b", "lora", **asked, fsdp_units="blocks")
+    predict("llama-3.2-1b", "lora", **asked)
+    whole, shards = (
+        predict("llama-3.1-8b", "lora", **{**asked, "kernels": k}).time.communication for k in ("trl", "torch")
+    )
+    assert whole is not None
+    assert shards is not None
+    assert whole.nbytes["all_gather"] == pytest.approx(shards.nbytes["all_gather"], rel=1e-6)

@@ -1,5 +1,6 @@
 """FSDP2 as programs wrap a model with it by themselves: each block, and then the model, with the same options."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,9 @@ from perfmodel.tracing.programs.dtypes import TORCH_DTYPES
 def sharded_by_blocks(
     model: Any, blocks: Iterable[Any], setup: Setup, mesh: Any, ignored: set[torch.nn.Parameter]
 ) -> Any:
-    """The model with a unit a block and one of all else; what trains is kept in fp32 with mixed precision.
+    """The model with a unit a block and one of all else, and one of each half of a LoRA, if they are units.
+
+    What trains is kept in fp32 with mixed precision.
 
     Args:
         mesh: replicas by shards; None: all ranks are shards.
@@ -33,5 +36,8 @@ def sharded_by_blocks(
         **({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if setup.offload == "params" else {}),
     }  # fmt: skip
     for block in blocks:
+        for name, half in block.named_modules() if setup.fsdp_units == "adapters" else ():
+            if re.search(r"\.lora_[AB]\.default$", name):
+                fully_shard(half, **options)
         fully_shard(block, **options)
     return fully_shard(model, **options)

@@ -147,7 +147,7 @@ def wrapped_for_ranks(model: Any, setup: Setup, architecture: Architecture, mesh
     if setup.parallel == "fsdp1":
         return flat_units(model, type(rows[0][0]), reshard=setup.reshard, mesh=mesh, amp=amp, reduce=reduce)
     names = [name for name in MESH if name in (mesh.mesh_dim_names if mesh is not None else ())]
-    if setup.fsdp_units == "blocks":
+    if setup.fsdp_units != "accelerate":
         shards = mesh[tuple(names)] if names else None
         return sharded_by_blocks(model, chain.from_iterable(rows), setup, shards, set(packed_apart(model)))
     from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin

@@ -27,6 +27,7 @@ REDUCED: tuple[dict[str, Any], ...] = (  # in another dtype than that of the gra
 BY_BLOCKS: tuple[dict[str, Any], ...] = (  # all else in one unit
     {}, {"offload": "params"}, {"reshard": False}, {"gpus": 4, "shard_group": 2, "reduce_dtype": "fp32"},
 )  # fmt: skip
+BY_HALVES = ("lora:r=4", "lora:r=2,targets=all-linear,adapter_dtype=bf16", "rslora:r=3")  # of LoRAs, units, too
 OFFLOADED = (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "params"))
 MODELS = ("llama", "gpt2", "gemma2", "qwen3_moe")
 OWN_LOSS_MODELS = ("llama", "qwen3")
@@ -105,6 +106,13 @@ def rank_grid(which: str) -> Iterator[Case]:
                     continue
                 for setup in every() if which == "all" else varied(5 * i + 3 * j + k, 1 if which == "quick" else 3):
                     yield _case(config, method, replace(setup, parallel="fsdp2", fsdp_units="blocks", **way))
+
+        for j, (method, way) in enumerate(product(BY_HALVES, BY_BLOCKS)):
+            if which == "quick" and (i + j) % 6:
+                continue
+            for setup in every() if which == "all" else varied(5 * i + 3 * j, 1 if which == "quick" else 3):
+                if setup.checkpoint != "block-reentrant":
+                    yield _case(config, method, replace(setup, parallel="fsdp2", fsdp_units="adapters", **way))
 
     for k, method in enumerate(("full", "lora:r=32,targets=all-linear", "top_k:k=3", "lora:r=32,targets=all-linear")):
         for setup in varied(k, 1 if which == "quick" else 5):

@@ -31,6 +31,15 @@ ALONE = {
 }  # fmt: skip
 
 
+# What goes with halves of LoRAs as units of their own, of a setup and of a method
+BESIDE_HALVES: dict[str, tuple[Any, ...]] = {
+    "compile": ("none",), "tp": (1,), "cp": (1,), "objective": ("sft",), "checkpoint": ("none", "block"),
+}  # fmt: skip
+OF_HALVES: dict[str, tuple[Any, ...]] = {
+    "name": ("lora", "rslora", "pissa", "loraplus"), "implementation": ("peft", "axolotl"), "modules_to_save": ((),),
+}  # fmt: skip
+
+
 class ParallelForm(Protocol):
     """Hooks of one micro-batch, and what is left for the optimizer.
 
@@ -159,6 +168,8 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(
             f"reshard: {setup.parallel} has no weights to leave gathered; use --parallel fsdp2, or --reshard"
         )
+    if setup.fsdp_units == "adapters":
+        check_halves(setup, method)
     if setup.fsdp_units != "accelerate" and setup.parallel != "fsdp2":
         raise UserError(
             f"fsdp_units: {setup.parallel} gathers in its own way; use --parallel fsdp2, or --fsdp-units accelerate"
@@ -190,6 +201,20 @@ def check_form(setup: Setup, method: Method) -> None:
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
         raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
+
+
+def check_halves(setup: Setup, method: Method) -> None:
+    """Raise `UserError` where halves of LoRAs as units of their own are not modelled with the rest of a setup."""
+    for owner, table in ((setup, BESIDE_HALVES), (method, OF_HALVES)):
+        for name, known in table.items():
+            if (value := getattr(owner, name, known[0])) not in known:
+                what = f"method {value}" if name == "name" else f"{name} {value}"
+                raise UserError(f"fsdp_units adapters: not modelled with {what}; use --fsdp-units blocks")
+    plain = getattr(method, "implementation", "peft") == "peft"
+    if plain and setup.amp and getattr(method, "dropout", 0.0):
+        raise UserError(
+            "fsdp_units adapters: dropout in another dtype than its LoRA is not modelled; leave out dropout"
+        )
 
 
 def _fused(method: Method) -> str:

@@ -149,7 +149,8 @@ class FullyShard(WholeUnits):
 
     def _enter(self, path: str, x: Tensor) -> Tensor:
         self._unshard(self.units[path], forward=True)
-        self.within.append(path)
+        if not tape().recomputing:
+            self.within.append(path)
         node = differentiate("RegisterPostBackwardFunctionBackward", (x,), self._post_backward, (path,))
         if node is None:
             return x
@@ -162,11 +163,12 @@ class FullyShard(WholeUnits):
         return self._before_backward(path, out)
 
     def _behind(self, path: str, part: Part) -> None:
-        """`post_forward`: the parameters go or stay."""
+        """`post_forward`: the parameters go or stay; in a recomputation they stay, and the order of units is known."""
+        if tape().recomputing:
+            return
         self._reshard(self.units[path])
         self.last = path
-        if path in self.within:
-            self.within.remove(path)
+        self.within = [name for name in self.within if name != path]
         if tape().grad_enabled:
             self.ran.append((path, part))
 
@@ -193,10 +195,7 @@ class FullyShard(WholeUnits):
     @hooked
     def end_of_backward(self) -> None:
         """Units whose input needed no gradient, the root, and the wait for all that is reduced."""
-        for path in (ROOT, *self.units):  # as modules are found
-            if path not in self.done:
-                of_all_layers(self.units[path].whole)
-                self._reduce(path, self.units[path])
+        self._reduce_rest((ROOT, *self.units))  # as modules are found
         wait_event(REDUCED)
         if self.offloads and self.reduces:
             record("cuda::synchronize_event", (), (), Attrs(host=True, sync=True), runs=Run(REDUCE))
@@ -206,6 +205,12 @@ class FullyShard(WholeUnits):
         self.before = self.last = None
         for state in self.units.values():
             state.coming = None  # what was gathered for a block that no gradient reaches
+
+    def _reduce_rest(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            if path not in self.done:
+                of_all_layers(self.units[path].whole)
+                self._reduce(path, self.units[path])
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Shards in the place of whole parameters."""

@@ -8,13 +8,15 @@ Source: torch 2.13, _fully_shard/_fully_shard.py (`reshard_after_forward`); grap
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 from ...architectures.base import WORDS
-from ...tape.core import begin_region, end_region, region
-from ...tape.tensor import Tensor
+from ...tape.core import begin_region, end_region, region, tape
+from ...tape.pointwise import cast
+from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard
-from .units import HEAD
+from .units import HALVES, HEAD, ShardedUnit
 
 
 class CutModules(FullyShard):
@@ -50,3 +52,55 @@ class ShardedBlocks(FullyShard):
         """Behind the loss."""
         end_region()
         return super().end(outputs)
+
+
+class ShardedHalves(ShardedBlocks):
+    """The hooks where both halves of each LoRA are units, too.
+
+    PEFT's layers call them as modules. What goes into A is cast to the dtype that its weight is kept in, as PEFT asks
+    the shard, unless it is still gathered, and then to that in which it is. A Function in a layer's place calls no
+    modules: Axolotl's gathers both halves before it, once a step, and they are reduced behind all else.
+
+    Sources: axolotl 067b021, monkeypatch/accelerate/fsdp2.py (`fsdp2_prepare_model`), kernels/lora.py
+    (`get_lora_parameters`); LLaMA-Factory v1, plugins/trainer_plugins/distributed/fsdp2.py (`prepare_model`).
+
+    Args:
+        by_function: whether layers are a Function's.
+    """
+
+    def __init__(self, *given: Any, by_function: bool, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.by_function = by_function
+
+    def weight(self, p: Parameter) -> Tensor:
+        """A Function's is gathered here (`FSDPModule.unshard`)."""
+        half = self.units.get(p.name.removesuffix("weight"))
+        if self.by_function and half is not None:
+            self._unshard(half, forward=False)
+        return p
+
+    def _reduce_rest(self, paths: Sequence[str]) -> None:
+        """Halves that no gradient has ended, which all of a Function's are, layer by layer."""
+        super()._reduce_rest([path for path in paths if not path.endswith(HALVES)])
+        left = [self.units[path] for path in paths if path.endswith(HALVES) and path not in self.done]
+        for (_, count), halves in groupby(left, lambda half: layers_of(half.unit)):
+            tape().begin("exchange", "backward").repeat = count
+            for half in halves:
+                self._reduce(half.unit.path, half)
+        if left:
+            tape().begin("exchange", "backward")
+
+    def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A half of a LoRA is called between hooks of its own."""
+        if not path.endswith(HALVES) or path not in self.units:
+            return super().module(path, run, x)
+        half = self.units[path]
+        (whole, shard), *_ = half.unit.pairs
+        x = cast(x, shard.dtype) if path.endswith(HALVES[0]) and not half.whole else x
+        return FullyShard.module(self, path, run, cast(x, whole.dtype))
+
+
+def layers_of(unit: ShardedUnit) -> tuple[Any, int]:
+    """The part of the model that a unit is of, and how many layers it stands for."""
+    first = unit.parameters[0]
+    return first.part, first.count

@@ -8,7 +8,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard
-from .fsdp2_blocks import CutModules, ShardedBlocks
+from .fsdp2_blocks import CutModules, ShardedBlocks, ShardedHalves
 from .gathered import Gathered
 from .units import ROOT, ShardedUnit, Survey, whole_reference
 
@@ -54,6 +54,7 @@ def full_shards(
     across: Ranks | None,
     setup: Setup,
     tied: bool,
+    by_function: bool,
 ) -> FullyShard:
     """The hooks around the model that trains, whose units are given, with those around a reference of its own.
 
@@ -61,6 +62,7 @@ def full_shards(
         survey: what was found as all passes were run, of `parameters`.
         across: as of `FullyShard`.
         tied: whether the words and the head are one weight.
+        by_function: as of `ShardedHalves`.
     """
     frozen: FrozenBlocks | None = None
     if survey.frozen is not None and objectives.found(setup.objective).reference_by_blocks:
@@ -70,8 +72,11 @@ def full_shards(
     elif survey.frozen is not None:
         frozen = FrozenShard([whole_reference(parameters, ranks.size, setup)], ranks, setup.amp)
     options: dict[str, Any] = {"offloads": setup.offload != "none", "reduce_dtype": setup.reduce_dtype}
+    if setup.fsdp_units != "accelerate":
+        options["hooks_words"] = setup.checkpoint != "none" or setup.tp > 1
+    if setup.fsdp_units == "adapters":
+        return ShardedHalves(units, ranks, setup.amp, frozen, across, by_function=by_function, **options)
     if setup.fsdp_units == "blocks":
-        hooked = setup.checkpoint != "none" or setup.tp > 1
-        return ShardedBlocks(units, ranks, setup.amp, frozen, across, hooks_words=hooked, **options)
+        return ShardedBlocks(units, ranks, setup.amp, frozen, across, **options)
     hooks = CutModules if setup.tp > 1 else FullyShard
     return hooks(units, ranks, setup.amp, frozen, across, **options)

@@ -16,6 +16,7 @@ from .form import WholeUnits
 
 ROOT = ""  # the unit of what no other holds
 HEAD = "lm_head."
+HALVES = (".lora_A.", ".lora_B.")
 BESIDE = "prompt_encoder."  # PEFT wraps no layers of the model for it
 
 
@@ -85,6 +86,12 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
     if p.name.startswith(OF_REFERENCE) and found(setup.objective).reference_in_amp:
         return setup.amp
     return "fp32" if p.requires_grad else setup.dtype if p.dtype == setup.amp else p.dtype
+
+
+def halves(block: str, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Paths of the modules of LoRA's in a block, by the names of all parameters."""
+    inside = (name.removesuffix("weight") for name in names if name.startswith(block))
+    return [(path,) for path in dict.fromkeys(inside) if path.endswith(HALVES)]
 
 
 @dataclass(eq=False)
@@ -225,7 +232,14 @@ class Survey(WholeUnits):
             headed = not classifies and (tied or any(name.startswith(HEAD) for name in left.values()))
             first, tail = self._of_stage() if staged else self._beside(tied=tied, adapted=adapted, headed=headed)
             groups = [*first, *groups, *tail]
-        found = {group: [p for p, name in left.items() if name.startswith(group)] for group in groups}
+        if setup.fsdp_units == "adapters":
+            groups = [one for path, *_ in groups for one in ((path,), *halves(path, left.values()))]
+        within = tuple(chain(*(group for group in groups if group[0].endswith(HALVES))))
+        found = {
+            group: [p for p, name in left.items() if name.startswith(group) and not name.startswith(inner)]
+            for group in groups
+            for inner in [() if group[0] in within else within]
+        }
         found[(ROOT,)] = [p for p, name in left.items() if not name.startswith(tuple(chain(*groups)))]
         dtypes = {p.name: p.dtype if flat else kept_dtype(p, setup) for p in left}
         stay = set() if staged else {*tail, *(group for group in groups if HEAD in group)}
