@@ -163,7 +163,9 @@ rows("tanh", "tanh")
 rows("cosine", "cos sin polar")
 rows("gelu", "gelu gelu_backward")
 rows("cast", "_to_copy")
-rows("fill", "zeros ones zeros_like ones_like new_zeros new_ones zero fill full full_like arange scalar_tensor")
+rows(
+    "fill", "zeros ones zeros_like ones_like new_zeros new_ones zero fill full full_like new_full arange scalar_tensor"
+)
 rows("fill", "eye", 2, "fills zeros, then the diagonal")
 rows("permute", "clone tril triu")
 rows("arrange", "copy flip roll unfold_backward diagonal_backward block_diag")

@@ -70,7 +70,7 @@ OTHER_KIND = "quantised base weights of this kind are not modelled"
 QWEN_OF_2023 = re.compile(r"qwen-(1[._]8|7|14|72)b", re.IGNORECASE)  # its config.json: "use_flash_attn": "auto"
 AUTO_FLASH = "PyTorch's attention and norms, not flash-attn's, which the model's own code takes where it is installed"
 NOT_IN_SCHEMA = ("sharding_strategy", "backward_prefetch", "forward_prefetch", "limit_all_gathers")  # of `fsdp_config`
-MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"  # its patch of `fsdp2_prepare_model`
+MASTERS = "weights kept in fp32; Axolotl keeps them in 16 bit under FSDP 2"
 NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_steps for 1 where it is not there"
 # Keys that have Axolotl make the optimizer, which knows no class of bitsandbytes' (core/trainers/mixins/optimizer.py)
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
@@ -381,11 +381,14 @@ def form_of_axolotl(keys: Keys) -> AskedForm:
     if isinstance(options, dict):  # of which its schema leaves out what it does not know (utils/schemas/fsdp.py)
         options = {key: value for key, value in options.items() if str(key).removeprefix("fsdp_") not in NOT_IN_SCHEMA}
     found = form_of(keys.but(fsdp_config=options), fsdp_version=1)
-    if found.parallel == "fsdp2":
-        adapts = bool(keys.values.get("adapter"))
-        units = {"fsdp_units": "adapters" if adapts else "blocks"}  # monkeypatch/accelerate/fsdp2.py
-        found = replace(found, setup=found.setup | units, unlike=(*found.unlike, *(() if adapts else (MASTERS,))))
-    return found
+    if found.parallel != "fsdp2":
+        return found
+    if keys.values.get("adapter"):
+        return replace(found, setup=found.setup | {"fsdp_units": "adapters"})  # its patch of `fsdp2_prepare_model`
+    blocks = found.setup | {"fsdp_units": "blocks"}
+    if _dtype(keys) == "bf16":  # weights are in the dtype that they are gathered in
+        return replace(found, setup=blocks | {"amp": None})
+    return replace(found, setup=blocks, unlike=(*found.unlike, MASTERS))
 
 
 def frozen_on_request(keys: Keys) -> tuple[str, ...]:

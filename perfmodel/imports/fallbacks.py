@@ -84,6 +84,8 @@ def fallbacks(found: Imported, architecture: Architecture) -> Iterator[Fallback]
             yield Fallback(option, "none", f"{said} ({option})")
     if found.setup.get("compile", "none") != "none" and architecture.stacked_names():
         yield Fallback("compile", "none", "without torch.compile, which is not modelled for mixtures of experts")
+    if found.setup.get("experts", "grouped_mm") != "grouped_mm" and not architecture.stacked_names():
+        yield Fallback("experts", "grouped_mm")
     if part := in_part(architecture.note):
         yield Fallback("model", found.model, part)
     if kept := as_kept(found):

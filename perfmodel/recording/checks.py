@@ -15,6 +15,7 @@ OF_OWN_LOSS: dict[str, tuple[object, ...]] = {
     "offload": ("none", "optimizer", "params"), "tp": (1,), "pp": (1,), "cp": (1,), "engine": ("torch",),
     "compile": ("none",), "qat": ("none",),
 }  # fmt: skip
+OF_EXPERTS = {"experts": "grouped_mm", "routing": "balanced"}  # what mixtures alone have, and the default
 
 
 def check_step(architecture: Architecture, method: Method, setup: Setup) -> None:
@@ -40,6 +41,9 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
         _check_documents(architecture, method, setup)
     if setup.compile != "none" and architecture.stacked_names():
         raise UserError(f"compile {setup.compile}: compiled mixtures of experts ({architecture.name}) are not modelled")
+    for name, usual in OF_EXPERTS.items():
+        if getattr(setup, name) != usual and not architecture.stacked_names():
+            raise UserError(f"{name} {getattr(setup, name)}: {architecture.name} has no experts; leave it out")
     if setup.loops_experts and setup.cuda_graphs and architecture.stacked_names():
         raise UserError("cuda_graphs: no graph holds experts eager, whose loop reads on the host; use grouped_mm")
     if setup.parallel == "fsdp2" and setup.amp is not None and getattr(method, "fills_cache", False):

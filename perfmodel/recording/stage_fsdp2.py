@@ -14,14 +14,13 @@ Sources: torch 2.13, distributed/pipelining/stage.py (`backward_maybe_with_nosyn
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ..program.part import Part
 from ..program.ranks import Ranks
 from ..program.streams import COMPUTE
 from ..tape.core import new_tensor, tape
 from ..tape.tensor import Grads, Node, Parameter, Tensor
 from .parallel.fsdp2 import FullyShard
 from .parallel.gathered import GATHERED, Gathered
-from .parallel.units import ROOT, ShardedUnit
+from .parallel.units import ROOT, ShardedUnit, run_of
 
 AGAIN = (
     "FSDP2 gathers a stage's weights again behind every forward pass; torchtitan leaves them gathered beside pipelines "
@@ -95,9 +94,9 @@ class ShardedStage(FullyShard):
     def _in_parts(self, name: str, phase: str) -> Iterator[tuple[str, Gathered]]:
         """Units as modules are found, those of like blocks in a part that counts as often."""
         order = [(path, self.units[path]) for path in (ROOT, *(path for path in self.units if path != ROOT))]
-        for _, alike in groupby(order, key=lambda found: id(_run_of(found[1].unit))):
+        for _, alike in groupby(order, key=lambda found: id(run_of(found[1].unit))):
             those = list(alike)
-            made, run = tape().begin(name, phase), _run_of(those[0][1].unit)
+            made, run = tape().begin(name, phase), run_of(those[0][1].unit)
             made.repeat = run.repeat if run is not None else 1
             yield from those
 
@@ -119,8 +118,3 @@ class ShardedStage(FullyShard):
         """`post_backward` without a reduction."""
         self._accumulate(held.unit.parameters)
         self._cast_to_wait(held.unit.parameters)
-
-
-def _run_of(unit: ShardedUnit) -> Part | None:
-    """The part of the forward pass that a unit runs in."""
-    return unit.parameters[0].part if unit.parameters else None

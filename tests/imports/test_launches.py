@@ -95,7 +95,8 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
         "fsdp1", 1, [PREFETCHED],
     ),
     ({**TRL, "fsdp": True, "fsdp_config": {"version": 1, "backward_prefetch": "BACKWARD_PRE"}}, "fsdp1", 1, []),
-    ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "fsdp2", 1, [MASTERS]),
+    ({**AXOLOTL, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}, "fsdp2", 1, []),
+    ({**AXOLOTL, "bf16": False, "fp16": True, "fsdp_config": {"fsdp_version": 2}}, "fsdp2", 1, [MASTERS]),
     ({**AXOLOTL, "adapter": "lora", "fsdp_config": {"fsdp_version": 2}}, "fsdp2", 1, []),
     (
         {**TRL, "fsdp": "shard_grad_op auto_wrap offload"}, "fsdp2", 1, [],
@@ -112,7 +113,7 @@ FORMS: list[tuple[dict[str, Any], str, int, list[str]]] = [  # file, parallel, t
     (
         {**AXOLOTL, "tensor_parallel_size": 2, "context_parallel_size": 2, "dp_replicate_size": 2,
          "fsdp_config": {"version": 2, "activation_checkpointing": True}},
-        "fsdp2", 2, [MASTERS, f"{RING_FLASH} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
+        "fsdp2", 2, [f"{RING_FLASH} (context_parallel_size)", f"{ONE_GROUP} (dp_replicate_size)"],
     ),
     (
         {**V1, "dist_config": {"name": "fsdp2", "dcp_path": None}, "cp_size": 2}, "fsdp2", 1,

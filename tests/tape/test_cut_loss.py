@@ -181,7 +181,7 @@ def test_a_head_in_shards_is_refused_where_its_loss_reads_it(kernels: str) -> No
     with pytest.raises(UserError, match="which lies in shards there"):
         predict("llama-3.1-8b", "lora", **asked)
     predict("llama-3.1-8b", "lora", **asked, fsdp_units="blocks")
-    predict("llama-3.2-1b", "lora", **asked)
+    assert not any("unknown calls" in note for note in predict("llama-3.2-1b", "lora", **asked).notes)
     whole, shards = (
         predict("llama-3.1-8b", "lora", **{**asked, "kernels": k}).time.communication for k in ("trl", "torch")
     )

@@ -16,7 +16,7 @@ from ...tape.core import begin_region, end_region, region, tape
 from ...tape.pointwise import cast
 from ...tape.tensor import Parameter, Tensor
 from .fsdp2 import FullyShard
-from .units import HALVES, HEAD, ShardedUnit
+from .units import HALVES, HEAD, run_of
 
 
 class CutModules(FullyShard):
@@ -83,8 +83,11 @@ class ShardedHalves(ShardedBlocks):
         """Halves that no gradient has ended, which all of a Function's are, layer by layer."""
         super()._reduce_rest([path for path in paths if not path.endswith(HALVES)])
         left = [self.units[path] for path in paths if path.endswith(HALVES) and path not in self.done]
-        for (_, count), halves in groupby(left, lambda half: layers_of(half.unit)):
-            tape().begin("exchange", "backward").repeat = count
+        for _, alike in groupby(left, lambda half: id(run_of(half.unit))):
+            halves = list(alike)
+            run = run_of(halves[0].unit)
+            assert run is not None
+            tape().begin("exchange", "backward").repeat = run.repeat
             for half in halves:
                 self._reduce(half.unit.path, half)
         if left:
@@ -98,9 +101,3 @@ class ShardedHalves(ShardedBlocks):
         (whole, shard), *_ = half.unit.pairs
         x = cast(x, shard.dtype) if path.endswith(HALVES[0]) and not half.whole else x
         return FullyShard.module(self, path, run, cast(x, whole.dtype))
-
-
-def layers_of(unit: ShardedUnit) -> tuple[Any, int]:
-    """The part of the model that a unit is of, and how many layers it stands for."""
-    first = unit.parameters[0]
-    return first.part, first.count

@@ -9,6 +9,7 @@ from ...architectures.base import WORDS
 from ...objectives.parts.base import OF_REFERENCE, found
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.dtypes import FLOATING, ITEMSIZE
+from ...program.part import Part
 from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter, Tensor
@@ -86,6 +87,11 @@ def kept_dtype(p: Parameter, setup: Setup) -> str:
     if p.name.startswith(OF_REFERENCE) and found(setup.objective).reference_in_amp:
         return setup.amp
     return "fp32" if p.requires_grad else setup.dtype if p.dtype == setup.amp else p.dtype
+
+
+def run_of(unit: "ShardedUnit") -> Part | None:
+    """The part of the forward pass that a unit runs in."""
+    return unit.parameters[0].part if unit.parameters else None
 
 
 def halves(block: str, names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -186,9 +192,10 @@ class Survey(WholeUnits):
         return run(x)
 
     def module(self, path: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run it."""
-        self.modules.append(path)
-        self.passes[-1].append(path)
+        """Run it; halves of LoRAs are found by their weights."""
+        if not path.endswith(HALVES):
+            self.modules.append(path)
+            self.passes[-1].append(path)
         return run(x)
 
     def weight(self, p: Parameter) -> Tensor:
