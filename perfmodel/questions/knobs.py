@@ -130,7 +130,10 @@ def _parallel(setup: Setup) -> Knob:
         return (KEEP,)
     found = {layout: words for form in PARALLEL for layout, words in _layouts(setup, form)}
     found.pop((setup.parallel, setup.reshard, setup.shard_group), None)
-    return (KEEP, *(KnobPosition(words, _changes(setup, *layout)) for layout, words in found.items()))
+    positions = [KnobPosition(words, _changes(setup, *layout)) for layout, words in found.items()]
+    if setup.fsdp_units == "adapters":
+        positions.append(KnobPosition("adapters gathered with their blocks", {"fsdp_units": "blocks"}))
+    return (KEEP, *positions)
 
 
 def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | None], str]]:
@@ -153,6 +156,7 @@ def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = 
     of_forms = {
         "reshard": reshard, "shard_group": group, "reduce_dtype": setup.reduce_dtype if form in OF_FSDP else None,
         "sync_each_batch": setup.sync_each_batch and not form.startswith("zero"),
+        "fsdp_units": setup.fsdp_units if form == "fsdp2" else "accelerate",
     }  # fmt: skip
     return {"parallel": form, **{name: value for name, value in of_forms.items() if getattr(setup, name) != value}}
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_laws_of_ranks import LLAMA, METHODS
 
-from perfmodel import predict
+from perfmodel import advise, predict
 from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 
@@ -79,3 +79,10 @@ def test_what_goes_with_halves_is_said(method: str, options: dict[str, Any], sai
     """Other adapters than LoRA's are no units of the programs that make these."""
     with pytest.raises(UserError, match=f"fsdp_units adapters: not modelled with {said}"):
         predict(LLAMA, method, replace(USUAL, fsdp_units="adapters", **options), "h100-sxm")
+
+
+def test_advice_leaves_units_behind_with_their_form() -> None:
+    """DDP has none, and what halves cost is told by itself."""
+    on: dict[str, Any] = {"device": "h100-sxm", "batch": 1, "seq": 64, "gpus": 2, "parallel": "fsdp2"}
+    offered = {c.label for c in advise(LLAMA, "lora:r=4", **on, fsdp_units="adapters").alone}
+    assert {"DDP", "adapters gathered with their blocks"} <= offered
