@@ -119,8 +119,7 @@ def on_its_model(command: Command) -> Command:
             asked = {name: options[name] for name in OF_SEVERAL if name in options}
             for fallback in _fallbacks(replace(found, setup=found.setup | asked), options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
-                    of_launch = name == "fsdp_units" and ctx.get_parameter_source(name) is ParameterSource.DEFAULT
-                    if of_launch or ctx.get_parameter_source(name) is from_config:
+                    if ctx.get_parameter_source(name) is from_config:
                         options[name] = ("full", fallback.value) if name == "methods" else fallback.value
                         taken.append((fallback.option, fallback.said))
             ctx.meta[CONFIG] = found.replaced(taken)

@@ -56,6 +56,7 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
     for name, value in found.setup.items():
         if value != before.get(name) and name in options and not typed(name):
             options[name] = value
+            ctx.set_parameter_source(name, ParameterSource.DEFAULT_MAP)  # a file's, like what it says of one GPU
     return found
 
 
