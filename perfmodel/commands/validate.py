@@ -112,13 +112,15 @@ def coverage(quick: bool, output: Path | None, workers: int, dask: str | None, a
 @validate.command()
 @click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--device", default="h100-sxm", show_default=True, help="What every step is asked for.")
+@click.option("--gpus", type=click.IntRange(1), help="Several GPUs, in the form that each file asks for.")
 @click.option("--model", help="A known model, typed beside each file whose own is unknown here.")
 @click.option("--traced", is_flag=True, help="Trace what has no built-in form (needs the validate extra; minutes).")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Table (CSV) of the rows.")
 @json_option
 def configs(
-    folders: tuple[Path, ...], device: str, model: str | None, traced: bool, output: Path | None, as_json: bool
-) -> None:
+    folders: tuple[Path, ...], device: str, gpus: int | None, model: str | None, traced: bool, output: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Give all training configs below FOLDERs to predict --config.
 
     Of checkouts of Axolotl, LLaMA-Factory, PEFT, TRL and the alignment-handbook: how many are answered, and why others
@@ -126,7 +128,8 @@ def configs(
     """
     from validate.oracle.show_configs import show_configs
 
-    ok = show_configs(folders, device, model=model, traced=traced, output=output, as_json=as_json)
+    asked = ("--device", device, *(("--gpus", str(gpus)) if gpus else ()))
+    ok = show_configs(folders, asked, model=model, traced=traced, output=output, as_json=as_json)
     sys.exit(0 if ok else 1)
 
 

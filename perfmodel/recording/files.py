@@ -21,7 +21,7 @@ from ..resources import read_packed, written
 from ..tape.tensor import Parameter
 from .program import LiveBytes, Numbers, Program
 
-FORM = "perfmodel recorded program 2"
+FORM = "perfmodel recorded program 3"
 MOST_OPS = 10**7  # of a program; a file of bytes could name more than memory holds
 FAULTS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
@@ -92,12 +92,8 @@ def encoded(program: Program) -> dict[str, Any]:
             [p.name, list(p.shape), p.dtype, p.kind, p.requires_grad, p.used, p.count, p.elements]
             for p in program.parameters
         ],
-        "live": {
-            "checked": _halves(program.live.checked),
-            "least": _halves(program.live.least),
-            "more": [_halves(more) for more in program.live.more],
-            "times": list(program.live.times),
-        },
+        "live": _live(program.live),
+        "buffers": [tables.spec(spec) for spec in program.buffers],
         "traced": program.traced,
         "blocks": program.blocks,
         "at": program.at,
@@ -148,6 +144,11 @@ class _Tables:
         return self.place_of_spec[spec]
 
 
+def _live(live: LiveBytes) -> dict[str, Any]:
+    more = [_halves(more) for more in live.more]
+    return {"checked": _halves(live.checked), "least": _halves(live.least), "more": more, "times": list(live.times)}
+
+
 def _halves(halves: Sequence[Numbers]) -> list[list[Any]]:
     return [[_plain(number) for number in numbers] for numbers in halves]
 
@@ -164,19 +165,14 @@ def decoded_value(values: dict[str, Any]) -> Program:
     """
     specs = [Spec(_dtype(dtype), _numbers(shape), int(copies)) for dtype, shape, copies in values["specs"]]
     ops = [_op(entry, specs) for entry in values["ops"]]
-    live = values["live"]
     if sum(int(times) for part in (*values["first"], *values["later"]) for _, times in part["ops"]) > MOST_OPS:
         raise ValueError(f"more than {MOST_OPS:,} ops")
     return Program(
         first=tuple(_part(entry, ops) for entry in values["first"]),
         later=tuple(_part(entry, ops) for entry in values["later"]),
         parameters=tuple(_parameter(*entry) for entry in values["parameters"]),
-        live=LiveBytes(
-            _pair(live["checked"]),
-            _pair(live["least"]),
-            tuple(map(_pair, live["more"])),
-            tuple(map(int, live["times"])),
-        ),
+        live=_live_bytes(values["live"]),
+        buffers=tuple(specs[place] for place in values["buffers"]),
         traced=int(values["traced"]),
         blocks=int(values["blocks"]),
         at=None if values["at"] is None else (int(values["at"][0]), int(values["at"][1])),
@@ -237,6 +233,11 @@ def _number(entry: Any) -> Any:
 
 def _numbers(entries: list[Any]) -> Numbers:
     return tuple(map(_number, entries))
+
+
+def _live_bytes(live: dict[str, Any]) -> LiveBytes:
+    more, times = tuple(map(_pair, live["more"])), tuple(map(int, live["times"]))
+    return LiveBytes(_pair(live["checked"]), _pair(live["least"]), more, times)
 
 
 def _pair(halves: list[list[Any]]) -> tuple[Numbers, Numbers]:

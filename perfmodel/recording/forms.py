@@ -30,9 +30,6 @@ def check_compiled(architecture: Architecture) -> None:
 def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
-    if step.architecture.recorded:
-        what = "offload: nothing is offloaded in" if offloads else "gpus: several are not modelled by"
-        raise UserError(f"{what} a trace; use --{'offload none' if offloads else 'gpus 1'}")
     check_form(step.setup, step.method)
     if step.setup.compile != "none":
         check_compiled(step.architecture)
@@ -40,11 +37,11 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
         return None
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
+    late = step.architecture.registers_late if step.replay is None else step.replay.late
     if setup[0].parallel == "ddp":
         graphs = _graphs(step, capability) if setup[0].compile != "none" else frozenset()
-        return ddp_search.ddp_of(setup[0], ranks, step.architecture.registers_late, graphs)
+        return ddp_search.ddp_of(setup[0], ranks, late, graphs)
     if setup[0].parallel in STAGES:
-        late = step.architecture.registers_late
         return stages.CutStates(
             ranks,
             STAGES[setup[0].parallel],
@@ -58,7 +55,10 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     with no_collector(), recording(Tape(step.device, capability, step.setup.stack, autocast=setup[0].amp)) as tape:
         tape.wrapping, tape.context = survey, context_of(step.setup)
         tape.begin("inputs", "forward")
-        step.parameters = forward_passes(step, *setup, {})[0]
+        if step.replay is not None:
+            step.replay.forward(survey)
+        else:
+            step.parameters = forward_passes(step, *setup, {})[0]
     cut = survey.units(
         step.parameters, ranks.size, step.setup, tied=step.architecture.tied, flat=step.zero,
         classifies=step.architecture.classifier is not None,

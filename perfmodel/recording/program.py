@@ -17,6 +17,7 @@ from ..architectures.base import Architecture
 from ..architectures.traits import Traits
 from ..methods.parts.base import Method
 from ..program.dims import Dim, larger
+from ..program.marks import is_mark
 from ..program.op import Op, Spec
 from ..program.part import Part
 from ..program.polynomials import Polynomial, Size, value
@@ -76,7 +77,8 @@ class Program:
     Attributes:
         first, later: parts of the first micro-batch, and of further ones where there are any.
         parameters: of the whole model, each once.
-        live: activations.
+        live: activations, and gradients that are complete.
+        buffers: of all modules.
         traced, blocks: of how many blocks the largest trace was made, and how many the model has.
         at: the one size that it holds for; None: any.
         made_with: versions of the packages whose program it is.
@@ -87,6 +89,7 @@ class Program:
     later: tuple[Part, ...]
     parameters: tuple[Parameter, ...]
     live: LiveBytes
+    buffers: tuple[Spec, ...]
     traced: int
     blocks: int
     at: Size | None = None
@@ -134,7 +137,11 @@ class Evaluated:
         self.ops: dict[int, Op] = {}
 
     def part(self, part: Part) -> Part:
-        """A part at the size."""
+        """A part at the size, without marks."""
+        return replace(part, ops=[self.op(op) for op in part.ops if not is_mark(op.name)])
+
+    def with_marks(self, part: Part) -> Part:
+        """A part at the size, with its marks."""
         return replace(part, ops=[self.op(op) for op in part.ops])
 
     def op(self, op: Op) -> Op:

@@ -33,6 +33,7 @@ from .step import Step
 
 if TYPE_CHECKING:
     from .program import RecordedModel
+    from .replay import Replay
 
 
 def build(
@@ -62,6 +63,11 @@ def build(
     if not architecture.recorded:
         architecture, method = _trained_for(architecture, method, setup)
     check_step(architecture, method, setup)
+    several = setup.offload != "none" or not decide(setup.gpus == 1)
+    if several and architecture.recorded:
+        from .replay import check_several
+
+        check_several(setup)
     whole = architecture
     if setup.tp > 1:
         architecture = architecture.part_of(setup.tp)
@@ -79,9 +85,11 @@ def build(
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
-    if setup.offload != "none" or not decide(setup.gpus == 1):
+    if several:
         from .forms import parallel_form  # few ask for several
 
+        if architecture.recorded:
+            step.replay = _replay(step, capability)
         step.form = parallel_form(step, capability)
         tape.input_dtype = setup.amp if setup.parallel == "fsdp2" and step.form is not None else None
     with no_collector(), recording(tape):
@@ -101,17 +109,28 @@ def _trained_for(architecture: Architecture, method: Method, setup: Setup) -> tu
     return headed, method if headed is architecture else method.bind(headed)
 
 
+def _replay(step: Step, capability: str) -> "Replay":
+    """The recorded program of a rank."""
+    from .replay import Replay
+
+    setup, model = running(step)[0], cast("RecordedModel", step.architecture)
+    program = model.program(running(step)[1], setup, step.device, capability)
+    made = Replay(program, setup, model.name)
+    step.parameters, step.notes = made.parameters, program.told
+    return made
+
+
 def _micro_batches(step: Step, tape: Tape, programs: dict[Any, Any]) -> Callable[[], None]:
     """Record the micro-batches; returns what ends with the step, to be called then.
 
     Args:
         programs: what was compiled already (`passes.compile`).
     """
-    if step.architecture.recorded:
-        return _replayed(step, tape.capability)
     kept: Kept = {}
     if step.form is not None:
         return _exchanging(step, tape, step.form, kept, programs)
+    if step.architecture.recorded:
+        return _replayed(step, tape.capability)
     further, ending = step.setup.grad_accum - 1, 0
     tape.alike = further > 0 and not step.zero
     first, later = _micro_batch(step, tape, kept, programs)
@@ -138,7 +157,9 @@ def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs
     for times, reduces in ((1, each), (count - 2, each), (1, True))[0 if count > 1 else 2 :]:
         form.reduces = reduces
         if times > 0:
-            step.groups.append(Group(_micro_batch(step, tape, kept, programs)[0], times))
+            replay = step.replay
+            parts = _micro_batch(step, tape, kept, programs)[0] if replay is None else replay.micro_batch(form)
+            step.groups.append(Group(parts, times))
     tape.wrapping = None
     step.parameters = form.updated(step.parameters)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .. import optimizers
 from ..architectures.base import Architecture
@@ -15,6 +16,9 @@ from ..setup import Setup
 from ..tape.tensor import Parameter
 from .parallel.form import ParallelForm
 
+if TYPE_CHECKING:
+    from .replay import Replay
+
 
 @dataclass(eq=False, repr=False)
 class Step:
@@ -25,8 +29,8 @@ class Step:
     what the host's own memory keeps: offloaded weights, masters, states, gradients. `periodic` is what the method does
     besides steps, which counts in none of them. `notes` say how a recorded program was made.
     `whole` is the model where `architecture` is what one of its tensor-parallel ranks has.
-    `form` is what several GPUs do; parameters are then those of one rank, its shards. `received_bytes` are kept for
-    what a stage of a pipeline receives.
+    `form` is what several GPUs do; parameters are then those of one rank, its shards. `replay` is a recorded program as
+    such a rank runs it. `received_bytes` are kept for what a stage of a pipeline receives.
     """
 
     architecture: Architecture
@@ -40,6 +44,7 @@ class Step:
     host_bytes: Dim = 0
     periodic: list[PeriodicOps] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    replay: "Replay | None" = None
     form: ParallelForm | None = None
     received_bytes: Dim = 0
     whole: Architecture | None = None

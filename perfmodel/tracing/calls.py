@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -12,14 +13,18 @@ import torch
 
 from .. import objectives
 from ..errors import UserError
+from ..program.marks import BEFORE, BEHIND, END, GRADIENT, marking, read_mark
 from ..program.op import OVER_BUS, PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
-from .owners import Owners
 from .packages.flash_attn import NO_WINDOW, flash_attn_in_place
+from .packages.zero3 import linear_of_zero3
 from .programs.diffusion import of_diffusers
 from .programs.dtypes import DTYPES, TORCH_DTYPES
-from .trace import CallRecorder, call_name, eager_program, graph_nodes
+from .trace import CallRecorder, call_name, eager_program
+from .watching.graph import graph_nodes
+from .watching.marks import NOWHERE, Marked, marked
+from .watching.owners import Owners
 
 MODULES_OF_A_BLOCK = 4  # as `perfmodel.architectures.base` counts them
 _NUMBER = re.compile(r"\.\d+(?=\.)")
@@ -39,6 +44,7 @@ class Calls:
         turns: the calls of those keys that stand for several, a loop's turn (`scans`).
         live: bytes that were live above weights and buffers after each call, up to the middle of a backward pass and
             after it: there saved activations prevail, here gradients.
+        passing: at each mark, without gradients that are complete: live bytes, and the most since the mark before.
         place: the micro-batch and phase that run now.
         cuda: whether the calls stand for those on a GPU.
         owners: tells whose they are.
@@ -53,6 +59,7 @@ class Calls:
     order: list[Key] = field(default_factory=list)
     turns: dict[Key, tuple[Op, ...]] = field(default_factory=dict)
     live: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+    passing: list[tuple[Any, Any]] = field(default_factory=list)
     place: Place = (0, "forward")
     reached: set[str] = field(default_factory=set)
 
@@ -68,6 +75,16 @@ class Calls:
         self.order.append(key)
         self.counts[key] += 1
         self.ops.setdefault(key, op)
+
+    def mark(self, passing: tuple[int, int], what: str, of: str, specs: tuple[Spec, ...] = ()) -> None:
+        """Note a mark. Of a tensor between two modules the hooks of the lower one run first, which it then is not."""
+        op = marking(what, of, specs)
+        self.passing.append(passing)
+        key = key_of(self.place, op)
+        last = self.ops[self.order[-1]] if self.order and self.order[-1][:2] == self.place else None
+        self.add(key, op)
+        if what == BEHIND and last is not None and (before := read_mark(last)) and before.what == BEFORE:
+            self.order[-2:] = self.order[:-3:-1]
 
     def count(self, what: str, n: int = 1) -> None:
         """Note work of the host."""
@@ -87,6 +104,7 @@ class TracedProgram:
         bare: the module without what peft puts around it.
         loss: runs the forward pass.
         blocks: the identities of its repeated blocks.
+        places: what is marked of it.
         capability: CUDA compute capability whose forms of calls to dispatch; None for the CPU's.
     """
 
@@ -94,6 +112,7 @@ class TracedProgram:
     bare: torch.nn.Module
     loss: Loss
     blocks: frozenset[int] = frozenset()
+    places: Marked = NOWHERE
     capability: str | None = None
 
 
@@ -112,15 +131,31 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
     recorder = CallRecorder(dense=not setup.padded, keep=calls.keep, knows=setup.images > 0)
     forms = cuda_forms(capability, setup.stack) if capability else nullcontext()
     package = flash_attn_in_place() if setup.attention == "flash2" else nullcontext()
-    with eager_program(), forms, package, owners.followed(), _host_work(program, calls):
+    linear = linear_of_zero3() if setup.engine != "torch" else nullcontext()
+
+    held = 0
+
+    def note(what: str, of: str = "", given: Any = ()) -> None:
+        if what == GRADIENT:
+            recorder.completed(given)
+            given = ()
+        if recorder.recording:
+            now, most = recorder.passing()
+            calls.mark((now - held, most - held), what, of, given)
+
+    marks = marked(
+        program.places, module, note, reentrant=setup.checkpoint == "block-reentrant", phase=lambda: calls.place[1]
+    )
+    with eager_program(), forms, package, linear, owners.followed(), _host_work(program, calls), marks:
         if not warm:
             _warm_up(program, recorder)
         recorder.recording = True
         recorder.hold([*module.parameters(), *module.buffers()])
         held = recorder.live
+        recorder.passing()
         calls.host.clear()
         for micro in range(min(setup.grad_accum, 2)):
-            halves = _micro_batch(program.loss, setup, recorder, calls, micro)
+            halves = _micro_batch(program.loss, setup, recorder, calls, micro, partial(note, END))
             for live, half in zip(calls.live, halves, strict=True):
                 live += [nbytes - held for nbytes in half]
         calls.reached |= {unnumbered(name) for name, p in module.named_parameters() if p.grad is not None}
@@ -139,9 +174,13 @@ def _warm_up(program: TracedProgram, recorder: CallRecorder) -> None:
 
 
 def _micro_batch(
-    loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls, micro: int
+    loss: Loss, setup: Setup, recorder: CallRecorder, calls: Calls, micro: int, end: Callable[[], None]
 ) -> tuple[list[int], list[int]]:
-    """Record a micro-batch; returns the live bytes after each call, up to the middle of its backward pass and after."""
+    """Record a micro-batch; returns the live bytes after each call, up to the middle of its backward pass and after.
+
+    Args:
+        end: notes that a pass has ended.
+    """
     amp = torch.autocast("cpu", TORCH_DTYPES[setup.amp]) if setup.amp else nullcontext()
     calls.place = (micro, "forward")
     with recorder.observe("forward"):
@@ -149,10 +188,12 @@ def _micro_batch(
             value = loss()
         if setup.grad_accum > 1 and objectives.found(setup.objective).scaled:
             value = value / setup.grad_accum
+    end()
     calls.place = (micro, "backward")
     first = len(recorder.live_after)
     with recorder.observe("backward"):
         value.backward()  # type: ignore[no-untyped-call]
+    end()
     middle = (first + len(recorder.live_after)) // 2
     early, late = recorder.live_after[:middle], recorder.live_after[middle:]
     recorder.live_after.clear()

@@ -8,11 +8,12 @@ shows too). Where it does not, or where little would be saved, the whole model i
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..program.marks import BEFORE, IN, is_mark
 from ..program.polynomials import NoPolynomial, highest
 from ..recording.program import LiveBytes, Numbers
 from .calls import Calls, Key, Place
@@ -29,6 +30,8 @@ class Term:
     Attributes:
         order: the calls as they ran; None if that is not known.
         behind: by micro-batch and phase, how many calls of the first term run before these.
+        blocks: which blocks of each stack make them.
+        passing: live bytes at the marks among them (`Calls.passing`), by micro-batch and phase.
     """
 
     times: int
@@ -36,6 +39,8 @@ class Term:
     host: Counter[Any]
     order: Sequence[Key] | None = None
     behind: Mapping[Place, int] = field(default_factory=dict)
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    passing: Mapping[Place, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def whole(stacks: Sequence[Stack], record: Record) -> Whole:
         except Exception:  # a program that does not run with fewer blocks; whether it runs with all is seen next
             pass
     calls = record(False)
-    return Whole([Term(1, calls.counts, calls.host, calls.order)], calls, LiveBytes(_highest(calls)), blocks, blocks)
+    every = {stack_name(stack): tuple(range(len(stack))) for stack in stacks}
+    term = Term(1, calls.counts, calls.host, calls.order, blocks=every, passing=_passing(calls))
+    return Whole([term], calls, LiveBytes(_highest(calls)), blocks, blocks)
 
 
 class _Plan:
@@ -94,7 +101,7 @@ class _Plan:
         self.of_kind: dict[Hashable, list[tuple[str, int]]] = {}
         for stack in stacks:
             for i, kind in enumerate(stack.kinds):
-                self.of_kind.setdefault((stack.path, len(stack), kind), []).append((_name(stack), i))
+                self.of_kind.setdefault((stack.path, len(stack), kind), []).append((stack_name(stack), i))
         self.base = {places[0] for places in self.of_kind.values()}
         # blocks that the smallest model lacks, by kind
         self.spare = {kind: places[1:] for kind, places in self.of_kind.items() if len(places) > 1}
@@ -111,13 +118,15 @@ class _Plan:
         return len(self.base) * (1 + more) + more + len(self.check)
 
 
-def _name(stack: Stack) -> str:
+def stack_name(stack: Stack) -> str:
+    """What tells a stack from others."""
     return f"{stack.path}[{len(stack)}]"
 
 
 def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     base = _traced(plan, plan.base, record, warm=False)
-    terms, traces = [Term(1, base.counts, base.host, base.order)], [base]
+    first = Term(1, base.counts, base.host, base.order, blocks=_by_stack(plan.base), passing=_passing(base))
+    terms, traces = [first], [base]
     expected, expected_host = Counter(base.counts), Counter(base.host)
     ops = Calls(ops=dict(base.ops), turns=dict(base.turns))
     for places in plan.spare.values():
@@ -125,7 +134,12 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
         ops.ops.update(more.ops)
         ops.turns.update(more.turns)
         adds, host = difference(more.counts, base.counts), difference(more.host, base.host)
-        terms.append(Term(len(places), adds, host, *_inserted(more.order, base.order, adds)))
+        number = sum(name == places[0][0] for name, _ in plan.base)
+        below = sum(place < places[0] for place in plan.base if place[0] == places[0][0])
+        order, behind = _inserted(more.order, base.order, adds, below, number - below)
+        lengths = Counter(key[:2] for key in order or ())
+        passing = _passing(more, {place: (start, start + lengths[place]) for place, start in behind.items()})
+        terms.append(Term(len(places), adds, host, order, behind, _by_stack(places), passing))
         traces.append(more)
         for total, part in ((expected, adds), (expected_host, host)):
             _add(total, part, min(2, len(places)))
@@ -135,16 +149,49 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     return Whole(_positive(terms), ops, _live(check, traces, terms), len(plan.check), blocks)
 
 
+def _passing(calls: Calls, within: Mapping[Place, tuple[int, int]] | None = None) -> dict[Place, list[tuple[Any, Any]]]:
+    """Live bytes at the marks of a trace by micro-batch and phase; within some of its calls those, and at the next."""
+    found: dict[Place, list[tuple[Any, Any]]] = {}
+    numbers: Counter[Place] = Counter()
+    passing, closed = iter(calls.passing), set[Place]()
+    for key in calls.order:
+        place: Place = key[:2]
+        if is_mark(key[2][0]) and (live := next(passing, None)) is not None:
+            start, end = (within or {}).get(place, (0, len(calls.order)))
+            if start <= numbers[place] and not (numbers[place] >= end and place in closed):
+                found.setdefault(place, []).append(live)
+                closed |= {place} if numbers[place] >= end else set()
+        numbers[place] += 1
+    return found
+
+
+def _by_stack(places: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, i in sorted(places):
+        found[name] = (*found.get(name, ()), i)
+    return found
+
+
 def _inserted(
-    more: Sequence[Key], base: Sequence[Key], adds: Counter[Key]
+    more: Sequence[Key], base: Sequence[Key], adds: Counter[Key], below: int, above: int
 ) -> tuple[list[Key] | None, dict[Place, int]]:
-    """The calls of a further block in their order, and behind how many others: in each phase they stand together."""
+    """The calls of a further block in their order, and behind how many others: in each phase they stand together.
+
+    Args:
+        below, above: how many blocks of its stack run before it and behind it.
+    """
     found: list[Key] = []
     behind: dict[Place, int] = {}
+    begins = {what: next((key[2][0] for key in adds if is_mark(key[2][0], what)), "") for what in (IN, BEFORE)}
     for place in dict.fromkeys(key[:2] for key in more):
         all_of, others = ([key for key in keys if key[:2] == place] for keys in (more, base))
-        start = next((i for i, (a, b) in enumerate(zip(all_of, others, strict=False)) if a != b), len(others))
-        found += all_of[start : start + len(all_of) - len(others)]
+        length = len(all_of) - len(others)
+        name, rank = (begins[IN], below) if place[1] == "forward" else (begins[BEFORE], above)
+        marks = [i for i, key in enumerate(all_of) if name and key[2][0] == name]
+        start = marks[rank] if rank < len(marks) else 0
+        if all_of[:start] + all_of[start + length :] != others:
+            start = next((i for i, (a, b) in enumerate(zip(all_of, others, strict=False)) if a != b), len(others))
+        found += all_of[start : start + length]
         behind[place] = start
     return found if Counter(found) == adds else None, behind
 
@@ -162,7 +209,7 @@ def _highest(calls: Calls) -> tuple[Numbers, Numbers]:
 def _traced(plan: _Plan, keep: set[tuple[str, int]], record: Record, *, warm: bool = True) -> Calls:
     with ExitStack() as cuts:
         for stack in plan.stacks:
-            cuts.enter_context(stack.cut(sorted(i for name, i in keep if name == _name(stack))))
+            cuts.enter_context(stack.cut(sorted(i for name, i in keep if name == stack_name(stack))))
         return record(warm)
 
 
@@ -181,7 +228,8 @@ def _positive(terms: list[Term]) -> list[Term]:
         rest.append(replace(term, counts=counts))
     if min(first.values(), default=0) < 0:
         raise NotLinear
-    return [Term(1, first, terms[0].host, terms[0].order if first == terms[0].counts else None), *rest]
+    order = terms[0].order if first == terms[0].counts else None
+    return [replace(terms[0], counts=first, order=order), *rest]
 
 
 def _add(total: Counter[Any], part: Counter[Any], times: int) -> None:

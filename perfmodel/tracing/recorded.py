@@ -41,10 +41,10 @@ from ..values import once
 from .regions import Region, region_of
 from .setups import check_setup
 
-TRACER = 4  # raised where a trace of the same program comes out differently: 4, dropout is off in all blocks
+TRACER = 5  # raised where a trace of the same program comes out differently: 5, names beside virtual tokens
 TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
-OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "kernels", "padded", "images", "image_size")
+OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "kernels", "padded", "images", "image_size", "engine")
 OF_OBJECTIVE = ("objective", "reference", "prompt")
 MOST_TRACED = 4  # sizes of a grid that are traced one by one where they do not follow from each other
 

@@ -1,5 +1,7 @@
 """What of a setup a trace can follow; needs no torch."""
 
+import numpy as np
+
 from ..errors import UserError
 from ..setup import Setup
 
@@ -19,7 +21,7 @@ def check_setup(setup: Setup) -> None:
         )
     if setup.images and setup.attention == "flash2":
         raise UserError("--traced cannot follow attention flash2 in a tower of images; use sdpa")
-    if setup.engine != "torch":
+    if setup.engine != "torch" and np.max(setup.gpus) == 1 and setup.offload == "none":
         raise UserError(f"--traced cannot follow --engine {setup.engine}: it traces the program without an engine")
     if setup.uses("liger"):
         raise UserError(f"--traced cannot follow --kernels {setup.kernels}; use kernels torch, cce or trl")

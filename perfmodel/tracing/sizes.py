@@ -33,6 +33,9 @@ def solved(traces: Sequence[Calls], batches: Sequence[int], lengths: Sequence[in
     for half, found in enumerate(made.live):
         rows = zip(*(trace.live[half] for trace in traces), strict=True)
         found += dict.fromkeys(solve(numbers, whole=False) for numbers in rows)
+    for marks in zip(*(trace.passing for trace in traces), strict=True):
+        now, most = (solve(numbers, whole=False) for numbers in zip(*marks, strict=True))
+        made.passing.append((now, most))
     return made
 
 

@@ -27,6 +27,7 @@ from .flops import flops_of
 from .picked import as_kernels_have_them, picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
+from .watching.graph import graph_nodes
 
 aten = torch.ops.aten
 
@@ -77,6 +78,9 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = ""
         self.live = 0
         self.live_after: list[int] = []  # live bytes right after each call
+        self.complete: dict[int, int] = {}  # parameters whose gradients are there, with the bytes of each
+        self.complete_bytes = 0
+        self.highest = 0  # live bytes but for those, at the most since somebody asked
         self.storages: dict[int, int] = {}
         self.recording = False
         self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
@@ -163,7 +167,20 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._watch(t)
         self.trace.peak = max(self.trace.peak, self.live)
         self.live_after.append(self.live)
+        self.highest = max(self.highest, self.live - self.complete_bytes)
         return out
+
+    def passing(self) -> tuple[int, int]:
+        """Live bytes that are no complete gradient's, now and at the most since this was asked before."""
+        now = self.live - self.complete_bytes
+        before, self.highest = max(self.highest, now), now
+        return now, before
+
+    def completed(self, p: torch.nn.Parameter) -> None:
+        """A parameter's gradient is there, and stays."""
+        nbytes = 0 if p.grad is None else p.grad.untyped_storage().nbytes()
+        self.complete_bytes += nbytes - self.complete.get(id(p), 0)
+        self.complete[id(p)] = nbytes
 
     def _with_value(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
         try:
@@ -372,14 +389,3 @@ def trace_step(
         recorder.recording = True
         run()
     return recorder.trace
-
-
-def graph_nodes(root: Any) -> int:
-    """Nodes of an autograd graph."""
-    seen, stack = {root}, [root]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return len(seen)

@@ -7,32 +7,29 @@ parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and atte
 What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, pairwise
 from typing import Any
 
 from ..architectures import Config, model_names
-from ..calls import costs
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method, parse
 from ..methods.parts.peft_adapter import PeftAdapter
-from ..program.op import Op
-from ..program.part import Part
 from ..program.polynomials import NoPolynomial, Size
 from ..recording import record as recording
 from ..recording.program import Program, RecordedModel
 from ..recording.step import Step
 from ..setup import Setup
 from . import programs
-from .calls import Calls, Key, Loss, Place, TracedProgram, record_calls
+from .calls import Calls, Loss, TracedProgram, record_calls
 from .fakes import Fakes
-from .growth import Term, Whole, whole
+from .growth import stack_name, whole
 from .kernels import BY_TOKEN
 from .packages.fused_head import with_own_loss
-from .parameters import parameters_of
+from .parameters import buffers_of, parameters_of
+from .parts import program_of
 from .programs import adapt as adapters
 from .programs import diffusion
 from .programs.choose import in_one_line
@@ -43,6 +40,7 @@ from .scans import LONGEST, NOTE, Scans
 from .setups import check_setup
 from .sizes import check_alike, check_at, solved
 from .trace import to_fake, without_remarks
+from .watching.marks import Marked, lists_of_blocks, places_of
 
 MakeLoss = Callable[[Setup], Loss]  # makes the inputs, under the fake mode, and what runs the forward pass on them
 
@@ -168,12 +166,14 @@ def trace(
         raise UserError(f"nothing trains in {name}")
     mode = Fakes(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
     rows = stacks(model)
+    paths = {stack_name(row): lists for row, lists in zip(rows, lists_of_blocks(model, bare, rows), strict=True)}
     blocks = frozenset(id(block) for row in rows for block in row.containers[0].children())
     to_fake(model, mode, "cpu")
     model.train()
+    places = places_of(model, bare, rows, names)
     try:
         with mode:
-            at = _At(model, bare, make, setup, blocks, capability)
+            at = _At(model, bare, make, setup, blocks, places, capability)
             made = whole(
                 rows, partial(at.several, *sizes) if sizes else partial(at.scanned, scans) if scans else at.once
             )
@@ -186,7 +186,8 @@ def trace(
     except Exception as error:  # whatever a foreign program raises on fake tensors
         raise UserError(f"{name} cannot be traced: {in_one_line(error)}") from error
     size = None if sizes else (int(setup.batch), int(setup.seq))
-    return program_of(made, parameters_of(model, names, at.reached), min(setup.grad_accum, 2), size)
+    parameters = parameters_of(model, bare, names, at.reached)
+    return program_of(made, parameters, buffers_of(model), paths, min(setup.grad_accum, 2), size)
 
 
 @dataclass
@@ -198,6 +199,7 @@ class _At:
     make: MakeLoss
     setup: Setup
     blocks: frozenset[int]
+    places: Marked
     capability: str | None
 
     def __post_init__(self) -> None:
@@ -231,103 +233,7 @@ class _At:
         setup = replace(self.setup, batch=size[0], seq=size[1])
         if size not in self.losses:
             self.losses[size] = self.make(setup)
-        traced = TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.capability)
+        traced = TracedProgram(self.model, self.bare, self.losses[size], self.blocks, self.places, self.capability)
         calls = record_calls(traced, setup, warm=warm)
         self.reached |= calls.reached
         return calls
-
-
-def program_of(made: Whole, parameters: list[Any], micro_batches: int, size: Size | None) -> Program:
-    """The traced calls as parts: of each micro-batch forward, and backward."""
-    first, *later = (
-        tuple(part for phase in ("forward", "backward") for part in _in_order(made, (micro, phase)))
-        for micro in range(micro_batches)
-    )
-    return Program(
-        first=first, later=later[0] if later else (), parameters=tuple(parameters), live=made.live, traced=made.traced,
-        blocks=made.blocks, at=size,
-    )  # fmt: skip
-
-
-def _in_order(made: Whole, place: Place) -> list[Part]:
-    """The parts of one phase as they run: further blocks among the calls of the first term, if that is known."""
-    first, *blocks = made.terms
-    if first.order is None or any(term.order is None for term in blocks):
-        terms = made.terms if place[1] == "forward" else made.terms[::-1]
-        return [part for term in terms for part in _parts(term, made.calls, place)]
-    cuts = sorted({term.behind.get(place, 0) for term in blocks})
-    found: list[Part] = []
-    for cut, piece in zip([*cuts, None], _pieces(first, made.calls, place, cuts), strict=True):
-        found += piece
-        for term in blocks:
-            if term.behind.get(place, 0) == cut:
-                found += _parts(term, made.calls, place)
-    return found
-
-
-def spread(ops: list[Op]) -> list[Op]:
-    """Calls whose order is not known, with those for which the host waits at even distances among the others."""
-    waits = [op for op in ops if costs.synchronises(op)]
-    others = [op for op in ops if not costs.synchronises(op)]
-    found: list[Op] = []
-    for i, op in enumerate(waits):
-        found += [*others[i * len(others) // len(waits) : (i + 1) * len(others) // len(waits)], op]
-    return found or others
-
-
-def _parts(term: Term, calls: Calls, place: Place) -> list[Part]:
-    """The ops of one phase of a term, as a part that repeats; what turns in a loop is a part of its own."""
-    if term.order is not None:
-        return _pieces(term, calls, place, ())[0]
-    counted = [(key, n) for key, n in term.counts.items() if key[:2] == place]
-    ops = spread([op for key, n in counted if key not in calls.turns for op in [calls.ops[key]] * n])
-    straight = Part("traced", place[1], term.times, ops)
-    turning = [_turning(calls, key, n * term.times) for key, n in counted if key in calls.turns]
-    _share(term, place, [straight], turning)
-    return [straight, *turning]
-
-
-def _pieces(term: Term, calls: Calls, place: Place, cuts: Sequence[int]) -> list[list[Part]]:
-    """The same, in pieces: up to each of `cuts`, as many calls of the phase, and what is left."""
-    assert term.order is not None
-    keys = [key for key in term.order if key[:2] == place]
-    pieces: list[list[Part]] = []
-    straight: list[Part] = []
-    turning: list[Part] = []
-    for start, end in pairwise([0, *cuts, len(keys)]):
-        piece = [Part("traced", place[1], term.times)]
-        for key, alike in groupby(keys[start:end]):
-            n = len(list(alike))
-            if key in calls.turns:
-                turning.append(_turning(calls, key, n * term.times))
-                piece += [turning[-1], Part("traced", place[1], term.times)]
-            else:
-                piece[-1].ops += [calls.ops[key]] * n
-        straight += piece[::2]
-        pieces.append(piece)
-    _share(term, place, straight, turning)
-    return [[part for part in piece if part.ops or part is straight[0]] for piece in pieces]
-
-
-def _turning(calls: Calls, key: Key, times: int) -> Part:
-    return Part("traced", key[1], times, list(calls.turns[key]))
-
-
-def _share(term: Term, place: Place, straight: list[Part], turning: list[Part]) -> None:
-    """Give parts their shares of a term's host work, by their calls; of modules and adapters loops' turns have none."""
-    outside = sum(len(part.ops) for part in straight)
-    calls = outside * term.times + sum(len(part.ops) * part.repeat for part in turning)
-    for (where, what), n in term.host.items():
-        if where != place:
-            continue
-        if what in ("nodes", "hooks"):
-            for part in turning:
-                each = n * term.times * len(part.ops) // max(1, calls)
-                setattr(part.host, what, each)
-                n -= each * part.repeat // term.times
-        done = given = 0
-        for part in straight:
-            done += len(part.ops)
-            until = n * done // outside if outside else n
-            setattr(part.host, what, until - given)
-            given = until

@@ -54,13 +54,13 @@ def test_whoever_ends_the_run_ends_it(code: int, checkout: Path, monkeypatch: py
 
     monkeypatch.setattr(configs, "main", ended)
     with pytest.raises(SystemExit) as end:
-        list(configs.try_all(checkout, "l40s", model=None, traced=False))
+        list(configs.try_all(checkout, ("--device", "l40s"), model=None, traced=False))
     assert end.value.code == code
 
 
 def test_every_file_has_its_outcome(checkout: Path) -> None:
     """What is refused is told apart by reason, and what is no training config is no refusal."""
-    rows = {row.file: row for row in configs.try_all(checkout, "l40s", model=None, traced=False)}
+    rows = {row.file: row for row in configs.try_all(checkout, ("--device", "l40s"), model=None, traced=False)}
     assert {name: (row.outcome, row.reason) for name, row in rows.items()} == {
         name: (outcome, reason) for name, (_, outcome, reason) in FILES.items() if outcome
     }
@@ -81,7 +81,10 @@ def test_the_table_of_a_whole_run_holds_no_traceback() -> None:
 
 def test_a_known_model_is_typed_beside_an_unknown_one(checkout: Path) -> None:
     """So that the readers can be measured apart from the models that are bundled."""
-    rows = {row.file: row for row in configs.try_all(checkout / "examples", "l40s", model="gpt2", traced=False)}
+    rows = {
+        row.file: row
+        for row in configs.try_all(checkout / "examples", ("--device", "l40s"), model="gpt2", traced=False)
+    }
     assert rows["examples/mine.yml"].outcome == "answered"
 
 

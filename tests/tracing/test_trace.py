@@ -9,7 +9,8 @@ pytest.importorskip("torch")
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perfmodel.tracing import growth, modules, traced
+from perfmodel.program.marks import BEFORE, BEHIND, IN, OUT, marking
+from perfmodel.tracing import growth, modules, parts
 from perfmodel.tracing.calls import Calls
 from perfmodel.tracing.cuda_forms import cuda_forms
 from perfmodel.tracing.trace import CallRecorder
@@ -48,12 +49,30 @@ def test_the_calls_of_a_further_block_are_found_in_one_place(
     """Their order decides what waits for what; calls that stand in two places have none."""
 
     def keys(text: str) -> list[growth.Key]:
-        return [(0, phase, name) for phase in ("forward", "backward") for name in text]
+        return [(0, phase, (name,)) for phase in ("forward", "backward") for name in text]
 
     adds = Counter(keys(more)) - Counter(keys(base))
-    found, behind = growth._inserted(keys(more), keys(base), adds)
+    found, behind = growth._inserted(keys(more), keys(base), adds, 0, 0)
     assert found == (None if added is None else keys(added))
     assert behind == {(0, "forward"): start, (0, "backward"): start}
+
+
+def test_a_block_among_others_that_are_like_it_stands_in_its_own_place() -> None:
+    """A further frozen block ran behind those that train, whose forward calls are the same."""
+
+    def keys(blocks: int) -> list[growth.Key]:
+        forward = [(IN, "b"), ("mm", ""), (OUT, "b")] * blocks
+        backward = [(BEFORE, "b"), ("mm", ""), (BEHIND, "b")] * blocks
+        calls = (("forward", [("embedding", ""), *forward, ("loss", "")]), ("backward", [("loss", ""), *backward]))
+        return [(0, phase, (marking(*call).name if call[1] else call[0],)) for phase, those in calls for call in those]
+
+    more, base = keys(4), keys(3)
+    adds = Counter(more) - Counter(base)
+    for below in range(4):
+        found, behind = growth._inserted(more, base, adds, below, 3 - below)
+        assert found is not None
+        assert Counter(found) == adds
+        assert behind == {(0, "forward"): 1 + 3 * below, (0, "backward"): 1 + 3 * (3 - below)}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +89,6 @@ def test_work_of_the_host_is_counted_under_a_name_that_has_a_price() -> None:
     """A name misspelt where work is counted would be host time that nobody misses."""
     place = (0, "backward")
     counted, misspelt = (growth.Term(1, Counter(), Counter({(place, name): 3}), []) for name in ("hooks", "hook"))
-    assert traced._parts(counted, Calls(), place)[0].host.hooks == 3
+    assert parts._parts(counted, Calls(), place)[0].host.hooks == 3
     with pytest.raises(AttributeError, match="hook"):
-        traced._parts(misspelt, Calls(), place)
+        parts._parts(misspelt, Calls(), place)

@@ -22,7 +22,7 @@ from perfmodel.prediction.predict import of_step, predict, resolve
 from perfmodel.recording import record
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.tracing import recorded, traced
+from perfmodel.tracing import parts, recorded, traced
 
 NAMES = ("llama", "gpt2", "opt", "gpt_neo", "bert", "gpt_neox")
 OF_REFERENCE = {"objective": "grpo", "reference": "adapter-off", "prompt": 8}
@@ -299,7 +299,7 @@ def test_the_host_waits_as_often_and_as_long_as_on_the_tape() -> None:
     total = predict("smollm2-1.7b", method, setup, on).time.phases["total"]
     assert of_step(built, on, host.host_of("default", on)).time.phases["total"] == pytest.approx(total, rel=0.005)
     shuffled = sorted((op for part, _ in built.parts() for op in part.ops), key=costs.synchronises)
-    assert Counter(map(id, traced.spread(shuffled))) == Counter(map(id, shuffled))
+    assert Counter(map(id, parts.spread(shuffled))) == Counter(map(id, shuffled))
 
 
 def test_weights_that_a_program_clamps_are_not_packed() -> None:

@@ -67,8 +67,8 @@ def files(folder: Path) -> list[Path]:
     return [path for path in lone if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def try_all(folder: Path, device: str, *, model: str | None, traced: bool) -> Iterator[ConfigRow]:
-    """A row for each file, asked from the root of its checkout, as the tools are."""
+def try_all(folder: Path, asked: Sequence[str], *, model: str | None, traced: bool) -> Iterator[ConfigRow]:
+    """A row for each file, asked with some options from the root of its checkout, as the tools are."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is answered must not hang on a network
     root = Path(_git(folder, "rev-parse", "--show-toplevel") or folder).resolve()
     repository = re.sub(r"^.*github\.com[/:]|\.git$", "", _git(root, "config", "remote.origin.url")) or root.name
@@ -76,7 +76,7 @@ def try_all(folder: Path, device: str, *, model: str | None, traced: bool) -> It
     for path in files(folder.resolve()):
         file = str(path.relative_to(root))
         with chdir(root):
-            yield _row(repository, commit, file, ["--config", file, "--device", device], model=model, traced=traced)
+            yield _row(repository, commit, file, ["--config", file, *asked], model=model, traced=traced)
 
 
 def _git(folder: Path, *words: str) -> str:

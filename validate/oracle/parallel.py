@@ -39,11 +39,11 @@ from perfmodel.tracing.trace import NO_WORK, CallRecorder, Trace, call_name, eag
 from . import counts
 from .by_blocks import sharded_by_blocks
 from .cases import Case
-from .context_parallel import on_ring, own_tokens
 from .flat import flat_units
 from .offloaded import HostMemory, copies_across
-from .sequence_parallel import share_tokens
-from .tensor_parallel import cut_model, mend_adapters
+from .shared.context_parallel import on_ring, own_tokens
+from .shared.sequence_parallel import share_tokens
+from .shared.tensor_parallel import cut_model, mend_adapters
 
 PEAK_TOLERANCE = 0.03
 META = torch.device("meta")
@@ -287,19 +287,19 @@ def compare_rank(case: Case) -> counts.Result:
         return judge_rank(case, step, traced_rank(case, step.optimizer))
 
 
-def traced_rank(case: Case, optimizer: str) -> RankRecorder:
-    """What this process of the current group does in a step of a case."""
-    setup, architecture = case.setup, from_config(case.config)
+def traced_rank(case: Case, optimizer: str, model: Architecture | None = None) -> RankRecorder:
+    """What this process of the current group does in a step of a case; the model is its config's unless it is given."""
+    setup, architecture = case.setup, from_config(case.config) if model is None else model
     method = methods.parse(case.method).bind(architecture)
     mesh = mesh_of_ranks(setup)
-    model = alone(case.config, setup, architecture, method, mesh)
-    total, trainable = elements(model)
-    model.train()
-    checkpointed(model, setup)
+    module = alone(case.config, setup, architecture, method, mesh)
+    total, trainable = elements(module)
+    module.train()
+    checkpointed(module, setup)
     if setup.replicas * setup.cp > 1:
-        model = wrapped_for_ranks(model, setup, architecture, mesh)
+        module = wrapped_for_ranks(module, setup, architecture, mesh)
     with patch.object(LinearCrossEntropy, "rows_of_a_lock", 128):  # as its package has them
-        real = trace_rank(model, setup, updates.make(model, optimizer, method))
+        real = trace_rank(module, setup, updates.make(module, optimizer, method))
     real.trace.total, real.trace.trainable = total, trainable
     return real
 

@@ -37,8 +37,8 @@ from perfmodel.tracing.trace import eager_program
 
 from . import counts
 from .cases import Case
-from .context_parallel import on_ring, own_tokens
 from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, collectives, in_another_order, local
+from .shared.context_parallel import on_ring, own_tokens
 from .stages import mesh_of_stages, shard_stages, stage_module
 
 PATIENCE = 300  # s for all ranks of a case

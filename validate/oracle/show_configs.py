@@ -13,14 +13,24 @@ from .configs import ANSWERED, OTHER, REFUSED, TRACEBACK, TRACED, ConfigRow
 
 
 def show_configs(
-    folders: Sequence[Path], device: str, *, model: str | None, traced: bool, output: Path | None, as_json: bool
+    folders: Sequence[Path],
+    asked: Sequence[str],
+    *,
+    model: str | None,
+    traced: bool,
+    output: Path | None,
+    as_json: bool,
 ) -> bool:
-    """Ask for every file, print how many are answered and why others are not; returns whether no traceback came."""
+    """Ask for every file, print how many are answered and why others are not; returns whether no traceback came.
+
+    Args:
+        asked: options of `predict` that all are asked with.
+    """
     rows = []
     with progress() as bar:
         task = bar.add_task("asking", total=sum(len(configs.files(folder)) for folder in folders))
         for folder in folders:
-            for row in configs.try_all(folder, device, model=model, traced=traced):
+            for row in configs.try_all(folder, asked, model=model, traced=traced):
                 rows.append(row)
                 bar.advance(task)
     if output:

@@ -9,11 +9,12 @@ from typing import Any
 from click import style
 
 from perfmodel import units
+from perfmodel.architectures import has_form
 from perfmodel.program.installed import unmirrored
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
-from . import cases, compiled, counts, parallel, parallel_cases, pipeline, zero
+from . import cases, compiled, counts, parallel, parallel_cases, pipeline, traced_ranks, zero
 
 
 def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) -> bool:
@@ -28,7 +29,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     if several:
         chosen = [
             *parallel_cases.rank_grid(grid), *parallel_cases.compiled_grid(grid), *parallel_cases.pipeline_grid(grid),
-            *_of_deepspeed(grid),
+            *traced_ranks.traced_grid(grid), *_of_deepspeed(grid),
         ]  # fmt: skip
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
@@ -62,6 +63,8 @@ def _of_deepspeed(grid: str) -> list[cases.Case]:
 
 
 def _compared(case: cases.Case) -> counts.Result:
+    if not has_form(case.config.kind):
+        return traced_ranks.compare_traced(case)
     if case.setup.pp > 1:
         return pipeline.compare_pipeline(case)
     if case.setup.compile != "none":

@@ -22,8 +22,9 @@ from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs.dtypes import DTYPES
 
-from . import counts, parallel, ulysses
+from . import counts, parallel
 from .cases import Case
+from .shared import ulysses
 
 GATHER = "c10d::_allgather_base_"
 OFFLOADED = ("offload_optimizer", "offload_param")

@@ -1,0 +1,1 @@
+"""Layers and sequences that ranks share, as the real programs cut them."""
