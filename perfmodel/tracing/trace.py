@@ -110,10 +110,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nbytes = storage.nbytes()
         self.storages[key] = nbytes
         self.live += nbytes
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self.storages.pop(key, 0)
+        weakref.finalize(storage, _drop, weakref.ref(self), key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is ASKS_DEVICE and isinstance(args[0], FakeTensor):
@@ -189,6 +186,12 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = known.like(value)
         known.note(out, value)
         return out
+
+
+def _drop(recorder: "weakref.ref[CallRecorder]", key: int) -> None:
+    """A block of memory is gone; what waits for that holds no recorder, which would keep a model for good."""
+    if (counting := recorder()) is not None:
+        counting.live -= counting.storages.pop(key, 0)
 
 
 def fake_device(t: FakeTensor) -> torch.device:
