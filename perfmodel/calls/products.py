@@ -8,7 +8,7 @@ gets the rows that the op's routing gives it: an even share, if it says nothing.
 from math import prod
 from typing import NamedTuple
 
-from ..program.dims import Dim, same_shape
+from ..program.dims import Dim, is_one, product, same_shape
 from ..program.op import Op, Spec
 from ..program.routing import Routing
 
@@ -29,7 +29,7 @@ class Product(NamedTuple):
 
     def depthwise(self, op: Op) -> bool:
         """Whether a convolution filters every channel by itself: no matrix at all, and bound by memory."""
-        return op.name.startswith("convolution") and self.batch > 1 and 1 in (self.m, self.n)
+        return op.name.startswith("convolution") and self.batch > 1 and (is_one(self.m) or is_one(self.n))
 
 
 def mm(op: Op) -> list[Product]:
@@ -139,9 +139,9 @@ def convolution_backward(op: Op) -> list[Product]:
     return found
 
 
-def _pixels(x: Spec) -> int:
+def _pixels(x: Spec) -> Dim:
     """Positions of (batch, channels, …)."""
-    return int(x.shape[0] * prod(x.shape[2:]))
+    return x.shape[0] * product(x.shape[2:])
 
 
 def _convolution(w: Spec, x: Spec, out: Spec) -> Product:

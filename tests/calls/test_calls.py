@@ -1,10 +1,14 @@
 """One account of a call: every name has one row, and what has none is said aloud."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 from helpers import METHODS, NAMES, step_of
 
 from perfmodel import predict
 from perfmodel.calls import costs
+from perfmodel.calls.products import Product, convolution
 from perfmodel.calls.table import ROWS, WORKS, row, rows
 from perfmodel.devices import cpu_work, kernels, profile
 from perfmodel.devices import host as hosts
@@ -78,3 +82,17 @@ def test_a_call_without_a_row_is_named_in_the_notes() -> None:
     again = of_step(p.step, on, hosts.host_of("default", on))
     assert [note for note in again.notes if "brand_new_call" in note]
     assert again.kernels["total"] == p.kernels["total"] + 1
+
+
+def test_a_convolution_over_a_grid_of_sizes_is_those_of_its_sizes() -> None:
+    """A model with convolutions had no crossover: its sizes were made one number."""
+    lengths = np.array([16, 64])
+
+    def found(seq: Any) -> Product:
+        x, w = Spec("bf16", (2, 64, seq)), Spec("bf16", (64, 1, 3))
+        return convolution(Op("convolution", (x, w), (x,), 0, 0))[0]
+
+    together = found(lengths)
+    for i, seq in enumerate(lengths):
+        alone = found(int(seq))
+        assert [int(np.broadcast_to(v, 2)[i]) for v in together[1:]] == list(alone[1:])
