@@ -58,7 +58,7 @@ class Imported:
         job: options of `perfmodel plan`: epochs and the like.
         asks: tells what the file asks several GPUs to do; raises `UserError` where that is nothing that there is.
         ddp: what DDP knows of the graph, as `Setup` names it.
-        traced: whether a trace answers, which is one of one GPU.
+        traced: whether a trace answers.
         precise: whether it names its mixed precision, so that a launcher's does not count.
         samples: of a step on all GPUs together, where the tool counts those.
         splits: whether GPUs share each batch, as they do where accelerate is told so.
@@ -182,9 +182,9 @@ class Imported:
     @property
     def _spreads(self) -> bool:
         """Whether the file is of several GPUs, is answered for one, and could be for more."""
-        alone = self.traced or any(self.setup.get(n, usual) != usual for n, usual in ALONE.items() if n != "engine")
+        alone = any(self.setup.get(n, usual) != usual for n, usual in ALONE.items() if n != "engine")
         alone |= self.setup.get("objective", "sft") not in OBJECTIVES
-        alone |= self.setup.get("compile", "none") != "none" and not self.compiles(self.asks())
+        alone |= not self.traced and self.setup.get("compile", "none") != "none" and not self.compiles(self.asks())
         return not alone and any(d.startswith(ONE_GPU) for d in self.differences)
 
     def compiles(self, form: AskedForm, gpus: int | None = None) -> bool:

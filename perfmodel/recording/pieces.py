@@ -94,8 +94,8 @@ def series_of(parts: Sequence[Part], name: str) -> tuple[list[Series], Dim]:
         _go_back(found, [part for part in parts if part.phase == "backward"], live)
     except (IndexError, LookupError, StopIteration, ValueError):
         raise UserError(
-            f"gpus: several are not modelled by a trace of {name}: its blocks do not run one after another, forward "
-            "and backward; use --gpus 1"
+            f"gpus: several are not modelled by a trace of {name}: its program is no row of blocks, forward and "
+            "backward; use --gpus 1"
         ) from None
     return [each for series in found for each in series.ends_apart()], live[0]
 
@@ -108,6 +108,8 @@ def _forward(part: Part, left: dict[Lists, list[int]], live: list[Dim]) -> Serie
         live: bytes that are live there, of the model once; of blocks that repeat the first mark tells.
     """
     said, ops = _said(part)
+    if part.repeat > 1 and ops and not said:  # a loop within a block
+        raise ValueError
     if part.repeat == 1:
         left |= said
     else:

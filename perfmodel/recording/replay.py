@@ -137,8 +137,7 @@ class Replay:
 
     def _run(self, s: Piece, x: Tensor, link: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Its forward calls, and the node of its backward ones."""
-        if s.row:
-            self.numbers[s.row] = s.number
+        self.numbers |= dict.fromkeys(self.beside.get(s.row, ()), s.number)
         self._write(s.forward)
         self._account(s, "forward")
         inputs = [x, link, *([self.leaf] if s.trains else [])]
@@ -152,8 +151,7 @@ class Replay:
 
     def _backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         s, inputs = node.attrs
-        if s.row:
-            self.numbers[s.row] = s.number
+        self.numbers |= dict.fromkeys(self.beside.get(s.row, ()), s.number)
         tape().part.host.nodes -= 1  # the trace has counted nodes
         self._write(s.backward)
         self._account(s, "backward")

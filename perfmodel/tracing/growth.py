@@ -156,7 +156,7 @@ def _passing(calls: Calls, within: Mapping[Place, tuple[int, int]] | None = None
     passing, closed = iter(calls.passing), set[Place]()
     for key in calls.order:
         place: Place = key[:2]
-        if is_mark(key[2][0]) and (live := next(passing, None)) is not None:
+        if is_mark(_called(key)) and (live := next(passing, None)) is not None:
             start, end = (within or {}).get(place, (0, len(calls.order)))
             if start <= numbers[place] and not (numbers[place] >= end and place in closed):
                 found.setdefault(place, []).append(live)
@@ -172,6 +172,11 @@ def _by_stack(places: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _called(key: Key) -> str:
+    """The name of a call; empty where it stands for a loop's turn."""
+    return str(key[2][0]) if isinstance(key[2], tuple) else ""
+
+
 def _inserted(
     more: Sequence[Key], base: Sequence[Key], adds: Counter[Key], below: int, above: int
 ) -> tuple[list[Key] | None, dict[Place, int]]:
@@ -182,12 +187,12 @@ def _inserted(
     """
     found: list[Key] = []
     behind: dict[Place, int] = {}
-    begins = {what: next((key[2][0] for key in adds if is_mark(key[2][0], what)), "") for what in (IN, BEFORE)}
+    begins = {what: next((name for name in map(_called, adds) if is_mark(name, what)), "") for what in (IN, BEFORE)}
     for place in dict.fromkeys(key[:2] for key in more):
         all_of, others = ([key for key in keys if key[:2] == place] for keys in (more, base))
         length = len(all_of) - len(others)
         name, rank = (begins[IN], below) if place[1] == "forward" else (begins[BEFORE], above)
-        marks = [i for i, key in enumerate(all_of) if name and key[2][0] == name]
+        marks = [i for i, key in enumerate(all_of) if name and _called(key) == name]
         start = marks[rank] if rank < len(marks) else 0
         if all_of[:start] + all_of[start + length :] != others:
             start = next((i for i, (a, b) in enumerate(zip(all_of, others, strict=False)) if a != b), len(others))

@@ -275,7 +275,7 @@ def test_any_recorded_program(tmp_path: Path) -> None:
         "specs": [["bf16", [4, [0, 1, 0, 0, 0, 0]], 1]],
         "parameters": [["w", [4, 4], "bf16", "weight", True, True, 1, 16]],
         "live": {"checked": [[1], [2]], "least": [[1], [2]], "more": [], "times": [1]}, "traced": 1, "blocks": 1,
-        "at": None, "made_with": {"torch": "2.13"}, "notes": [],
+        "buffers": [0], "at": None, "made_with": {"torch": "2.13"}, "notes": [],
     }  # fmt: skip
     assert files.decoded_value(values).first
 

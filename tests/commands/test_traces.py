@@ -114,7 +114,7 @@ def test_the_engine_of_a_trace_is_said_once(model: Path, tmp_path: Path) -> None
     first = result.stdout.partition("\n\n")[0]
     assert "one GPU, without ZeRO-3" in first
     assert "one GPU under ZeRO-3" not in first
-    assert "--gpus N" not in first
+    assert "--gpus N beside it answers for N" in first
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero3"])

@@ -157,5 +157,5 @@ def test_blocks_that_do_not_come_one_after_another_are_refused() -> None:
     numbers = marking(BLOCKS, "model.layers.* 0")
     runs = [with_live(marking(what, "model.layers.*."), 0, 0) for what in (IN, OUT)]
     part = Part("traced", "forward", ops=[numbers, *runs, *runs])
-    with pytest.raises(UserError, match="its blocks do not run one after another"):
+    with pytest.raises(UserError, match="its program is no row of blocks"):
         pieces.series_of([part], "albert")
