@@ -35,6 +35,7 @@ from ..program.polynomials import NoPolynomial
 from ..program.software import SoftwareStack
 from ..recording import files
 from ..recording.program import Program, RecordedModel, its_own_norm
+from ..recording.record import build
 from ..resources import is_file
 from ..setup import Setup
 from ..values import once
@@ -93,7 +94,7 @@ def keep(
     kept = []
     for method in chosen:
         bound = method_of(method).bind(store.facts)
-        program = store.program(bound, setup, on.kind, on.compute_capability or "8.0")
+        program = store.of_step(bound, setup, on)
         path = store.path(next(name for name, found in store.known.items() if found is program))
         if not is_file(path):
             raise UserError(f"{path}: cannot be written")
@@ -139,6 +140,17 @@ class Store:
             found = layers_of(build_model(self.config, Setup()), self.config.name)
         self._keep("model", _plain_facts(found))
         return found
+
+    def of_step(self, method: Method, setup: Setup, on: DeviceProfile) -> Program:
+        """The program that a step runs: of several GPUs it may be another one."""
+        found: list[Program] = []
+
+        def recorder(*asked: Any) -> Program:
+            found.append(self.program(*asked))
+            return found[-1]
+
+        build(replace(self.facts, recorder=recorder), method, setup, on.kind, on.compute_capability or "8.0")
+        return found[-1]
 
     def program(self, method: Method, setup: Setup, kind: str, capability: str) -> Program:
         """The program of a method in a setup, recorded if it is not known; arguments as of `recording.record.build`.

@@ -22,7 +22,7 @@ from perfmodel.recording import files, pieces
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.tracing.recorded import traced
+from perfmodel.tracing.recorded import Store, keep, traced
 from validate.oracle import traced_ranks
 from validate.oracle.cases import SMALL, Case
 from validate.oracle.parallel import in_order
@@ -159,3 +159,16 @@ def test_blocks_that_do_not_come_one_after_another_are_refused() -> None:
     part = Part("traced", "forward", ops=[numbers, *runs, *runs])
     with pytest.raises(UserError, match="its program is no row of blocks"):
         pieces.series_of([part], "albert")
+
+
+def test_what_is_kept_for_several_gpus_is_what_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 has another linear layer: the program of one GPU was kept, and the question asked PyTorch again."""
+    config = Config(traced_ranks.MODELS[0], "lfm2", "lfm2")
+    setup = Setup(batch=2, seq=40, gpus=4, parallel="zero3")
+    (kept,) = keep(config, ["full"], setup, "h100-sxm", tmp_path)
+    assert kept.file.exists()
+    monkeypatch.setattr(Store, "_record", None)
+    model = traced(config, tmp_path)
+    assert predict(model, "full", device="h100-sxm", batch=2, seq=40, gpus=4, parallel="zero3").time.phases["total"] > 0
+    with pytest.raises(TypeError):
+        predict(model, "full", device="h100-sxm", batch=2, seq=40)
