@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..tape.core import tape
 from ..tape.elementary import div, eye, row_norms
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, dropout, mul, sub
@@ -48,7 +49,7 @@ class Dora(Lora):
         weight = cast(base_weight(layer), x.dtype)
         weight_norm = _weight_norm(layer, weight, detach(lora_weight), self.alpha)
         scale = view(div(magnitude, weight_norm), (1, layer.n_out))
-        lora_result = linear(linear(x, a), b)
+        lora_result = _called_again(_called_again(x, a), b)
         bias = base_bias(layer)
         if base_result is None:
             base_result = linear(x, _oriented(layer, weight))
@@ -61,6 +62,13 @@ def _lora_weight(a: Parameter, b: Parameter) -> Tensor:
     """B·A, as two linear layers applied to the identity."""
     x_eye = eye(a.shape[1], a.dtype)
     return t(linear(linear(x_eye, a), b))
+
+
+def _called_again(x: Tensor, half: Parameter) -> Tensor:
+    """A or B, whose module has been called before: under FSDP1, to which it is a unit, it is gathered once more."""
+    if (wrapping := tape().wrapping) is not None:
+        wrapping.weight(half)
+    return linear(x, half)
 
 
 def _weight_norm(layer: Linear, weight: Tensor, lora_weight: Tensor, scaling: float) -> Tensor:

@@ -31,7 +31,8 @@ def flat_units(
         policy = fsdp_auto_wrap_policy(model)
     names = ("FULL_SHARD", "SHARD_GRAD_OP") if mesh is None else ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
     wrapped = FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=mesh,
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), device_mesh=mesh,
+        use_orig_params=not isinstance(model, PeftModel),  # accelerate's default is False: a unit trains or does not
         sharding_strategy=ShardingStrategy[names[0 if reshard else 1]],
         mixed_precision=MixedPrecision(param_dtype=amp, reduce_dtype=reduce or amp, buffer_dtype=amp),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ..programs.dtypes import DTYPES
 from ..programs.stacks import Stack
 
 Module = torch.nn.Module
+_IN_BLOCK = re.compile(r"\.(\*|\d+)\.")
 _WRAPPERS = re.compile(r"\.base_layer(?=\.)|\.default(?=\.weight$|$)")
 Note = Callable[..., None]  # of what there is to say, of which module or parameter, and of which tensors
 
@@ -81,7 +82,7 @@ def places_of(model: Module, bare: Any, rows: Sequence[Stack], names: frozenset[
         (module, tuple(called(f"{name}.{p}") for p, t in module._parameters.items() if t is not None))
         for name, module in model.named_modules()
     )
-    users = tuple((module, own) for module, own in owned if own and ".*." in own[0])
+    users = tuple((module, own) for module, own in owned if own and _IN_BLOCK.search(own[0]))
     trained = [(p, called(name)) for name, p in model.named_parameters() if p.requires_grad]
     beside = (found[id(module)] for module in _beside(bare) if id(module) in found)
     return Marked((*blocks, *beside), users, tuple(trained))
