@@ -22,6 +22,12 @@ INSTEAD = (
     ("experts", "eager", "grouped_mm", "experts as transformers runs them by default (experts_implementation)"),
     ("engine", "deepspeed-zero3", "torch", "one GPU, without ZeRO-3"),
 )
+# The same of what several GPUs are asked for.
+OF_SEVERAL = (
+    ("cp", ANY, 1, "sequences not shared by GPUs (context parallel)"),
+    ("tp", ANY, 1, "layers not shared by GPUs (tensor parallel)"),
+    ("fsdp_units", "adapters", "blocks", "adapters gathered with their blocks, not by themselves"),
+)
 FULL = ("full", "galore", "apollo", "badam")  # methods that train every weight
 TOWER = "vision tower"
 # By the type of a model, modules that training configs name otherwise than its program, their names in it, and why.
@@ -125,7 +131,9 @@ def followed(options: dict[str, Any], of_config: set[str]) -> tuple[dict[str, An
     if "attention" in of_config and made["attention"] == "flash2" and _lacks_flash(made):
         made["attention"] = "sdpa"
         said.append(("attention", "PyTorch's attention, not flash-attn"))
-    for name, asked, instead, words in INSTEAD:
+    gpus = made.get("gpus") or 1
+    several = (max(gpus) if isinstance(gpus, Sequence) else gpus) > 1
+    for name, asked, instead, words in (*INSTEAD, *(OF_SEVERAL if several else ())):
         if name in of_config and made.get(name) != instead and asked in (ANY, made.get(name)):
             made[name] = instead
             said.append((name, words))

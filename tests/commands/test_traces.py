@@ -129,6 +129,29 @@ def test_a_trace_answers_for_several_gpus(model: Path, parallel: str) -> None:
     assert "tp: 2 on several GPUs is not modelled by a trace; use --tp 1" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("fsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true\n", "adapters gathered with their blocks"),
+        ("tensor_parallel_size: 2\n", "layers not shared by GPUs (tensor parallel)"),
+    ],
+)
+def test_what_no_trace_follows_on_several_gpus_is_answered_otherwise(
+    more: str, said: str, model: Path, tmp_path: Path
+) -> None:
+    """A file of several GPUs was refused where its model has no built-in form; the first line says what differs."""
+    file = tmp_path / "train.yml"
+    file.write_text(FILE.format(model=model) + more)
+    asked = ["predict", "--config", str(file), "--device", "l40s"]
+    result = CliRunner().invoke(cli.main, [*asked, "--gpus", "4"])
+    assert result.exit_code == 0, result.output
+    first = result.stdout.partition("\n\n")[0]
+    assert said in first
+    assert "one GPU" not in first
+    alone = CliRunner().invoke(cli.main, asked)
+    assert said not in alone.stdout
+
+
 def test_what_a_tool_does_otherwise_is_said() -> None:
     """LLaMA-Factory's `all` stops before a frozen vision tower; kernels of packages are not in a trace."""
     both = ("vision tower", "projector")
