@@ -20,10 +20,11 @@ OUTPUTS = "outputs"  # what a call of the whole model gives
 
 
 class Mark(NamedTuple):
-    """What a mark says, and of what."""
+    """What a mark says, and of what; of a block in a row that stands for itself its number, too."""
 
     what: str
     of: str
+    number: int | None = None
 
 
 def marking(what: str, of: str = "", specs: tuple[Spec, ...] = ()) -> Op:
@@ -31,21 +32,22 @@ def marking(what: str, of: str = "", specs: tuple[Spec, ...] = ()) -> Op:
     return Op(f"{PREFIX}{what} {of}", specs, (), 0, 0, view=True)
 
 
-def with_live(op: Op, live: Any, most: Any) -> Op:
-    """A mark with live bytes."""
-    return Op(op.name, op.inputs, (), live, most, view=True)
+def with_live(op: Op, live: Any, most: Any, number: int | None = None) -> Op:
+    """A mark with live bytes, and with the number of the block that it is of, if that is known."""
+    return Op(op.name if number is None else f"{op.name} {number}", op.inputs, (), live, most, view=True)
 
 
 def read_mark(op: Op) -> Mark | None:
     """What an op marks; None where it is a call.
 
     >>> read_mark(marking(IN, "model.layers.*."))
-    Mark(what='in', of='model.layers.*.')
+    Mark(what='in', of='model.layers.*.', number=None)
     """
     if not is_mark(op.name):
         return None
     what, _, of = op.name.removeprefix(PREFIX).partition(" ")
-    return Mark(what, of)
+    path, _, number = of.partition(" ")
+    return Mark(what, path, int(number)) if what == IN and number else Mark(what, of)
 
 
 def is_mark(name: str, *what: str) -> bool:

@@ -87,10 +87,10 @@ def series_of(parts: Sequence[Part], name: str) -> tuple[list[Series], Dim]:
     Raises:
         UserError: the program is not a row of modules.
     """
-    left: dict[Lists, list[int]] = {}
+    lists: dict[str, Lists] = {}
     live: list[Dim] = [0]
     try:
-        found = [_forward(part, left, live) for part in parts if part.phase == "forward"]
+        found = [_forward(part, lists, live) for part in parts if part.phase == "forward"]
         _go_back(found, [part for part in parts if part.phase == "backward"], live)
     except (IndexError, LookupError, StopIteration, ValueError):
         raise UserError(
@@ -100,21 +100,19 @@ def series_of(parts: Sequence[Part], name: str) -> tuple[list[Series], Dim]:
     return [each for series in found for each in series.ends_apart()], live[0]
 
 
-def _forward(part: Part, left: dict[Lists, list[int]], live: list[Dim]) -> Series:
+def _forward(part: Part, lists: dict[str, Lists], live: list[Dim]) -> Series:
     """A part cut at its marks.
 
     Args:
-        left: which blocks come next of those that stand for themselves.
+        lists: that blocks are in side by side, by the first.
         live: bytes that are live there, of the model once; of blocks that repeat the first mark tells.
     """
     said, ops = _said(part)
     if part.repeat > 1 and ops and not said:  # a loop within a block
         raise ValueError
-    if part.repeat == 1:
-        left |= said
-    else:
+    if part.repeat > 1:
         live = []  # the first mark tells
-    of_row = {lists[0]: lists for lists in left}
+    lists |= {those[0]: those for those in said}
     current = Piece()
     found = [current]
     numbers: dict[Lists, list[int]] = {}
@@ -128,9 +126,11 @@ def _forward(part: Part, left: dict[Lists, list[int]], live: list[Dim]) -> Serie
         if mark.what == IN and not current.path:
             current = Piece(mark.of)
             if current.row and part.repeat == 1:
-                lists = of_row[current.row]
-                current.number = left[lists].pop(0)
-                numbers.setdefault(lists, []).append(current.number)
+                of_row = numbers.setdefault(lists[current.row], [])
+                if mark.number is None or mark.number in of_row:  # it runs again
+                    raise ValueError
+                current.number = mark.number
+                of_row.append(mark.number)
             found.append(current)
         elif mark.what == OUT and mark.of == current.path:
             current = Piece()

@@ -49,6 +49,7 @@ class Replay:
     """
 
     def __init__(self, program: Program, setup: Setup, name: str) -> None:
+        self.name = name
         at = Evaluated(setup.batch, setup.seq)
         made = [
             series_of([at.with_marks(part) for part in parts], name)
@@ -175,7 +176,12 @@ class Replay:
     def _parameter(self, name: str) -> Parameter:
         """That of a name with a star in the place of the number of the block that runs."""
         row, star, rest = name.partition(".*.")
-        return self.named[f"{row}.{self.numbers[f'{row}.*']}.{rest}" if star else name]
+        found = self.named.get(f"{row}.{self.numbers.get(f'{row}.*')}.{rest}" if star else name)
+        if found is None:
+            raise UserError(
+                f"gpus: several are not modelled by a trace of {self.name}, whose blocks share parameters; use --gpus 1"
+            )
+        return found
 
     def _complete(self, p: Parameter) -> None:
         """The gradient of a parameter is there, or has grown."""

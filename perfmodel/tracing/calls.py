@@ -13,7 +13,7 @@ import torch
 
 from .. import objectives
 from ..errors import UserError
-from ..program.marks import BEFORE, BEHIND, END, GRADIENT, marking, read_mark
+from ..program.marks import BEFORE, BEHIND, END, GRADIENT, IN, OUTPUTS, marking, read_mark
 from ..program.op import OVER_BUS, PLAIN, STRIDED, Attrs, Op, Spec
 from ..setup import Setup
 from .cuda_forms import cuda_forms
@@ -44,7 +44,8 @@ class Calls:
         turns: the calls of those keys that stand for several, a loop's turn (`scans`).
         live: bytes that were live above weights and buffers after each call, up to the middle of a backward pass and
             after it: there saved activations prevail, here gradients.
-        passing: at each mark, without gradients that are complete: live bytes, and the most since the mark before.
+        passing: at each mark, without gradients that are complete: live bytes, and the most since the mark before; with
+            the number of a block that begins.
         place: the micro-batch and phase that run now.
         cuda: whether the calls stand for those on a GPU.
         owners: tells whose they are.
@@ -59,7 +60,7 @@ class Calls:
     order: list[Key] = field(default_factory=list)
     turns: dict[Key, tuple[Op, ...]] = field(default_factory=dict)
     live: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
-    passing: list[tuple[Any, Any]] = field(default_factory=list)
+    passing: list[tuple[Any, Any, int | None]] = field(default_factory=list)
     place: Place = (0, "forward")
     reached: set[str] = field(default_factory=set)
 
@@ -76,7 +77,7 @@ class Calls:
         self.counts[key] += 1
         self.ops.setdefault(key, op)
 
-    def mark(self, passing: tuple[int, int], what: str, of: str, specs: tuple[Spec, ...] = ()) -> None:
+    def mark(self, passing: tuple[int, int, int | None], what: str, of: str, specs: tuple[Spec, ...] = ()) -> None:
         """Note a mark. Of a tensor between two modules the hooks of the lower one run first, which it then is not."""
         op = marking(what, of, specs)
         self.passing.append(passing)
@@ -138,10 +139,10 @@ def record_calls(program: TracedProgram, setup: Setup, *, warm: bool = False) ->
     def note(what: str, of: str = "", given: Any = ()) -> None:
         if what == GRADIENT:
             recorder.completed(given)
-            given = ()
         if recorder.recording:
             now, most = recorder.passing()
-            calls.mark((now - held, most - held), what, of, given)
+            number, specs = given if what == IN else None, given if what == OUTPUTS else ()
+            calls.mark((now - held, most - held, number), what, of, specs)
 
     marks = marked(
         program.places, module, note, reentrant=setup.checkpoint == "block-reentrant", phase=lambda: calls.place[1]

@@ -40,7 +40,7 @@ class Term:
     order: Sequence[Key] | None = None
     behind: Mapping[Place, int] = field(default_factory=dict)
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    passing: Mapping[Place, Sequence[tuple[Any, Any]]] = field(default_factory=dict)
+    passing: Mapping[Place, Sequence[tuple[Any, Any, int | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,11 @@ def _grown(plan: _Plan, record: Record, blocks: int) -> Whole:
     return Whole(_positive(terms), ops, _live(check, traces, terms), len(plan.check), blocks)
 
 
-def _passing(calls: Calls, within: Mapping[Place, tuple[int, int]] | None = None) -> dict[Place, list[tuple[Any, Any]]]:
+def _passing(
+    calls: Calls, within: Mapping[Place, tuple[int, int]] | None = None
+) -> dict[Place, list[tuple[Any, Any, int | None]]]:
     """Live bytes at the marks of a trace by micro-batch and phase; within some of its calls those, and at the next."""
-    found: dict[Place, list[tuple[Any, Any]]] = {}
+    found: dict[Place, list[tuple[Any, Any, int | None]]] = {}
     numbers: Counter[Place] = Counter()
     passing, closed = iter(calls.passing), set[Place]()
     for key in calls.order:

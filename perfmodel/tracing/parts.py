@@ -47,7 +47,7 @@ def _in_order(made: Whole, paths: Paths, place: Place) -> list[Part]:
                 parts[0].ops[:0] = _said(term, paths)
                 found += parts
                 if passing := term.passing.get(place):  # what dies between two blocks
-                    live, _ = passing[-1]
+                    live = passing[-1][0]
                     parts[-1].ops.append(with_live(marking(END), live, live))
     found[0].ops[:0] = _said(first, paths)
     return found
@@ -97,7 +97,7 @@ def _pieces(term: Term, calls: Calls, place: Place, cuts: Sequence[int]) -> list
                 turning.append(_turning(calls, key, n * term.times))
                 piece += [turning[-1], Part("traced", place[1], term.times)]
             elif is_mark(calls.ops[key].name):
-                piece[-1].ops += [with_live(calls.ops[key], *next(passing, (0, 0))) for _ in range(n)]
+                piece[-1].ops += [with_live(calls.ops[key], *next(passing, (0, 0, None))) for _ in range(n)]
             else:
                 piece[-1].ops += [calls.ops[key]] * n
         straight += piece[::2]

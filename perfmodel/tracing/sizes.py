@@ -34,8 +34,9 @@ def solved(traces: Sequence[Calls], batches: Sequence[int], lengths: Sequence[in
         rows = zip(*(trace.live[half] for trace in traces), strict=True)
         found += dict.fromkeys(solve(numbers, whole=False) for numbers in rows)
     for marks in zip(*(trace.passing for trace in traces), strict=True):
-        now, most = (solve(numbers, whole=False) for numbers in zip(*marks, strict=True))
-        made.passing.append((now, most))
+        *numbers, blocks = zip(*marks, strict=True)
+        now, most = (solve(those, whole=False) for those in numbers)
+        made.passing.append((now, most, blocks[0]))
     return made
 
 

@@ -5,6 +5,7 @@ and the head, where weights of blocks are used, at gradients, and behind the cal
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,12 @@ class Marked:
     """What is marked of a model, found while it has all its blocks.
 
     Attributes:
-        regions: modules whose beginning and end is, with their paths.
+        regions: modules whose beginning and end is, with their paths, and of blocks in a row their numbers.
         users: modules of blocks that have parameters of their own, each with their names.
         parameters: what trains, with its name.
     """
 
-    regions: tuple[tuple[Module, str], ...]
+    regions: tuple[tuple[Module, str, int | None], ...]
     users: tuple[tuple[Module, tuple[str, ...]], ...]
     parameters: tuple[tuple[torch.nn.Parameter, str], ...]
 
@@ -73,17 +74,25 @@ def places_of(model: Module, bare: Any, rows: Sequence[Stack], names: frozenset[
                 return f"{path}.*{dot}{rest}"
         return name
 
-    found = {id(module): (module, f"{called(name)}.") for name, module in model.named_modules()}
+    numbers = {id(block): i for row in rows for i, block in enumerate(row.containers[0].children())}
+    found = {
+        id(module): (module, f"{called(name)}.", numbers.get(id(module))) for name, module in model.named_modules()
+    }
     blocks = [found[id(block)] for row in rows for block in row.containers[0].children()]
     whole = set(getattr(bare, "_no_split_modules", None) or ())  # what transformers and accelerate take for blocks
-    inside = {id(m) for block, _ in blocks for m in block.modules()}
+    inside = {id(m) for block, *_ in blocks for m in block.modules()}
     blocks += [place for place in found.values() if type(place[0]).__name__ in whole and id(place[0]) not in inside]
     owned = (
         (module, tuple(called(f"{name}.{p}") for p, t in module._parameters.items() if t is not None))
         for name, module in model.named_modules()
     )
     users = tuple((module, own) for module, own in owned if own and _IN_BLOCK.search(own[0]))
-    trained = [(p, called(name)) for name, p in model.named_parameters() if p.requires_grad]
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    trained = [  # of what blocks share the one name tells the block that it is listed with
+        (p, called(name) if owners[id(p)] == 1 else own_name(name, start, names))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
     beside = (found[id(module)] for module in _beside(bare) if id(module) in found)
     return Marked((*blocks, *beside), users, tuple(trained))
 
@@ -114,13 +123,13 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
         phase: forward or backward, as it is now.
     """
 
-    def begins(path: str) -> Callable[..., None]:
+    def begins(path: str, number: int | None) -> Callable[..., None]:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             if phase() != "forward":
                 if reentrant:
                     note(BEFORE, path)
                 return
-            note(IN, path)
+            note(IN, path, number)
             if (x := _needing(args, kwargs)) is not None:
                 _on_gradient(x, partial(note, BEHIND, path))
 
@@ -150,8 +159,8 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
 
     with ExitStack() as undo:
         handles = [model.register_forward_hook(gives)]
-        for module, path in places.regions:
-            handles.append(module.register_forward_pre_hook(begins(path), with_kwargs=True))
+        for module, path, number in places.regions:
+            handles.append(module.register_forward_pre_hook(begins(path, number), with_kwargs=True))
             handles.append(module.register_forward_hook(ends(path)))
         handles += [module.register_forward_pre_hook(uses(names)) for module, names in places.users]
         for p, name in places.parameters:
