@@ -161,6 +161,17 @@ def test_blocks_that_do_not_come_one_after_another_are_refused() -> None:
         pieces.series_of([part], "albert")
 
 
+def test_a_block_that_a_pass_leaves_out_has_no_calls() -> None:
+    """Without images Llama 3.2 Vision skips its cross-attention: those behind it had its number, and a traceback."""
+    ops = [marking(BLOCKS, "model.layers.* 0,1,2")]
+    for number in (0, 2):
+        ops.append(with_live(marking(IN, "model.layers.*."), 0, 0, number))
+        ops.append(with_live(marking(OUT, "model.layers.*."), 0, 0))
+    (series,), _ = pieces.series_of([Part("traced", "forward", ops=ops)], "mllama")
+    assert series.numbers == {("model.layers.*",): [0, 2]}
+    assert [piece.name for piece in series.pieces if piece.block] == ["model.layers.0.", "model.layers.2."]
+
+
 def test_what_is_kept_for_several_gpus_is_what_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 has another linear layer: the program of one GPU was kept, and the question asked PyTorch again."""
     config = Config(traced_ranks.MODELS[0], "lfm2", "lfm2")
