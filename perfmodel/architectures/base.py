@@ -61,6 +61,7 @@ class Architecture(Compared):
     note: str = ""
     classifier: Classifier | None = None
 
+    of_megatron: ClassVar[bool] = False  # whether its program is Megatron-Core's, which brings its own optimizer
     recorded: ClassVar[bool] = False  # whether its programs come from elsewhere (`recording.program`)
     layer_path: ClassVar[str]  # where blocks live in the transformers module tree
     traits: ClassVar[Traits]

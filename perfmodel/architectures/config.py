@@ -14,6 +14,7 @@ HUB = "https://huggingface.co/"
 CLASS = "_class_name"  # what a config of diffusers has in the place of a model_type
 # transformers/quantizers/quantizer_mxfp4.py, `is_trainable`: Trainer refuses such a model, with adapters too
 KEPT_IN_MXFP4 = "transformers trains no model whose experts stay in MXFP4, only a dequantised one"
+MEGATRON = "megatron"  # `megatron:` before a model's name: its program in Megatron-Core; in a config its model_type
 MOST_LAYERS = 4096  # each may be recorded by itself; those of the deepest models are below 200
 T = TypeVar("T")
 
@@ -137,11 +138,14 @@ class Config:
 def load(name_or_path: str) -> Config:
     """Read a config by bundled name, path to a config.json or its folder, or hub id (`org/name`).
 
-    A hub id whose name says the family and size of a bundled model needs no network (`names.bundled_for`).
+    A hub id whose name says the family and size of a bundled model needs no network (`names.bundled_for`). `megatron:`
+    before any of them is the model in Megatron-Core's program.
 
     Raises:
         UserError: nothing found, or the file is not a JSON object.
     """
+    if name_or_path.startswith(f"{MEGATRON}:"):
+        return _in_megatron(load(name_or_path.removeprefix(f"{MEGATRON}:")))
     if name_or_path.lower() in model_names():
         return _read(MODELS / f"{name_or_path.lower()}.json", name_or_path.lower())
     path = Path(name_or_path)
@@ -186,6 +190,11 @@ def _named(repository: str, meant: names.Meant) -> Config:
         said.append(f"its {packed} weights are not: the base is in --dtype, or {way}")
     config.note = "; ".join([*said, config.note] if config.note else said)
     return config
+
+
+def _in_megatron(config: Config) -> Config:
+    values = {**config.values, "model_type": f"{MEGATRON}_gpt", MEGATRON: config.kind}
+    return Config(values, config.origin, f"{MEGATRON}:{config.name}", config.note)
 
 
 def _hint(name: str) -> str:

@@ -9,6 +9,7 @@ from .launches import kernels, mirrors
 from .products import Product
 from .table import LISTED, row
 
+INTO_FP32 = "addmm.dtype_out"  # a product of 16 bits that is added to a sum in fp32: (sum, a, b, sum)
 SCALED = ("_scaled_mm", "torchao::scaled_int8_mm")  # products whose scales follow the factors
 
 KINDS = {  # work -> the class of kernel for totals and intervals; everything else is pointwise
@@ -52,6 +53,8 @@ def operand_dtype(op: Op) -> str:
     """The dtype that an op computes in: its last operand's, or the first's where scales or locks follow it."""
     if not op.inputs:
         return op.outputs[0].dtype if op.outputs else "fp32"
+    if op.name == INTO_FP32:
+        return op.inputs[1].dtype
     first, last = op.inputs[0].dtype, op.inputs[-1].dtype
     followed = op.name in SCALED or op.name.startswith("cce::") or kind(op) == "attention"
     return first if first != last and followed else last

@@ -11,6 +11,7 @@ from ..program.op import Op
 
 ROWS = {
     "liger::rms_norm": "fused_norm",
+    "te::rmsnorm_fwd": "fused_norm",
     "dropout_layer_norm::dropout_add_ln_fwd": "fused_norm",
     "liger::cross_entropy": "cross_entropy",
     "cce::indexed_dot": "embedding",
@@ -26,7 +27,7 @@ GENERATED = {
 }  # fmt: skip
 BACKWARD_NORMS = {  # how many inputs are read; None: all
     "liger::rms_norm_backward": None, "liger::rms_norm_backward_apart": 4,
-    "dropout_layer_norm::dropout_add_ln_bwd": None,
+    "dropout_layer_norm::dropout_add_ln_bwd": None, "te::rmsnorm_bwd": None,
 }  # fmt: skip
 
 Row = tuple[Any, ...]  # kind, kernels, bytes read, bytes written, elements, rows, elements of a row

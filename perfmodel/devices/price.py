@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..calls.collectives import collective_row
-from ..calls.costs import SCALED, products
+from ..calls.costs import INTO_FP32, SCALED, products
 from ..calls.table import row
 from ..errors import UserError
 from ..program.dims import product, same
@@ -155,7 +155,7 @@ def _attention_row(i: int, op: Op, tables: Tables) -> None:
 
 def _products(i: int, op: Op, tables: Tables) -> None:
     """The GEMMs inside a call; what is filtered channel by channel streams."""
-    dtype = op.inputs[op.name == "addmm.dtype_out"].dtype  # which adds them to a sum in fp32
+    dtype = op.inputs[op.name == INTO_FP32].dtype  # which adds them to a sum
     if op.attrs.routing is not None:
         (a, b), nt = (x.shape for x in op.inputs[:2]), op.attrs.layout == "nt"
         sizes = (b[0], a[0], b[1]) if nt else (a[0], b[1], b[2])
@@ -178,10 +178,10 @@ def _gemm_row(i: int, op: Op, dtype: str, layout: Any, shape: tuple[Any, ...], t
     """A weight comes from HBM, an activation may still lie in L2; weight gradients and bmm have two activations."""
     name, padded = op.name, op.attrs.padded and dtype in (*HALF, *EIGHT)
     b_copies = 1.0 if name in WRITTEN or layout == "nt" else np.inf
-    accumulates = name in ("addmm_", "addmm.out", "addmm.dtype_out")
+    accumulates = name in ("addmm_", "addmm.out", INTO_FP32)
     if name.startswith(("convolution", "cce::")):  # cuDNN pads channels; Triton's tiles reach over the edge
         shape = (*(-(-x // WIDE) * WIDE for x in shape[:3]), shape[3])
-    key = (dtype, name == "bmm", padded)
+    key = (dtype, name == "bmm", padded, name == INTO_FP32)
     tables.add("gemm", key, i, *shape, LAYOUTS.index(layout), b_copies, accumulates)
 
 
@@ -191,9 +191,9 @@ def _launch(i: int, launched: list[kernels.Kernel], tables: Tables) -> None:
 
 
 def _gemm(
-    profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any, learned: bool = False
+    profile: DeviceProfile, dtype: str, batched: bool, padded: bool, wide: bool, *columns: Any, learned: bool = False
 ) -> np.ndarray:
-    """Matrix products of one dtype, all layouts at once; `padded`: by a compiler, where that pays;
+    """Matrix products of one dtype, all layouts at once; `padded`: by a compiler, where that pays; `wide`: into fp32;
     `learned`: with what measurements leave of the price.
 
     Products of 8 bits, which were not measured, are priced as those of 16. cuBLAS splits the k of no batch in fp32: of
@@ -208,7 +208,7 @@ def _gemm(
         parameters = replace(profile.gemm[kind], **other) if other else profile.gemm[kind]
         seconds = gemm_time(
             m, n, k, batch, hardware=profile.hardware, parameters=parameters, dtype=kind, layout=of_layout,
-            accumulate=accumulates, b_copies=b_copies,
+            accumulate=accumulates, b_copies=b_copies, output_itemsize=ITEMSIZE["fp32"] if wide else None,
         )  # fmt: skip
         return seconds * _learned(profile, m, n, k, batch, layout) if learned else seconds
 
@@ -216,9 +216,9 @@ def _gemm(
     if batched and dtype == "fp32":
         seconds = np.where(np.greater(batch, 1), price(m, n, k, batch, max_split=1), seconds)
     if padded:
-        wide, copied = padding(m, n, k, batch, of_layout)
+        sides, copied = padding(m, n, k, batch, of_layout)
         copy = pointwise_time(copied, copied, hardware=profile.hardware, parameters=profile.pointwise)
-        seconds = np.minimum(seconds, price(*wide) + np.where(copied > 0.0, copy, 0.0))
+        seconds = np.minimum(seconds, price(*sides) + np.where(copied > 0.0, copy, 0.0))
     return np.asarray(seconds)
 
 
@@ -241,9 +241,9 @@ def _learned(profile: DeviceProfile, m: Any, n: Any, k: Any, batch: Any, layout:
     return factor
 
 
-def _gemm_in_stream(profile: DeviceProfile, dtype: str, batched: bool, padded: bool, *columns: Any) -> np.ndarray:
+def _gemm_in_stream(profile: DeviceProfile, dtype: str, *columns: Any) -> np.ndarray:
     """As `_gemm`, in a stream of other kernels."""
-    seconds = _gemm(profile, dtype, batched, padded, *columns)
+    seconds = _gemm(profile, dtype, *columns)
     if dtype in (*HALF, *EIGHT) and profile.compute_capability.startswith(ACCELERATED):
         seconds += IN_STREAM / profile.hardware.clock_hz
     return seconds

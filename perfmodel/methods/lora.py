@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..architectures.rewrites import Pair
 from ..errors import UserError, nearest
 from ..program.dims import decide
+from ..tape.bus import Cut
 from ..tape.core import tape
 from ..tape.linalg import linear
 from ..tape.packages.converted import float8_or_plain
@@ -211,6 +213,25 @@ class Lora(Targeted):
         a = layer.adapter("lora_A.weight", (self.r, layer.n_in), dtype)
         return a, layer.adapter("lora_B.weight", (layer.n_out, self.r), dtype)
 
+    def pair(self, layer: Linear) -> Pair | None:
+        if not self.targets_layer(layer.name, layer.scope.layer):
+            return None
+        tape().part.host.adapters += 1
+        cut, r, dtype = layer.cut, self.r, self.dtype_of_base(layer.scope.dtype)
+        ranks, rows = cut.ranks.size, cut.by == "rows"
+        self._check_cut(cut)
+        self.check_rank(layer, r)
+        a = layer.adapter("adapter.linear_in.weight", (r if rows else r // ranks, layer.n_in), dtype)
+        b = layer.adapter("adapter.linear_out.weight", (layer.n_out // ranks if rows else layer.n_out, r), dtype)
+        return cut.counted(a), cut.counted(b)
+
+    def _check_cut(self, cut: Cut) -> None:
+        """Raise `UserError` where ranks that share a layer do not divide the adapter's rank."""
+        if np.any(np.asarray(self.r) % cut.ranks.size):
+            raise UserError(
+                f"method {self.name}: rank {np.max(self.r)} is no multiple of tp {cut.ranks.size}, which cuts it"
+            )
+
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         if self.implementation == "lorafusion":
             self._check_autocast(layer)
@@ -234,10 +255,7 @@ class Lora(Targeted):
     def _beside_tokens(self, layer: Linear, x: Tensor) -> Tensor:
         """Of ranks that share tokens between layers, as NeMo Automodel runs it: in the base's dtype, α/r before B."""
         cut, r, dtype = layer.cut, self.r, self.dtype_of_base(layer.scope.dtype)
-        if np.any(np.asarray(r) % cut.ranks.size):
-            raise UserError(
-                f"method {self.name}: rank {np.max(r)} is no multiple of tp {cut.ranks.size}, which cuts it"
-            )
+        self._check_cut(cut)
         self.check_rank(layer, r)
         own, rows = r // cut.ranks.size, cut.by == "rows"
         a = cut.counted(layer.adapter("lora_A.weight", (r if rows else own, layer.n_in), dtype))

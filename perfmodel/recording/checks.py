@@ -22,6 +22,10 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
     """Raise `UserError` where the setup's kernels or attention do not fit the model; a recorded one says so itself."""
     if architecture.recorded:
         return
+    if architecture.of_megatron:
+        from .parallel.megatron import check_megatron  # with its form, which few ask for
+
+        check_megatron(setup, method)
     if setup.images:
         raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":

@@ -59,6 +59,8 @@ def running(step: Step) -> tuple[Setup, Method]:
     """Setup and method as the step's engine and the versions of its software run them."""
     setup, method = step.setup, step.method
     several = not decide(setup.gpus == 1) or setup.offload != "none"
+    if step.architecture.of_megatron and setup.checkpoint != "none":
+        setup = replace(setup, checkpoint="block-reentrant")  # `tensor_parallel.checkpoint`
     casts = setup.amp is not None and setup.parallel == "fsdp2"  # what is gathered, in place of autocast
     if several and setup.compile != "none" and setup.checkpoint == "block-reentrant":
         setup = replace(setup, checkpoint="block")  # to Dynamo both are one operator

@@ -85,7 +85,7 @@ def build(
         from . import inside  # with GaLore, whose update goes weight by weight, too
 
         inner = inside.begin(step, tape)
-    if several:
+    if several or architecture.of_megatron:
         from .forms import parallel_form  # few ask for several
 
         if architecture.recorded:

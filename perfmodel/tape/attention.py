@@ -156,6 +156,18 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | N
     return _fused(q, k, v, None, "flash2", Attrs(causal=causal, window=window))
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel that the device picks, causal and without a mask, of (b, h, s, d); heads stay in groups.
+
+    Raises:
+        UserError: the device has none for them.
+    """
+    kernel = _choose(q, k, v, None, 0.0)
+    if kernel not in _FLASH:
+        raise UserError(f"the device has no fused attention of {q.shape[1]} heads over {k.shape[1]} in {q.dtype}")
+    return _fused(q, k, v, None, kernel, Attrs(causal=not is_one(q.shape[2])))
+
+
 def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
     """The kernel for (b, h, s, d) operands; that of the CPU gives a mask no gradient."""
     current, trained = tape(), mask is not None and mask.requires_grad

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from ...architectures.base import Architecture, Linear, Scope
+from ...architectures.rewrites import Pair
 from ...errors import UserError, nearest
 from ...optimizers import Update
 from ...program.dims import Dim
@@ -144,6 +145,10 @@ class Method(Compared):
 
     def mlp(self, layers: tuple[Linear, ...], x: Tensor, gate: str) -> Tensor | None:
         """A gated MLP (gate, up and down projection; swiglu or geglu) in one, where an implementation fuses it."""
+        return None
+
+    def pair(self, layer: Linear) -> Pair | None:
+        """A and B of a LoRA on a layer of Megatron-Core's, None where it has none."""
         return None
 
     def sublayer(self, layer: Scope, name: str, x: Tensor, residual: Tensor, norm: str | None) -> Tensor:

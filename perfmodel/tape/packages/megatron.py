@@ -1,0 +1,307 @@
+"""What Megatron-Core's layers run: Transformer Engine's kernels, and linear layers that ranks share.
+
+Hidden states are (seq, batch, hidden). A linear layer is one autograd Function: backward sends the gradient of its
+input while the weight's gradient is computed, which its product adds to the fp32 gradient that is there (`main_grad`).
+With sequence parallel a layer cut by columns gathers its input forward, and again backward if its weight trains; one
+cut by rows scatters the sum of its output. A LoRA on either is two such layers, cut like it and by its rank.
+
+Source: megatron-core 0.16.1, tensor_parallel/{layers,mappings}.py; TransformerEngine 2.9, pytorch/module/
+{layernorm_linear,linear}.py; megatron-bridge 0.3.1, peft/{lora_layers,utils}.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ...program.dims import decide, product
+from ...program.op import Attrs
+from ...program.ranks import Ranks
+from ...program.streams import COMMUNICATION, COMPUTE, Run
+from ..autograd import differentiate
+from ..core import new_tensor, record, tape
+from ..linalg import addmm, layout_of, matmul, mm
+from ..pointwise import add, cat, mul
+from ..shape import clone, contiguous, narrow, t, view
+from ..tensor import Grads, Node, Parameter, Storage, Tensor
+
+Grad = Tensor | None
+SENT, ARRIVED = Run(COMMUNICATION, (COMPUTE,)), Run(after=(COMMUNICATION,))
+
+
+class Shared(NamedTuple):
+    """The ranks that share layers; `tokens`: the sequence between them, too (sequence parallel)."""
+
+    ranks: Ranks
+    tokens: bool
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one of them."""
+        return decide(self.ranks.size > 1)
+
+
+def of_engine() -> None:
+    """The Python of a module of Transformer Engine, which takes 2.7 times as long as a linear layer of PyTorch.
+
+    Source: github.com/NVIDIA/TransformerEngine/issues/2053 (GB200 and GH200, bf16, 2025).
+    """
+    tape().part.host.modules += 3
+
+
+def wait() -> None:
+    """`handle.wait()`: the compute stream waits for what was sent."""
+    record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=ARRIVED)
+
+
+def send_gather(x: Tensor, ranks: Ranks) -> Tensor:
+    """All ranks' parts along the first dim, on their way."""
+    whole = new_tensor((x.shape[0] * ranks.size, *x.shape[1:]), x.dtype)
+    record("c10d::_allgather_base_", (x,), (whole,), Attrs(ranks=ranks), runs=SENT)
+    return whole
+
+
+def send_scatter(x: Tensor, ranks: Ranks) -> Tensor:
+    """A rank's part along the first dim of a sum over ranks, on its way."""
+    part = new_tensor((x.shape[0] // ranks.size, *x.shape[1:]), x.dtype)
+    record("c10d::_reduce_scatter_base_", (x,), (part,), Attrs(ranks=ranks), runs=SENT)
+    return part
+
+
+def send_sum(x: Tensor, ranks: Ranks) -> Tensor:
+    """A sum over ranks in place, on its way."""
+    record("c10d::allreduce_", (x,), (x,), Attrs(ranks=ranks), runs=SENT)
+    return x
+
+
+def main_gradient(p: Parameter) -> Tensor:
+    """The fp32 gradient that a parameter has for good, in the buffer of all; it counts with that."""
+    if p.grad is None:
+        p.grad = Tensor(p.shape, "fp32", p.strides, p.numel, Storage(0, None))
+    return p.grad
+
+
+def add_to_main(p: Parameter, grad: Tensor) -> None:
+    """`param.main_grad.add_(param.grad)`: of a gradient that autograd made."""
+    main = main_gradient(p)
+    with tape().belonging_to("adapter" if p.kind == "adapter" else "accumulation"):
+        record("add_.Tensor", (main, grad), (main,))
+
+
+def _accumulate_product(p: Parameter, grad: Tensor, x: Tensor) -> None:
+    """main_grad += gradᵀ·x, the sum in the product's epilogue."""
+    main, left, right = main_gradient(p), t(_rows(grad)), _rows(x)
+    record("addmm.dtype_out", (main, left, right, main), (main,), layout_of(left, right))
+    p.used = True
+    if (followed := tape().after_gradient) is not None:
+        followed(p)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return view(x, (product(x.shape[:-1]), x.shape[-1])) if len(x.shape) > 2 else x
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Transformer Engine's RMSNorm: one kernel; keeps x and the rows' 1/rms in fp32."""
+    of_engine()
+    node = differentiate("_RMSNormBackward", (x, weight), _rms_norm_backward)
+    with tape().no_grad():
+        y, rstd = _normed(x, weight)
+    if node:
+        node.save(x, weight, rstd)
+        node.produces(y)
+    return y
+
+
+def _normed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    y, rstd = new_tensor(x.shape, x.dtype), new_tensor((product(x.shape[:-1]),), "fp32")
+    record("te::rmsnorm_fwd", (_rows(x), weight), (y, rstd))
+    return y, rstd
+
+
+def _norm_gradients(g: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of x and of the weight, frozen or not."""
+    grad_x, grad_weight = new_tensor(x.shape, x.dtype), new_tensor(weight.shape, weight.dtype)
+    record("te::rmsnorm_bwd", (_rows(g), _rows(x), rstd, weight), (grad_x, grad_weight))
+    return grad_x, grad_weight
+
+
+def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, weight, rstd) = grads, node.unpack()
+    assert g is not None
+    of_engine()
+    return _norm_gradients(g, x, rstd, weight)
+
+
+def linear(x: Tensor, weight: Parameter, by: str, shared: Shared) -> Tensor:
+    """A linear layer of (…, n_in), its weight (n_out, n_in) cut "columns" or "rows" over ranks that share it."""
+    of_engine()
+    node = differentiate("_LinearBackward", (x, weight), _linear_backward, (by, shared, x.shape))
+    with tape().no_grad():
+        whole, gathers = x, by == "columns" and shared.tokens
+        if gathers:
+            whole = send_gather(x, shared.ranks)
+            wait()
+        out = matmul(whole, t(weight))
+        del whole
+        if by == "rows":
+            out = _summed(out, shared)
+    if node:
+        node.save(x if node.needs[1] else None, weight)
+        node.produces(out)
+    return out
+
+
+def _summed(out: Tensor, shared: Shared) -> Tensor:
+    """The output of a layer cut by rows: the sum on every rank, or its part of the tokens."""
+    if not shared.several:
+        return out
+    out = send_scatter(out, shared.ranks) if shared.tokens else send_sum(out, shared.ranks)
+    wait()
+    return out
+
+
+def _linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (x, weight), (by, shared, shape) = grads, node.unpack(), node.attrs
+    assert g is not None
+    of_engine()
+    g = contiguous(g)
+    if by == "rows" and shared.tokens:
+        g = send_gather(g, shared.ranks)
+        wait()
+    grad_x = _both_products(node.needs[0], g, x, weight, by, shared, None)
+    return (grad_x if grad_x is None else view(grad_x, shape), None)
+
+
+def _both_products(
+    wanted: bool, g: Tensor, x: Grad, weight: Parameter, by: str, shared: Shared, beside: Grad
+) -> Tensor | None:
+    """The gradient of a layer's input, and that of its weight while it travels.
+
+    Args:
+        x: the layer's input, None where its weight is frozen.
+        beside: the gradient of what else was computed from the gathered input.
+    """
+    columns, whole = by == "columns" and shared.several, x
+    gathers = columns and shared.tokens and x is not None
+    if gathers:
+        assert x is not None
+        whole = send_gather(x, shared.ranks)
+    grad_x = matmul(g, weight) if wanted else None
+    if gathers:
+        wait()
+    if grad_x is not None and beside is not None:
+        grad_x = add(grad_x, beside)
+    sent = columns and grad_x is not None
+    if sent:
+        assert grad_x is not None
+        grad_x = send_scatter(grad_x, shared.ranks) if shared.tokens else send_sum(grad_x, shared.ranks)
+    if whole is not None:
+        _accumulate_product(weight, g, whole)
+    if sent:
+        wait()
+    return grad_x
+
+
+def norm_linear(
+    x: Tensor, norm: Parameter, weight: Parameter, bias: Parameter | None, shared: Shared, *, gives_input: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`TELayerNormColumnParallelLinear`: an RMSNorm and a linear layer cut by columns in one Function.
+
+    Args:
+        bias: of (n_out,): a product's epilogue adds it, and sums its gradient.
+        gives_input: whether the layer's input is returned, too, gathered where ranks share tokens (for a LoRA).
+    """
+    of_engine()
+    attrs = (shared, gives_input)
+    inputs = (x, norm, weight) if bias is None else (x, norm, weight, bias)
+    node = differentiate("_LayerNormLinearBackward", inputs, _norm_linear_backward, attrs)
+    with tape().no_grad():
+        y, rstd = _normed(x, norm)
+        whole = y
+        if shared.tokens:
+            whole = send_gather(y, shared.ranks)
+            wait()
+        rows = _rows(whole)
+        out = mm(rows, t(weight)) if bias is None else addmm(bias, rows, t(weight))
+        out = view(out, (*whole.shape[:-1], weight.shape[0]))
+    if node:
+        node.save(x, norm, rstd, y if node.needs[2] else None, weight)
+        node.produces(out)
+        if gives_input:
+            whole = whole.alias()
+            node.produces(whole)
+    return out, whole if gives_input else None
+
+
+def _norm_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g, *others), (x, norm, rstd, y, weight), (shared, gives) = grads, node.unpack(), node.attrs
+    assert g is not None
+    of_engine()
+    beside = others[0] if gives else None
+    late = beside is not None and not shared.tokens  # what was not gathered is added behind the sum over ranks
+    grad_x = _both_products(True, contiguous(g), y, weight, "columns", shared, None if late else beside)
+    assert grad_x is not None
+    if late:
+        assert beside is not None
+        grad_x = add(grad_x, beside)
+    grad_x, grad_norm = _norm_gradients(grad_x, x, rstd, norm)
+    if len(node.needs) == 3:
+        return (grad_x, grad_norm, None)
+    return (grad_x, grad_norm, None, new_tensor((weight.shape[0],), g.dtype) if node.needs[3] else None)
+
+
+def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: Shared) -> Tensor:
+    """`ParallelLinearAdapter` on a layer cut "columns" or "rows": (…, n_in) → (…, n_out), scaled, all with its layer's.
+
+    A is (r / ranks, n_in) beside columns, (r, n_in / ranks) beside rows; B (n_out / ranks, r).
+
+    Args:
+        x: what the layer multiplied, of shared tokens all.
+    """
+    alone = shared._replace(tokens=False)
+    if by == "columns":
+        low = linear(x, a, "" if shared.tokens else "columns", alone)  # `disable_grad_reduce`: its layer does it
+        high = linear(_gathered_last(low, shared), b, "columns", alone)
+    else:
+        low = linear(x, a, "rows", alone)
+        high = _gathered_last(linear(low, b, "columns", alone), shared)
+        high = _own_tokens(high, shared.ranks) if shared.tokens else high
+    return mul(high, 1.0)
+
+
+def _gathered_last(x: Tensor, shared: Shared) -> Tensor:
+    """Parts of the last dim, put together; backward each takes its own."""
+    if not shared.several:
+        return x
+    node = differentiate("_GatherFromModelParallelRegionBackward", (x,), _part_of_last, (x.shape,))
+    with tape().no_grad():
+        parts = send_gather(x, shared.ranks)
+        wait()
+        each = [Tensor(x.shape, x.dtype, x.strides, x.numel, parts.storage) for _ in range(int(shared.ranks.size))]
+        out = cat(each, len(x.shape) - 1)
+    if node:
+        node.produces(out)
+    return out
+
+
+def _part_of_last(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (shape,) = grads, node.attrs
+    assert g is not None
+    return (clone(narrow(g, len(shape) - 1, shape[-1])),)
+
+
+def _own_tokens(x: Tensor, ranks: Ranks) -> Tensor:
+    """A rank's tokens of all; backward those of all ranks are gathered."""
+    node = differentiate("_ScatterToSequenceParallelRegionBackward", (x,), _all_tokens, (ranks,))
+    with tape().no_grad():
+        out = narrow(x, 0, x.shape[0] // ranks.size)
+    if node:
+        node.produces(out)
+    return out
+
+
+def _all_tokens(node: Node, grads: Sequence[Grad]) -> Grads:
+    (g,), (ranks,) = grads, node.attrs
+    assert g is not None
+    whole = send_gather(contiguous(g), ranks)
+    wait()
+    return (whole,)
