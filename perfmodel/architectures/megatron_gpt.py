@@ -84,25 +84,34 @@ class MegatronGpt(Architecture):
             self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, intermediate=self.intermediate // ranks
         )
 
+    def staged(self) -> None:
+        if self.tied:
+            raise UserError(f"pp: {self.name} shares one weight between its embedding and its head: use --pp 1")
+
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
-        shared, setup = shared_of(model), model.build.setup
-        rows = -(-self.vocab // (PADDED * setup.tp)) * PADDED
-        weight = model.parameter("embedding.word_embeddings.weight", (rows, self.hidden), "embedding")
-        weight.elements = weight.numel * setup.tp
-        x = words(weight, ids, shared)
-        if setup.checkpoint != "none":
-            x.requires_grad = True  # `maybe_enable_recompute_inputs_grad` where the embedding is frozen
+        shared, setup, x = shared_of(model), model.build.setup, model.build.received
+        if x is None:
+            x = words(self._rows(model, "embedding.word_embeddings.weight", "embedding"), ids, shared)
+            x.requires_grad |= setup.checkpoint != "none"  # `maybe_enable_recompute_inputs_grad` of frozen words
         turns = masks.model_buffer((setup.seq, 1, 1, self.head_dim), "fp32")
         x = model.layers(self.block, x, turns)
         model.begin("head")
-        x = megatron.rms_norm(x, model.parameter("decoder.final_layernorm.weight", (self.hidden,), "norm"))
-        if not self.tied:
-            weight = model.parameter("output_layer.weight", (rows, self.hidden), "weight")
-            weight.elements = weight.numel * setup.tp
+        if not model.build.ends:
+            return x
+        x = megatron.rms_norm(x, used(model.parameter("decoder.final_layernorm.weight", (self.hidden,), "norm")))
+        name, kind = ("embedding.word_embeddings", "embedding") if self.tied else ("output_layer", "weight")
+        weight = self._rows(model, f"{name}.weight", kind)
         logits = beside_loss(model, megatron.linear(x, weight, "columns", shared))
         losses = cross_entropy(logits, contiguous(transpose(labels, 0, 1)), shared)
         return _mean(contiguous(transpose(losses, 0, 1)))
+
+    def _rows(self, model: Scope, name: str, kind: str) -> Parameter:
+        """A weight of which each rank has a part of the padded vocabulary."""
+        ranks = model.build.setup.tp
+        weight = model.parameter(name, (-(-self.vocab // (PADDED * ranks)) * PADDED, self.hidden), kind)
+        weight.elements = weight.numel * ranks
+        return used(weight)
 
     def block(self, layer: Scope, x: Tensor, turns: Tensor) -> Tensor:
         """One decoder layer: (seq, batch, hidden) → the same, of shared tokens a rank's own."""
@@ -129,14 +138,14 @@ class MegatronGpt(Architecture):
     def head_norm(self, layer: Scope, name: str, y: Tensor) -> Tensor:
         """The norm of each head of queries (q) or keys (k)."""
         path = f"self_attention.{name}_layernorm.weight"
-        return megatron.rms_norm(contiguous(y), layer.parameter(path, (self.head_dim,), "norm"))
+        return megatron.rms_norm(contiguous(y), used(layer.parameter(path, (self.head_dim,), "norm")))
 
     def columns(self, layer: Scope, name: str, x: Tensor, width: Any) -> Tensor:
         """A norm and a linear layer that is cut by columns, with what the method puts beside it."""
         shared, of = shared_of(layer), layer.linear_layer(name, x.shape[-1], width)
-        norm = layer.parameter(f"{name}.layer_norm_weight", (x.shape[-1],), "norm")
+        norm = used(layer.parameter(f"{name}.layer_norm_weight", (x.shape[-1],), "norm"))
         biased = self.qkv_bias and name.endswith("linear_qkv")
-        bias = of.cut.counted(layer.parameter(f"{name}.bias", (width,), "bias")) if biased else None
+        bias = of.cut.counted(used(layer.parameter(f"{name}.bias", (width,), "bias"))) if biased else None
         weight, pair = _weight(of), layer.build.method.pair(of)
         out, given = megatron.norm_linear(x, norm, weight, bias, shared, gives_input=pair is not None)
         return out if pair is None else _adapted(out, given, pair, "columns", shared)
@@ -155,8 +164,15 @@ def shared_of(scope: Scope) -> megatron.Shared:
     return megatron.Shared(Ranks(setup.tp), setup.sequence_parallel)
 
 
+def used(p: Parameter) -> Parameter:
+    """A parameter that is about to be used, of which the hooks around the model are told."""
+    if (wrapping := tape().wrapping) is not None:
+        wrapping.weight(p)
+    return p
+
+
 def _weight(layer: Linear) -> Parameter:
-    return layer.cut.counted(layer.scope.parameter(f"{layer.name}.weight", (layer.n_out, layer.n_in), "weight"))
+    return layer.cut.counted(used(layer.scope.parameter(f"{layer.name}.weight", (layer.n_out, layer.n_in), "weight")))
 
 
 def _adapted(out: Tensor, x: Tensor | None, pair: Pair, by: str, shared: megatron.Shared) -> Tensor:

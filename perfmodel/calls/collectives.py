@@ -12,6 +12,9 @@ KIND_OF = {
     "c10d::reduce_scatter_": "reduce_scatter",
     "c10d::allreduce_": "all_reduce",
     "c10d::broadcast_": "broadcast",
+    "c10d::allgather_into_tensor_coalesced_": "all_gather",
+    "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "c10d::allreduce_coalesced_": "all_reduce",
     "c10d::alltoall_base_": "all_to_all",
     "_c10d_functional::all_to_all_single": "send_recv",  # of context parallelism alone: all goes to the next rank
     "c10d::send": "send_recv",

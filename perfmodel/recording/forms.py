@@ -31,7 +31,9 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     """What several GPUs do. The forward pass tells which parameters each block has."""
     alone, offloads = decide(step.setup.gpus == 1), step.setup.offload != "none"
     if step.architecture.of_megatron:
-        return _main_gradients(step)
+        from .parallel.megatron import main_gradients
+
+        return main_gradients(step.setup)
     check_form(step.setup, step.method)
     if step.setup.compile != "none":
         check_compiled(step.architecture)
@@ -73,15 +75,6 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
         cut, survey, step.parameters, ranks, across, step.setup, step.architecture.tied,
         getattr(step.method, "implementation", "peft") != "peft",
     )  # fmt: skip
-
-
-def _main_gradients(step: Step) -> ParallelForm:
-    from ..tape.packages.megatron import Shared
-    from .parallel.megatron import MainGradients
-
-    setup = step.setup
-    shared = Shared(Ranks(setup.tp), setup.sequence_parallel)
-    return MainGradients(Ranks(setup.replicas, setup.tp), shared, distributed=setup.parallel == "zero1")
 
 
 def _graphs(step: Step, capability: str) -> frozenset[Any]:

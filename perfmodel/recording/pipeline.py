@@ -121,19 +121,20 @@ def check_pipeline(architecture: Architecture, method: Method, setup: Setup, sch
     if architecture.recorded:
         raise UserError("pp: stages are not modelled by a trace; use --pp 1")
     check_step(architecture, method, setup)
-    check_form(setup, method)
-    check_shared_sequences(setup, architecture)
+    if not architecture.of_megatron:
+        check_form(setup, method)
+        check_shared_sequences(setup, architecture)
     for name, usual in ALONE.items():
         if getattr(setup, name) != usual:
             raise UserError(f"pp: stages are not modelled with {name} {getattr(setup, name)}; use --pp 1")
-    if not decide(setup.replicas == 1) and setup.parallel not in REPLICAS:
+    if not decide(setup.replicas == 1) and setup.parallel not in REPLICAS and not architecture.of_megatron:
         own = ", whose pipeline module is another program" if setup.parallel.startswith("zero") else ""
         use = " or ".join(REPLICAS)
         raise UserError(f"pp: stages are not modelled with {setup.parallel}{own}; use --parallel {use}")
     known = method.name in METHODS and getattr(method, "implementation", "peft") == "peft"
     if not known or getattr(method, "inner", "full") != "full":
         raise UserError(f"pp: stages are not modelled with {method.spec()}; {', '.join(METHODS)} by peft are")
-    if setup.checkpoint == "block-reentrant":
+    if setup.checkpoint == "block-reentrant" and not architecture.of_megatron:
         raise UserError(
             "pp: reentrant checkpoints refuse torch.autograd.grad, by which PyTorch's stages learn what they exchange; "
             "use --checkpoint block"
@@ -221,8 +222,11 @@ class Recorder(NamedTuple):
         micros = self.setup.grad_accum
         groups = [*as_groups([parts for _, parts in actions if parts]), Group(update)]
         buffers = sum((not s.first) + (not s.last and of_all[s.number + 1].given) for s in stages)
-        step = replace(step, groups=groups, received_bytes=buffers * micros * self._message().nbytes)
-        return RankStep(rank, step, stages, programs, actions, update, self._message().spec)
+        found = RankStep(rank, step, stages, programs, actions, update, self._message().spec)
+        if self.architecture.of_megatron:  # which receives into new memory
+            buffers, micros = int(not stages[0].first), found.in_flight
+        found.step = replace(step, groups=groups, received_bytes=buffers * micros * self._message().nbytes)
+        return found
 
     def _actions(self, order: Sequence[Action], programs: Sequence[StageProgram]) -> list[tuple[Action, list[Part]]]:
         """What a rank does, with the parts of it."""
@@ -243,7 +247,8 @@ class Recorder(NamedTuple):
         dtype = self.setup.amp if self.sharded and self.setup.amp else self.setup.dtype
         rows, tokens = self.setup.shape
         tokens = tokens // self.setup.tp if self.setup.sequence_parallel else tokens
-        return existing((rows, tokens, self.architecture.hidden), dtype)
+        first = (tokens, rows) if self.architecture.of_megatron else (rows, tokens)
+        return existing((*first, self.architecture.hidden), dtype)
 
     def _begin(self) -> tuple[Tape, Step]:
         step = Step(self.architecture, self.method, self.setup, self.device, [], whole=self.whole)
@@ -256,7 +261,11 @@ class Recorder(NamedTuple):
     def _program(self, step: Step, tape: Tape, stage: Stage) -> StageProgram:
         """A stage with what its replicas do."""
         form: StageForm = None
-        if self.sharded:
+        if self.architecture.of_megatron:
+            from .parallel.megatron import main_gradients  # few ask for it
+
+            form = main_gradients(self.setup)
+        elif self.sharded:
             form = sharded_stage(step, self._begin()[0], stage, self._message)
         elif not decide(self.setup.replicas == 1):
             form = ddp.Replicated(Ranks(self.setup.replicas, self.setup.tp))

@@ -14,15 +14,16 @@ from ..program.part import Part
 from ..program.ranks import Ranks
 from ..tape.core import Tape, emit, record, recording
 from ..tape.engine import run_backward
-from ..tape.tensor import Parameter, Tensor
+from ..tape.tensor import Parameter, Storage, Tensor
 from .forward import Kept, forward_passes, running
 from .parallel.ddp import Replicated
+from .parallel.megatron import MainGradients
 from .parallel.schedules import BACKWARD, FORWARD, Free, Gather, Pass, Reduce
 from .parallel.units import Survey, sharing
 from .stage_fsdp2 import ShardedStage
 from .step import Step
 
-StageForm = Replicated | ShardedStage | None
+StageForm = Replicated | MainGradients | ShardedStage | None
 
 
 class PassGraph(NamedTuple):
@@ -76,7 +77,7 @@ class StageProgram:
             self.coming = False
             if action.way == FORWARD:
                 return parts + self._once((FORWARD, action.micro > 0), self._forward)
-            last = action.micro == micros - 1 and isinstance(self.form, Replicated)
+            last = action.micro == micros - 1 and isinstance(self.form, (Replicated, MainGradients))
             return parts + self._once((BACKWARD, action.micro > 0, last), lambda: self._backward(reduces=last))
         self.coming = isinstance(action, Gather)
         does = ShardedStage.gather if self.coming else ShardedStage.free
@@ -121,6 +122,8 @@ class StageProgram:
         out, received = stage_pass(step, self.stage, self.message, self.kept)
         tape.wrapping = None
         self.own += [p for p in step.parameters if p.name not in known]
+        if isinstance(form, MainGradients) and not self.stage.last:
+            out.storage = Storage(0, None)  # `deallocate_output_tensor`, once it is sent
         logits = self.kept.get(OUTPUT) if self.holds else self.kept.pop(OUTPUT, None)
         met = {p: p.accumulator for p in step.parameters if p.accumulator is not None}
         for p in met:
@@ -140,7 +143,7 @@ class StageProgram:
         for p, accumulator in graph.accumulators.items():
             p.accumulator = accumulator
         tape.part, tape.wrapping = graph.part, form
-        if isinstance(form, Replicated):
+        if isinstance(form, (Replicated, MainGradients)):
             form.reduces = reduces
             form.begin()
         out, received = graph.out, graph.received
@@ -151,7 +154,7 @@ class StageProgram:
         with tape.no_grad():
             if isinstance(form, ShardedStage):
                 form.end_of_micro_batch()
-            elif isinstance(form, Replicated) and form.ready:
+            elif isinstance(form, MainGradients) or (isinstance(form, Replicated) and form.ready):
                 form.end_of_backward()
         tape.wrapping = None
         for p in step.parameters:
@@ -187,7 +190,8 @@ class StageProgram:
                 self.form.reduce()
                 own = self.form.updated(own)
             own = [p for p in own if p.grad is not None]
-            for count, run in runs(own) if self.step.setup.grad_accum > 1 else ():
+            scales = self.step.setup.grad_accum > 1 and not isinstance(self.form, MainGradients)
+            for count, run in runs(own) if scales else ():
                 tape.begin("scale", BACKWARD).repeat = count
                 for p in run:
                     assert p.grad is not None

@@ -1,9 +1,10 @@
 """Megatron-Core's data parallelism: gradients in one fp32 buffer, summed, or scattered to a distributed optimizer.
 
-Every gradient is added to the buffer as it comes. Behind the last micro-batch the buffer goes out bucket by bucket, of
-40 million elements or more, each as soon as its last gradient is there; what every rank has of a norm's gradient where
-ranks share tokens is summed over those. Then the norm is taken, and AdamW updates fp32 masters: all of them, or with
-the distributed optimizer (`--parallel zero1`) this rank's part, behind which the bf16 weights are gathered.
+Every gradient is added to the buffer as it comes. In the last micro-batch the buffer goes out bucket by bucket, of 40
+million elements or more, each as soon as its last gradient is there (`overlap_grad_reduce`); what every rank has of a
+norm's gradient where ranks share tokens is summed over those. Then the norm is taken, and AdamW updates fp32 masters:
+all of them, or with the distributed optimizer (`--parallel zero1`) this rank's part. Of that the bf16 weights are
+gathered in the next step's first forward pass, a bucket ahead of where they are used (`overlap_param_gather`).
 
 On one GPU, too, this is how it trains.
 
@@ -23,28 +24,32 @@ from ...optimizers.parts.ops import in_place, read_item
 from ...optimizers.parts.update import Update, copy_in, existing
 from ...program.dims import Dim, decide
 from ...program.op import Attrs, Op, Spec
+from ...program.part import Part
 from ...program.ranks import Ranks
+from ...program.streams import COMPUTE, Run
 from ...setup import Setup
 from ...tape.core import record, tape
 from ...tape.packages.megatron import Shared, add_to_main, main_gradient, send_sum, wait
 from ...tape.pointwise import cat
 from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor
-from .collectives import SENT, all_reduce, exchange
+from .collectives import ACROSS, EVENT
 from .form import WholeUnits
 from .messages import Coming, Ready, coming, interleaved
 
+ARRIVED = Run(after=(ACROSS,))  # messages between replicas have a stream of their own
 METHODS = ("full", "lora")
 # What of a setup its program was modelled with
 KNOWN: dict[str, tuple[object, ...]] = {
     "dtype": ("bf16",), "amp": (None,), "optimizer": ("adamw",), "attention": ("sdpa",), "kernels": ("torch",),
     "compile": ("none",), "fp8": ("none",), "int8": ("none",), "qat": ("none",), "objective": ("sft",),
     "packing": ("none", "dense"), "lengths": (None,), "padded": (False,), "engine": ("torch",),
-    "cuda_graphs": (False,), "in_backward": (False,), "offload": ("none",), "parallel": ("ddp", "zero1"), "pp": (1,),
-    "cp": (1,), "ddp": ("plain",), "sync_each_batch": (False,), "shard_group": (None,), "reduce_dtype": (None,),
+    "cuda_graphs": (False,), "in_backward": (False,), "offload": ("none",), "parallel": ("ddp", "zero1"),
+    "pp_schedule": ("1f1b",), "cp": (1,), "ddp": ("plain",), "sync_each_batch": (False,), "shard_group": (None,),
+    "reduce_dtype": (None,),
 }  # fmt: skip
 LEAST, PER_RANK = 40_000_000, 1_000_000  # elements of a bucket: at least, and of each rank
-ALIGNED = 64  # elements that a parameter starts at a multiple of in the distributed optimizer's buffer
+ALIGNED, ALIGNED_END = 64, 128  # elements that a parameter starts at a multiple of, and a bucket ends
 # Names of a block's parameters in the order in which modules register them
 ORDER = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "linear_fc1", "linear_fc2")
 
@@ -74,18 +79,21 @@ class MainGradients(WholeUnits):
     Args:
         ranks: those that have samples of their own.
         shared: those that share layers.
+        stages: of a pipeline.
         distributed: whether each keeps a part of masters and moments.
     """
 
     shares_norm = False
     inside = False
 
-    def __init__(self, ranks: Ranks, shared: Shared, *, distributed: bool) -> None:
-        self.ranks, self.shared = ranks, shared
+    def __init__(self, ranks: Ranks, shared: Shared, stages: int = 1, *, distributed: bool) -> None:
+        self.ranks, self.shared, self.stages = ranks, shared, stages
         self.several = decide(ranks.size > 1)
         self.distributed = distributed and self.several
         self.reduces = True
         self.ready: list[Ready] = []
+        self.used: list[Ready] = []  # weights in the order in which the first forward pass uses them
+        self.gathers = self.distributed  # whether weights are still to be gathered
 
     @property
     def everyone(self) -> Ranks | None:
@@ -102,8 +110,18 @@ class MainGradients(WholeUnits):
         """A block runs as it would alone."""
         return run(x)
 
+    def weight(self, p: Parameter) -> Tensor:
+        """A weight is used, and its bucket is there; behind the first one of it the next is gathered."""
+        if self.gathers and p.requires_grad:
+            current = tape()
+            self.used.append(Ready(current.part, len(current.part.ops), p))
+        return p
+
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Nothing is hooked."""
+        """Buckets of the first forward pass are known now."""
+        if self.gathers:
+            self.gathers = False
+            self._gather(tape().parts)
         return outputs
 
     def end_of_backward(self) -> None:
@@ -114,11 +132,14 @@ class MainGradients(WholeUnits):
             return
         exchanging, parts = current.parts.pop(), list(current.parts)
         if self.several:
-            order = coming(parts, self.ready)
-            current.parts[:] = interleaved(parts, self.ready, self._buckets(order), self._sent)
+            order, sent = coming(parts, self.ready), dict[int, list[Dim]]()
+            place = {id_of(c): i for i, c in enumerate(order)}
+            for bucket in self._buckets(order):
+                sent.setdefault(max(place[id_of(c)] for c in bucket), []).append(self._elements(bucket))
+            current.parts[:] = interleaved(parts, self.ready, sent, self._reduced)
         current.parts.append(exchanging)
         if self.several:
-            wait()
+            record("cuda::wait_event", (), (), EVENT, view=True, runs=ARRIVED)
         partial = [r.parameter for r in self.ready if r.parameter.kind == "norm" and r.parameter.used]
         if self.shared.tokens and partial:
             self._sum_norms(partial)
@@ -143,10 +164,6 @@ class MainGradients(WholeUnits):
         update.group(masters)
         old, of = specs_of(masters), [Spec("bf16", m.shape, m.count) for m in masters]
         ListRecorder(update.part())("_foreach_copy_", of + old, of)
-        if self.distributed:
-            mine = existing((sum(m.numel * m.count for m in masters),), "bf16")
-            exchange("c10d::_allgather_base_", mine, existing((mine.numel * self.ranks.size,), "bf16"), self.ranks)
-            wait()
         buffer = existing((sum(p.numel * p.count for p in weights),), "fp32")
         tape().begin("zero_grad", "optimizer")
         record("zero_", (buffer,), (buffer,))
@@ -177,8 +194,9 @@ class MainGradients(WholeUnits):
         op("_foreach_mul_.Tensor", [*grads, Spec("fp32", ())], grads)
 
     def _of_norm(self) -> Ranks:
-        """The ranks whose parts of the norm are summed: those that share layers, of parts of the buffer all."""
-        return Ranks(self.shared.ranks.size * self.ranks.size) if self.distributed else self.shared.ranks
+        """The ranks whose parts of the norm are summed: those of one model, of parts of the buffer all."""
+        of_model = self.shared.ranks.size * self.stages
+        return Ranks(of_model * self.ranks.size if self.distributed else of_model)
 
     def _arrived(self, p: Parameter) -> None:
         main_gradient(p)
@@ -186,30 +204,59 @@ class MainGradients(WholeUnits):
         current.part.host.gradients += 1
         self.ready.append(Ready(current.part, len(current.part.ops), p))
 
-    def _sent(self, elements: Dim) -> list[Op]:
-        """The message of a bucket, scaled by the number of ranks before it is summed."""
+    def _reduced(self, elements: Dim) -> list[Op]:
+        """The message of a bucket of gradients."""
         if not self.distributed:
-            return [all_reduce(elements, "fp32", self.ranks)]
-        whole, part = Spec("fp32", (elements,)), Spec("fp32", (elements // self.ranks.size,))
-        scatter = Op("c10d::_reduce_scatter_base_", (whole,), (part,), whole.nbytes, part.nbytes,
-                     attrs=Attrs(ranks=self.ranks), runs=SENT)  # fmt: skip
-        return [scatter]
+            return [self._message("allreduce_coalesced_", "fp32", elements, elements)]
+        return [self._message("reduce_scatter_tensor_coalesced_", "fp32", elements, elements // self.ranks.size)]
 
-    def _buckets(self, order: Sequence[Coming]) -> dict[int, list[Dim]]:
-        """The buckets that go out behind each gradient, by its number in the order in which they come."""
-        place = {id_of(c): i for i, c in enumerate(order)}
+    def _message(self, name: str, dtype: str, given: Dim, made: Dim) -> Op:
+        before, behind = Spec(dtype, (given,)), Spec(dtype, (made,))
+        attrs, runs = Attrs(ranks=self.ranks), Run(ACROSS, after=(COMPUTE,))
+        return Op(f"c10d::{name}", (before,), (behind,), before.nbytes, behind.nbytes, attrs=attrs, runs=runs)
+
+    def _gather(self, parts: list[Part]) -> None:
+        """Where the first weight of a bucket is used it is waited for, and the next one is sent."""
+        by_part = {id(part): [r for r in self.used if r.part is part] for part in parts}
+        order = [Coming(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[id(part)]]
+        buckets = self._buckets(order)
+        bucket_of = {id_of(c): i for i, bucket in enumerate(buckets) for c in bucket}
+        first: dict[int, int] = {}  # of each bucket, in the order in which they are used
+        for i, c in enumerate(order):
+            first.setdefault(bucket_of[id_of(c)], i)
+        sizes = [self._elements(buckets[bucket]) for bucket in first]
+        sent: dict[int, list[tuple[Dim, ...]]] = {}
+        for n, place in enumerate(first.values()):
+            sent.setdefault(place, []).append((sizes[0] if n == 0 else 0, sizes[n + 1] if n + 1 < len(sizes) else 0))
+        parts[:] = interleaved(parts, self.used, sent, self._gathered)
+
+    def _gathered(self, elements: tuple[Dim, ...]) -> list[Op]:
+        """The first message of all, or none; the wait for what was sent; the next message, or none."""
+        before, behind = ([self._weights(n)] if decide(np.all(np.greater(n, 0))) else [] for n in elements)
+        return [*before, Op("cuda::wait_event", (), (), 0, 0, view=True, attrs=EVENT, runs=ARRIVED), *behind]
+
+    def _weights(self, elements: Dim) -> Op:
+        """The message of a bucket of weights."""
+        return self._message("allgather_into_tensor_coalesced_", "bf16", elements // self.ranks.size, elements)
+
+    def _elements(self, bucket: Sequence[Coming]) -> Dim:
+        """Of a bucket of the buffer: to a distributed optimizer parameters and parts of ranks begin at round numbers."""
+        if not self.distributed:
+            return sum(c.parameter.numel for c in bucket)
+        elements = sum(_up_to(c.parameter.numel, ALIGNED) for c in bucket)
+        return _up_to(elements, np.lcm(self.ranks.size, ALIGNED_END))
+
+    def _buckets(self, gradients: Sequence[Coming]) -> list[list[Coming]]:
+        """Parameters against the order in which modules register them, as many together as exceed a bucket's size."""
         limit = max(LEAST, PER_RANK * int(np.max(self.ranks.size)))
-        found: dict[int, list[Dim]] = {}
-        elements: Dim = 0
-        last = 0
-        for c in sorted(order, key=_registered, reverse=True):
-            elements, last = elements + c.parameter.numel, max(last, place[id_of(c)])
-            if decide(elements >= limit):
-                found.setdefault(last, []).append(elements)
-                elements, last = 0, 0
-        if decide(elements > 0):
-            found.setdefault(last, []).append(elements)
-        return found
+        found: list[list[Coming]] = []
+        bucket: list[Coming] = []
+        for c in sorted(gradients, key=_registered, reverse=True):
+            bucket.append(c)
+            if decide(sum(c.parameter.numel for c in bucket) >= limit):
+                found.append(bucket)
+                bucket = []
+        return [*found, bucket] if bucket else found
 
     def _sum_norms(self, norms: Sequence[Parameter]) -> None:
         """`_allreduce_non_tensor_model_parallel_grads`: all in one message, and copied back."""
@@ -221,9 +268,19 @@ class MainGradients(WholeUnits):
             record("copy_", (x, existing(x.shape, "fp32")), (x,))
 
 
+def main_gradients(setup: Setup) -> MainGradients:
+    """What one of a setup's GPUs does about gradients."""
+    shared, replicas = Shared(Ranks(setup.tp), setup.sequence_parallel), Ranks(setup.replicas, setup.tp)
+    return MainGradients(replicas, shared, setup.pp, distributed=setup.parallel == "zero1")
+
+
 def id_of(c: Coming) -> tuple[int, int]:
     """What tells a gradient from all others."""
     return id(c.parameter), c.layer
+
+
+def _up_to(n: Dim, multiple: Any) -> Dim:
+    return -(-n // multiple) * multiple
 
 
 def _registered(c: Coming) -> tuple[int, int, int, int]:

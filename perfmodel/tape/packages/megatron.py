@@ -131,10 +131,14 @@ def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return _norm_gradients(g, x, rstd, weight)
 
 
-def linear(x: Tensor, weight: Parameter, by: str, shared: Shared) -> Tensor:
-    """A linear layer of (…, n_in), its weight (n_out, n_in) cut "columns" or "rows" over ranks that share it."""
+def linear(x: Tensor, weight: Parameter, by: str, shared: Shared, *, always: bool = False) -> Tensor:
+    """A linear layer of (…, n_in), its weight (n_out, n_in) cut "columns" or "rows" over ranks that share it.
+
+    Args:
+        always: whether backward makes the gradient of an input that needs none, as Megatron-Core's own layers do.
+    """
     of_engine()
-    node = differentiate("_LinearBackward", (x, weight), _linear_backward, (by, shared, x.shape))
+    node = differentiate("_LinearBackward", (x, weight), _linear_backward, (by, shared, x.shape, always))
     with tape().no_grad():
         whole, gathers = x, by == "columns" and shared.tokens
         if gathers:
@@ -160,14 +164,14 @@ def _summed(out: Tensor, shared: Shared) -> Tensor:
 
 
 def _linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (x, weight), (by, shared, shape) = grads, node.unpack(), node.attrs
+    (g,), (x, weight), (by, shared, shape, always) = grads, node.unpack(), node.attrs
     assert g is not None
     of_engine()
     g = contiguous(g)
     if by == "rows" and shared.tokens:
         g = send_gather(g, shared.ranks)
         wait()
-    grad_x = _both_products(node.needs[0], g, x, weight, by, shared, None)
+    grad_x = _both_products(node.needs[0] or always, g, x, weight, by, shared, None)
     return (grad_x if grad_x is None else view(grad_x, shape), None)
 
 
@@ -259,11 +263,12 @@ def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: Shared) -> Te
     """
     alone = shared._replace(tokens=False)
     if by == "columns":
-        low = linear(x, a, "" if shared.tokens else "columns", alone)  # `disable_grad_reduce`: its layer does it
-        high = linear(_gathered_last(low, shared), b, "columns", alone)
+        cut = "" if shared.tokens else "columns"  # `disable_grad_reduce`: its layer does it
+        low = linear(x, a, cut, alone, always=True)
+        high = linear(_gathered_last(low, shared), b, "columns", alone, always=True)
     else:
-        low = linear(x, a, "rows", alone)
-        high = _gathered_last(linear(low, b, "columns", alone), shared)
+        low = linear(x, a, "rows", alone, always=True)
+        high = _gathered_last(linear(low, b, "columns", alone, always=True), shared)
         high = _own_tokens(high, shared.ranks) if shared.tokens else high
     return mul(high, 1.0)
 
