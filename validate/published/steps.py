@@ -31,8 +31,9 @@ FAMILIES = DATA / "published" / "families.csv"
 SEVERAL = DATA / "published" / "several_gpus.csv"
 # columns of several_gpus.csv that are options of `Setup`
 OF_SEVERAL: dict[str, Callable[[str], Any]] = {
-    "gpus": int, "nodes": int, "parallel": str, "offload": str, "fsdp_units": str, "reduce_dtype": str,
+    "gpus": int, "nodes": int, "tp": int, "pp": int, "parallel": str, "offload": str, "fsdp_units": str, "reduce_dtype": str,
     "reshard": lambda flag: flag != "0", "sync_each_batch": lambda flag: flag == "1",
+    "sequence_parallel": lambda flag: flag == "1",
     "node": lambda name: beside_table(name, ".toml"),
 }  # fmt: skip
 # packages and their versions in a row's words: `torch 2.1.0 cu121`, `PyTorch 2.0 CUDA 11.8`, `transformers==4.49.0`
