@@ -110,6 +110,8 @@ class Setup:
             weights are gathered in, as accelerate has it.
         sync_each_batch: whether gradients are exchanged for every micro-batch (accelerate's option of that name,
             Composer under FSDP), not once a step: a rank then never holds whole ones.
+        overlap: whether Megatron's gradients are exchanged beside backward, and weights gathered a bucket ahead of
+            their use (its overlap_grad_reduce and overlap_param_gather), not behind it and behind the update.
         shard_group: GPUs of a group that FSDP's shards lie over (all, where there are no more): every group has the
             whole model, gradients are reduced inside of a group and then across groups. Of `tp` GPUs that share layers
             it counts one. None: all GPUs are one.
@@ -160,6 +162,7 @@ class Setup:
     fsdp_units: str = "accelerate"
     reduce_dtype: str | None = None
     sync_each_batch: bool = False
+    overlap: bool = False
     shard_group: int | None = None
     offload: str = "none"
     tp: int = 1

@@ -77,7 +77,7 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
 APART = (
     "batch", "seq", "images", "image_size", "gpus", "parallel", "ddp", "reshard", "shard_group", "offload", "tp",
     "reduce_dtype", "fsdp_units", "sync_each_batch", "sequence_parallel", "nodes", "node", "cp", "cp_rotate", "pp",
-    "pp_schedule",
+    "pp_schedule", "overlap",
 )  # fmt: skip
 OPTIONS: dict[str, SearchStrategy[str]] = {  # of methods; sizes that are not here are small integers
     "targets": st.just("all-linear"), "dropout": st.just("0.1"), "layers": st.just("0-1"),

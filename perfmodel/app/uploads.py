@@ -18,7 +18,7 @@ OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
 # Fields of a setup that a file need not name: what was chosen of them before is not the file's
 UNSET = (
     "packing", "padded", "group_by_length", "objective", "lengths", "ddp", "reduce_dtype", "sync_each_batch",
-    "fsdp_units", *OF_A_FORM, *OF_A_PIPELINE,
+    "fsdp_units", "overlap", *OF_A_FORM, *OF_A_PIPELINE,
 )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Llama and its kin as Megatron-Core trains them: `GPTModel` of Transformer Engine's layers, one QKV, one gate and up.
 
-A model of transformers becomes it by `megatron:` before its name. Weights are bf16 beside fp32 gradients and masters;
-the vocabulary is padded to a multiple of 128 on every rank. Attention takes Transformer Engine's fused kernel, priced
-as the one that PyTorch picks. Of a LoRA the adapters are Megatron-Bridge's (`ParallelLinearAdapter`).
+A model of transformers becomes it by `megatron:` before its name, as Megatron-Bridge makes it of one. Weights are bf16
+beside fp32 gradients and masters. Attention takes Transformer Engine's fused kernel, priced as the one that PyTorch
+picks; the cross entropy is Megatron's native fused one. Of a LoRA the adapters are Megatron-Bridge's
+(`ParallelLinearAdapter`).
 
 Source: megatron-core 0.16.1, models/gpt/gpt_model.py, transformer/{transformer_layer,attention,mlp}.py,
-tensor_parallel/layers.py; Megatron-LM, megatron/training/tokenizer/tokenizer.py (`_vocab_size_with_padding`).
+tensor_parallel/layers.py, pipeline_parallel/schedules.py; megatron-bridge 0.3.1, recipes/llama/llama3.py.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,7 @@ from ..tape.core import emit, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
 from ..tape.packages import megatron
-from ..tape.packages.megatron_model import cross_entropy, joined, rotary, swiglu, words
+from ..tape.packages.megatron_model import fused_rotary, swiglu, vocab_parallel_loss, with_residual, words
 from ..tape.pointwise import add, cast, cat, mul
 from ..tape.scores import sum_all
 from ..tape.shape import clone, contiguous, reshape, split, transpose, unsqueeze, view
@@ -33,7 +34,6 @@ from .registered import architecture, from_config
 from .rewrites import Pair
 from .traits import Targets, Traits
 
-PADDED = 128  # rows of the embedding that every rank has a multiple of (`make_vocab_size_divisible_by`)
 LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # Megatron-Bridge's targets (`peft/lora.py`)
 FORMS = ("llama", "mistral", "qwen2", "qwen3")  # model types that Megatron-Bridge turns into this program
 
@@ -77,7 +77,7 @@ class MegatronGpt(Architecture):
         return "columns" if name.endswith(("linear_qkv", "linear_fc1")) else "rows"
 
     def part_of(self, ranks: int) -> Self:
-        for what in ("heads", "kv_heads", "intermediate"):
+        for what in ("heads", "kv_heads", "intermediate", "vocab"):
             if getattr(self, what) % ranks:
                 raise UserError(f"tp {ranks} does not divide the {what} of {self.name}, {getattr(self, what)}")
         return replace(
@@ -102,22 +102,22 @@ class MegatronGpt(Architecture):
         x = megatron.rms_norm(x, used(model.parameter("decoder.final_layernorm.weight", (self.hidden,), "norm")))
         name, kind = ("embedding.word_embeddings", "embedding") if self.tied else ("output_layer", "weight")
         weight = self._rows(model, f"{name}.weight", kind)
-        logits = beside_loss(model, megatron.linear(x, weight, "columns", shared))
-        losses = cross_entropy(logits, contiguous(transpose(labels, 0, 1)), shared)
+        logits = beside_loss(model, megatron.shared_linear(x, weight, "columns", shared))
+        losses = vocab_parallel_loss(logits, contiguous(transpose(labels, 0, 1)), shared)
         return _mean(contiguous(transpose(losses, 0, 1)))
 
     def _rows(self, model: Scope, name: str, kind: str) -> Parameter:
-        """A weight of which each rank has a part of the padded vocabulary."""
+        """A weight of which each rank has a part of the vocabulary."""
         ranks = model.build.setup.tp
-        weight = model.parameter(name, (-(-self.vocab // (PADDED * ranks)) * PADDED, self.hidden), kind)
+        weight = model.parameter(name, (self.vocab // ranks, self.hidden), kind)
         weight.elements = weight.numel * ranks
         return used(weight)
 
     def block(self, layer: Scope, x: Tensor, turns: Tensor) -> Tensor:
         """One decoder layer: (seq, batch, hidden) → the same, of shared tokens a rank's own."""
-        x = joined(self.attention(layer, x, turns), x)
+        x = with_residual(self.attention(layer, x, turns), x)
         gated = swiglu(self.columns(layer, "mlp.linear_fc1", x, 2 * self.intermediate))
-        return joined(self.rows(layer, "mlp.linear_fc2", gated), x)
+        return with_residual(self.rows(layer, "mlp.linear_fc2", gated), x)
 
     def attention(self, layer: Scope, x: Tensor, turns: Tensor) -> Tensor:
         """Grouped-query attention of this rank's heads, summed over ranks."""
@@ -128,7 +128,7 @@ class MegatronGpt(Architecture):
         q = reshape(q, (*q.shape[:2], self.heads, d))
         if self.head_norms:
             q, k = (self.head_norm(layer, name, y) for name, y in (("q", q), ("k", k)))
-        q, k = rotary(q, turns), rotary(k, turns)
+        q, k = fused_rotary(q, turns), fused_rotary(k, turns)
         with tape().belonging_to("attention"):
             q, k, v = (transpose(transpose(y, 0, 1), 1, 2) for y in (q, k, contiguous(v)))
             out = transpose(transpose(fused_attention(q, k, v), 1, 2), 0, 1)
@@ -154,14 +154,14 @@ class MegatronGpt(Architecture):
         """A linear layer that is cut by rows, with what the method puts beside it."""
         shared, of = shared_of(layer), layer.linear_layer(name, x.shape[-1], self.hidden)
         weight, pair = _weight(of), layer.build.method.pair(of)
-        out = megatron.linear(x, weight, "rows", shared)
+        out = megatron.shared_linear(x, weight, "rows", shared)
         return out if pair is None else _adapted(out, x, pair, "rows", shared)
 
 
-def shared_of(scope: Scope) -> megatron.Shared:
+def shared_of(scope: Scope) -> megatron.LayerRanks:
     """The ranks that share layers."""
     setup = scope.build.setup
-    return megatron.Shared(Ranks(setup.tp), setup.sequence_parallel)
+    return megatron.LayerRanks(Ranks(setup.tp), setup.sequence_parallel)
 
 
 def used(p: Parameter) -> Parameter:
@@ -175,7 +175,7 @@ def _weight(layer: Linear) -> Parameter:
     return layer.cut.counted(used(layer.scope.parameter(f"{layer.name}.weight", (layer.n_out, layer.n_in), "weight")))
 
 
-def _adapted(out: Tensor, x: Tensor | None, pair: Pair, by: str, shared: megatron.Shared) -> Tensor:
+def _adapted(out: Tensor, x: Tensor | None, pair: Pair, by: str, shared: megatron.LayerRanks) -> Tensor:
     assert x is not None
     with tape().belonging_to("adapter"):
         return add(out, megatron.beside(x, *pair, by, shared))

@@ -65,6 +65,10 @@ def _several(options: dict[str, Any]) -> bool:
     return bool((max(gpus) if isinstance(gpus, tuple) else gpus) > 1)
 
 
+def _of_megatron(options: dict[str, Any]) -> bool:
+    return str(options["model"]).startswith("megatron:")
+
+
 def _of_form(form: str) -> Callable[[dict[str, Any]], bool]:
     return lambda options: options["parallel"].startswith(form) and _several(options)
 
@@ -75,6 +79,7 @@ BESIDE: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "reduce_dtype": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
     "shard_group": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
     "sync_each_batch": ("several --gpus", _several),
+    "overlap": ("--model megatron:NAME on several --gpus", lambda options: _several(options) and _of_megatron(options)),
     "pp_schedule": ("--pp 2 or more", lambda options: options["pp"] > 1),
     "cp_rotate": ("--cp 2 or more", lambda options: options["cp"] > 1),
     "image_size": ("--images", lambda options: options["images"] > 0),
@@ -124,6 +129,8 @@ def of_several() -> tuple[Decorator, ...]:
                      "these, and all else; adapters: each half of a LoRA, too (Axolotl, LLaMA-Factory v1)."),
         click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
         click.option("--sync-each-batch", is_flag=True, help="Gradients are exchanged for every micro-batch."),
+        click.option("--overlap", is_flag=True,
+                     help="Of megatron:NAME: gradients go beside backward, weights are gathered ahead of their use."),
         click.option("--shard-group", type=click.IntRange(2),
                      help="GPUs of a group of FSDP's shards, with replicas in the others (HYBRID_SHARD); default all."),
         click.option("--offload", type=click.Choice(OFFLOAD), default="none", show_default=True,

@@ -26,6 +26,8 @@ def check_step(architecture: Architecture, method: Method, setup: Setup) -> None
         from .parallel.megatron import check_megatron  # with its form, which few ask for
 
         check_megatron(setup, method)
+    elif setup.overlap:
+        raise UserError("overlap is of Megatron-Core's program: use --model megatron:NAME, or leave it out")
     if setup.images:
         raise UserError(f"images: the tape has {architecture.name} with text alone: add --traced")
     if setup.engine != "torch":

@@ -22,7 +22,7 @@ OPTIONS = {  # field of the setup -> what it is called
     "reshard": "weights freed behind the forward pass", "shard_group": "GPUs that shards lie over",
     "fsdp_units": "what FSDP2 gathers together",
     "reduce_dtype": "dtype that gradients are reduced in", "sync_each_batch": "gradients exchanged each micro-batch",
-    "offload": "in the host's memory",
+    "offload": "in the host's memory", "overlap": "Megatron's messages beside compute",
     "tp": "GPUs that share every layer", "sequence_parallel": "tokens shared between them",
     "pp": "GPUs that have some blocks each", "pp_schedule": "order of micro-batches through them",
     "cp": "GPUs that share every sequence", "cp_rotate": "how keys and values get to them",

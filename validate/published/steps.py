@@ -31,7 +31,8 @@ FAMILIES = DATA / "published" / "families.csv"
 SEVERAL = DATA / "published" / "several_gpus.csv"
 # columns of several_gpus.csv that are options of `Setup`
 OF_SEVERAL: dict[str, Callable[[str], Any]] = {
-    "gpus": int, "nodes": int, "tp": int, "pp": int, "parallel": str, "offload": str, "fsdp_units": str, "reduce_dtype": str,
+    "gpus": int, "nodes": int, "tp": int, "pp": int, "parallel": str, "offload": str, "fsdp_units": str,
+    "reduce_dtype": str,
     "reshard": lambda flag: flag != "0", "sync_each_batch": lambda flag: flag == "1",
     "sequence_parallel": lambda flag: flag == "1",
     "node": lambda name: beside_table(name, ".toml"),

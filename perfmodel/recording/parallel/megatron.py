@@ -1,10 +1,11 @@
 """Megatron-Core's data parallelism: gradients in one fp32 buffer, summed, or scattered to a distributed optimizer.
 
-Every gradient is added to the buffer as it comes. In the last micro-batch the buffer goes out bucket by bucket, of 40
-million elements or more, each as soon as its last gradient is there (`overlap_grad_reduce`); what every rank has of a
-norm's gradient where ranks share tokens is summed over those. Then the norm is taken, and AdamW updates fp32 masters:
-all of them, or with the distributed optimizer (`--parallel zero1`) this rank's part. Of that the bf16 weights are
-gathered in the next step's first forward pass, a bucket ahead of where they are used (`overlap_param_gather`).
+Every gradient is added to the buffer as it comes. Behind the last micro-batch the buffer goes out; what every rank has
+of a norm's gradient where ranks share tokens is summed over those. Then the norm is taken, and AdamW updates fp32
+masters: all of them, or with the distributed optimizer (`--parallel zero1`) this rank's part, of which the bf16 weights
+are gathered. With `--overlap` buckets of 40 million elements or more go in the last micro-batch, each as soon as its
+last gradient is there (`overlap_grad_reduce`), and weights are gathered in the next step's first forward pass, a bucket
+ahead of where they are used (`overlap_param_gather`). Each bucket is looked through for NaN, as is the default.
 
 On one GPU, too, this is how it trains.
 
@@ -19,17 +20,16 @@ import numpy as np
 
 from ...errors import UserError
 from ...methods.parts.base import Method
-from ...optimizers.parts.lists import ListRecorder, specs_of
+from ...optimizers.parts.lists import ListRecorder
 from ...optimizers.parts.ops import in_place, read_item
 from ...optimizers.parts.update import Update, copy_in, existing
 from ...program.dims import Dim, decide
 from ...program.op import Attrs, Op, Spec
-from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMPUTE, Run
 from ...setup import Setup
 from ...tape.core import record, tape
-from ...tape.packages.megatron import Shared, add_to_main, main_gradient, send_sum, wait
+from ...tape.packages.megatron import LayerRanks, add_to_main, await_sent, main_gradient, send_sum
 from ...tape.pointwise import cat
 from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor
@@ -81,19 +81,22 @@ class MainGradients(WholeUnits):
         shared: those that share layers.
         stages: of a pipeline.
         distributed: whether each keeps a part of masters and moments.
+        overlaps: whether messages go beside compute.
     """
 
     shares_norm = False
     inside = False
 
-    def __init__(self, ranks: Ranks, shared: Shared, stages: int = 1, *, distributed: bool) -> None:
-        self.ranks, self.shared, self.stages = ranks, shared, stages
+    def __init__(
+        self, ranks: Ranks, shared: LayerRanks, stages: int = 1, *, distributed: bool, overlaps: bool
+    ) -> None:  # fmt: skip
+        self.ranks, self.shared, self.stages, self.overlaps = ranks, shared, stages, overlaps
         self.several = decide(ranks.size > 1)
         self.distributed = distributed and self.several
         self.reduces = True
         self.ready: list[Ready] = []
         self.used: list[Ready] = []  # weights in the order in which the first forward pass uses them
-        self.gathers = self.distributed  # whether weights are still to be gathered
+        self.gathers = self.distributed and overlaps  # whether weights are still to be gathered
 
     @property
     def everyone(self) -> Ranks | None:
@@ -121,7 +124,7 @@ class MainGradients(WholeUnits):
         """Buckets of the first forward pass are known now."""
         if self.gathers:
             self.gathers = False
-            self._gather(tape().parts)
+            self._gather()
         return outputs
 
     def end_of_backward(self) -> None:
@@ -131,12 +134,14 @@ class MainGradients(WholeUnits):
         if not self.reduces:
             return
         exchanging, parts = current.parts.pop(), list(current.parts)
-        if self.several:
-            order, sent = coming(parts, self.ready), dict[int, list[Dim]]()
-            place = {id_of(c): i for i, c in enumerate(order)}
-            for bucket in self._buckets(order):
-                sent.setdefault(max(place[id_of(c)] for c in bucket), []).append(self._elements(bucket))
+        order, sent = coming(parts, self.ready), dict[int, list[Dim]]()
+        place = {id_of(c): i for i, c in enumerate(order)}
+        for bucket in self._buckets(order):
+            sent.setdefault(max(place[id_of(c)] for c in bucket), []).append(self._elements(bucket))
+        if self.overlaps:
             current.parts[:] = interleaved(parts, self.ready, sent, self._reduced)
+        else:
+            exchanging.ops += [op for buckets in sent.values() for n in buckets for op in self._reduced(n)]
         current.parts.append(exchanging)
         if self.several:
             record("cuda::wait_event", (), (), EVENT, view=True, runs=ARRIVED)
@@ -158,12 +163,18 @@ class MainGradients(WholeUnits):
         weights = update.parameters
         if clips:
             self._clip(update, self._grads(weights))
-        masters = [copy_in(p, "fp32") for p in self._mine(weights)]
+        mine = self._mine(weights)
+        masters = [copy_in(p, "fp32") for p in mine]
         for master in masters:
             update.state(master)
-        update.group(masters)
-        old, of = specs_of(masters), [Spec("bf16", m.shape, m.count) for m in masters]
-        ListRecorder(update.part())("_foreach_copy_", of + old, of)
+        for decays in (True, False):  # matrices do, vectors do not
+            update.group([m for m in masters if (len(m.shape) > 1 or self.distributed) == decays], decay=decays)
+        for run in update.runs(mine):
+            for p in run:
+                in_place("copy_", existing(p.shape, "bf16"), existing(p.shape, "fp32"))
+        if self.distributed and not self.overlaps:
+            gathered = self._weights(sum(p.numel * p.count for p in mine) * self.ranks.size)
+            tape().part.ops += [gathered, Op("cuda::wait_event", (), (), 0, 0, view=True, attrs=EVENT, runs=ARRIVED)]
         buffer = existing((sum(p.numel * p.count for p in weights),), "fp32")
         tape().begin("zero_grad", "optimizer")
         record("zero_", (buffer,), (buffer,))
@@ -189,7 +200,7 @@ class MainGradients(WholeUnits):
         across = self._of_norm()
         if decide(across.size > 1):
             send_sum(total, across)
-            wait()
+            await_sent()
         read_item(total)
         op("_foreach_mul_.Tensor", [*grads, Spec("fp32", ())], grads)
 
@@ -205,18 +216,28 @@ class MainGradients(WholeUnits):
         self.ready.append(Ready(current.part, len(current.part.ops), p))
 
     def _reduced(self, elements: Dim) -> list[Op]:
-        """The message of a bucket of gradients."""
+        """What is done about a bucket of gradients: the host looks for NaN; it is divided, and sent."""
+        buffer, norm, flag = Spec("fp32", (elements,)), Spec("fp32", ()), Spec("bool", ())
+        looked = [Op("linalg_vector_norm", (buffer,), (norm,), buffer.nbytes, norm.nbytes)]
+        for name in ("isnan", "isinf"):
+            looked.append(Op(name, (norm,), (flag,), norm.nbytes, flag.nbytes))
+            looked.append(Op("_local_scalar_dense", (flag,), (), flag.nbytes, 0))
+        if not self.several:
+            return looked
+        looked.append(Op("mul_.Tensor", (buffer,), (buffer,), buffer.nbytes, buffer.nbytes))
         if not self.distributed:
-            return [self._message("allreduce_coalesced_", "fp32", elements, elements)]
-        return [self._message("reduce_scatter_tensor_coalesced_", "fp32", elements, elements // self.ranks.size)]
+            return [*looked, self._message("allreduce_coalesced_", "fp32", elements, elements)]
+        own = elements // self.ranks.size
+        return [*looked, self._message("reduce_scatter_tensor_coalesced_", "fp32", elements, own)]
 
     def _message(self, name: str, dtype: str, given: Dim, made: Dim) -> Op:
         before, behind = Spec(dtype, (given,)), Spec(dtype, (made,))
         attrs, runs = Attrs(ranks=self.ranks), Run(ACROSS, after=(COMPUTE,))
         return Op(f"c10d::{name}", (before,), (behind,), before.nbytes, behind.nbytes, attrs=attrs, runs=runs)
 
-    def _gather(self, parts: list[Part]) -> None:
+    def _gather(self) -> None:
         """Where the first weight of a bucket is used it is waited for, and the next one is sent."""
+        current, parts = tape(), list(tape().parts)
         by_part = {id(part): [r for r in self.used if r.part is part] for part in parts}
         order = [Coming(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[id(part)]]
         buckets = self._buckets(order)
@@ -228,7 +249,9 @@ class MainGradients(WholeUnits):
         sent: dict[int, list[tuple[Dim, ...]]] = {}
         for n, place in enumerate(first.values()):
             sent.setdefault(place, []).append((sizes[0] if n == 0 else 0, sizes[n + 1] if n + 1 < len(sizes) else 0))
-        parts[:] = interleaved(parts, self.used, sent, self._gathered)
+        made = list(interleaved(parts, self.used, sent, self._gathered))
+        current.part.ops = made[-1].ops  # what comes goes there, too
+        current.parts[:] = [*made[:-1], current.part]
 
     def _gathered(self, elements: tuple[Dim, ...]) -> list[Op]:
         """The first message of all, or none; the wait for what was sent; the next message, or none."""
@@ -240,7 +263,7 @@ class MainGradients(WholeUnits):
         return self._message("allgather_into_tensor_coalesced_", "bf16", elements // self.ranks.size, elements)
 
     def _elements(self, bucket: Sequence[Coming]) -> Dim:
-        """Of a bucket of the buffer: to a distributed optimizer parameters and parts of ranks begin at round numbers."""
+        """Of a bucket of the buffer: to a distributed optimizer parameters and its end lie at round numbers."""
         if not self.distributed:
             return sum(c.parameter.numel for c in bucket)
         elements = sum(_up_to(c.parameter.numel, ALIGNED) for c in bucket)
@@ -248,7 +271,7 @@ class MainGradients(WholeUnits):
 
     def _buckets(self, gradients: Sequence[Coming]) -> list[list[Coming]]:
         """Parameters against the order in which modules register them, as many together as exceed a bucket's size."""
-        limit = max(LEAST, PER_RANK * int(np.max(self.ranks.size)))
+        limit = max(LEAST, PER_RANK * int(np.max(self.ranks.size))) if self.overlaps else np.inf
         found: list[list[Coming]] = []
         bucket: list[Coming] = []
         for c in sorted(gradients, key=_registered, reverse=True):
@@ -263,15 +286,16 @@ class MainGradients(WholeUnits):
         each = [existing(p.shape, "fp32") for p in norms for _ in range(p.count)]
         flat = cat([view(x, (x.numel,)) for x in each], 0)
         send_sum(flat, self.shared.ranks)
-        wait()
+        await_sent()
         for x in each:
             record("copy_", (x, existing(x.shape, "fp32")), (x,))
 
 
 def main_gradients(setup: Setup) -> MainGradients:
     """What one of a setup's GPUs does about gradients."""
-    shared, replicas = Shared(Ranks(setup.tp), setup.sequence_parallel), Ranks(setup.replicas, setup.tp)
-    return MainGradients(replicas, shared, setup.pp, distributed=setup.parallel == "zero1")
+    shared, replicas = LayerRanks(Ranks(setup.tp), setup.sequence_parallel), Ranks(setup.replicas, setup.tp)
+    distributed = setup.parallel == "zero1"
+    return MainGradients(replicas, shared, setup.pp, distributed=distributed, overlaps=setup.overlap)
 
 
 def id_of(c: Coming) -> tuple[int, int]:

@@ -27,7 +27,7 @@ Grad = Tensor | None
 SENT, ARRIVED = Run(COMMUNICATION, (COMPUTE,)), Run(after=(COMMUNICATION,))
 
 
-class Shared(NamedTuple):
+class LayerRanks(NamedTuple):
     """The ranks that share layers; `tokens`: the sequence between them, too (sequence parallel)."""
 
     ranks: Ranks
@@ -47,8 +47,8 @@ def of_engine() -> None:
     tape().part.host.modules += 3
 
 
-def wait() -> None:
-    """`handle.wait()`: the compute stream waits for what was sent."""
+def await_sent() -> None:
+    """`handle.await_sent()`: the compute stream waits for what was sent."""
     record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=ARRIVED)
 
 
@@ -131,7 +131,7 @@ def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     return _norm_gradients(g, x, rstd, weight)
 
 
-def linear(x: Tensor, weight: Parameter, by: str, shared: Shared, *, always: bool = False) -> Tensor:
+def shared_linear(x: Tensor, weight: Parameter, by: str, shared: LayerRanks, *, always: bool = False) -> Tensor:
     """A linear layer of (…, n_in), its weight (n_out, n_in) cut "columns" or "rows" over ranks that share it.
 
     Args:
@@ -143,7 +143,7 @@ def linear(x: Tensor, weight: Parameter, by: str, shared: Shared, *, always: boo
         whole, gathers = x, by == "columns" and shared.tokens
         if gathers:
             whole = send_gather(x, shared.ranks)
-            wait()
+            await_sent()
         out = matmul(whole, t(weight))
         del whole
         if by == "rows":
@@ -154,12 +154,12 @@ def linear(x: Tensor, weight: Parameter, by: str, shared: Shared, *, always: boo
     return out
 
 
-def _summed(out: Tensor, shared: Shared) -> Tensor:
+def _summed(out: Tensor, shared: LayerRanks) -> Tensor:
     """The output of a layer cut by rows: the sum on every rank, or its part of the tokens."""
     if not shared.several:
         return out
     out = send_scatter(out, shared.ranks) if shared.tokens else send_sum(out, shared.ranks)
-    wait()
+    await_sent()
     return out
 
 
@@ -170,19 +170,16 @@ def _linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     g = contiguous(g)
     if by == "rows" and shared.tokens:
         g = send_gather(g, shared.ranks)
-        wait()
-    grad_x = _both_products(node.needs[0] or always, g, x, weight, by, shared, None)
+        await_sent()
+    grad_x = _both_products(node.needs[0] or always, g, x, weight, by, shared)
     return (grad_x if grad_x is None else view(grad_x, shape), None)
 
 
-def _both_products(
-    wanted: bool, g: Tensor, x: Grad, weight: Parameter, by: str, shared: Shared, beside: Grad
-) -> Tensor | None:
+def _both_products(wanted: bool, g: Tensor, x: Grad, weight: Parameter, by: str, shared: LayerRanks) -> Tensor | None:
     """The gradient of a layer's input, and that of its weight while it travels.
 
     Args:
         x: the layer's input, None where its weight is frozen.
-        beside: the gradient of what else was computed from the gathered input.
     """
     columns, whole = by == "columns" and shared.several, x
     gathers = columns and shared.tokens and x is not None
@@ -191,9 +188,7 @@ def _both_products(
         whole = send_gather(x, shared.ranks)
     grad_x = matmul(g, weight) if wanted else None
     if gathers:
-        wait()
-    if grad_x is not None and beside is not None:
-        grad_x = add(grad_x, beside)
+        await_sent()
     sent = columns and grad_x is not None
     if sent:
         assert grad_x is not None
@@ -201,18 +196,19 @@ def _both_products(
     if whole is not None:
         _accumulate_product(weight, g, whole)
     if sent:
-        wait()
+        await_sent()
     return grad_x
 
 
 def norm_linear(
-    x: Tensor, norm: Parameter, weight: Parameter, bias: Parameter | None, shared: Shared, *, gives_input: bool
+    x: Tensor, norm: Parameter, weight: Parameter, bias: Parameter | None, shared: LayerRanks, *, gives_input: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`TELayerNormColumnParallelLinear`: an RMSNorm and a linear layer cut by columns in one Function.
 
     Args:
         bias: of (n_out,): a product's epilogue adds it, and sums its gradient.
-        gives_input: whether the layer's input is returned, too, gathered where ranks share tokens (for a LoRA).
+        gives_input: whether the layer's input is returned, too, gathered where ranks share tokens (for a LoRA). Of
+            that the gradient is dropped (Transformer Engine 2.4 and later).
     """
     of_engine()
     attrs = (shared, gives_input)
@@ -223,7 +219,7 @@ def norm_linear(
         whole = y
         if shared.tokens:
             whole = send_gather(y, shared.ranks)
-            wait()
+            await_sent()
         rows = _rows(whole)
         out = mm(rows, t(weight)) if bias is None else addmm(bias, rows, t(weight))
         out = view(out, (*whole.shape[:-1], weight.shape[0]))
@@ -240,20 +236,18 @@ def _norm_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g, *others), (x, norm, rstd, y, weight), (shared, gives) = grads, node.unpack(), node.attrs
     assert g is not None
     of_engine()
-    beside = others[0] if gives else None
-    late = beside is not None and not shared.tokens  # what was not gathered is added behind the sum over ranks
-    grad_x = _both_products(True, contiguous(g), y, weight, "columns", shared, None if late else beside)
+    grad_x = _both_products(True, contiguous(g), y, weight, "columns", shared)
     assert grad_x is not None
-    if late:
-        assert beside is not None
-        grad_x = add(grad_x, beside)
+    if gives and not shared.tokens:
+        assert others[0] is not None
+        grad_x = add(grad_x, others[0])
     grad_x, grad_norm = _norm_gradients(grad_x, x, rstd, norm)
     if len(node.needs) == 3:
         return (grad_x, grad_norm, None)
     return (grad_x, grad_norm, None, new_tensor((weight.shape[0],), g.dtype) if node.needs[3] else None)
 
 
-def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: Shared) -> Tensor:
+def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: LayerRanks) -> Tensor:
     """`ParallelLinearAdapter` on a layer cut "columns" or "rows": (…, n_in) → (…, n_out), scaled, all with its layer's.
 
     A is (r / ranks, n_in) beside columns, (r, n_in / ranks) beside rows; B (n_out / ranks, r).
@@ -264,23 +258,23 @@ def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: Shared) -> Te
     alone = shared._replace(tokens=False)
     if by == "columns":
         cut = "" if shared.tokens else "columns"  # `disable_grad_reduce`: its layer does it
-        low = linear(x, a, cut, alone, always=True)
-        high = linear(_gathered_last(low, shared), b, "columns", alone, always=True)
+        low = shared_linear(x, a, cut, alone, always=True)
+        high = shared_linear(_gathered_last(low, shared), b, "columns", alone, always=True)
     else:
-        low = linear(x, a, "rows", alone, always=True)
-        high = _gathered_last(linear(low, b, "columns", alone, always=True), shared)
+        low = shared_linear(x, a, "rows", alone, always=True)
+        high = _gathered_last(shared_linear(low, b, "columns", alone, always=True), shared)
         high = _own_tokens(high, shared.ranks) if shared.tokens else high
     return mul(high, 1.0)
 
 
-def _gathered_last(x: Tensor, shared: Shared) -> Tensor:
+def _gathered_last(x: Tensor, shared: LayerRanks) -> Tensor:
     """Parts of the last dim, put together; backward each takes its own."""
     if not shared.several:
         return x
     node = differentiate("_GatherFromModelParallelRegionBackward", (x,), _part_of_last, (x.shape,))
     with tape().no_grad():
         parts = send_gather(x, shared.ranks)
-        wait()
+        await_sent()
         each = [Tensor(x.shape, x.dtype, x.strides, x.numel, parts.storage) for _ in range(int(shared.ranks.size))]
         out = cat(each, len(x.shape) - 1)
     if node:
@@ -308,5 +302,5 @@ def _all_tokens(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (ranks,) = grads, node.attrs
     assert g is not None
     whole = send_gather(contiguous(g), ranks)
-    wait()
+    await_sent()
     return (whole,)

@@ -17,19 +17,19 @@ from ..custom import python_function
 from ..pointwise import binary_bool, sub
 from ..shape import clone, contiguous, transpose
 from ..tensor import Grads, Node, Parameter, Storage, Tensor
-from .megatron import Shared, send_gather, send_scatter, send_sum, wait
+from .megatron import LayerRanks, await_sent, send_gather, send_scatter, send_sum
 
 Grad = Tensor | None
 
 
-def fused(x: Tensor, *others: Tensor, width: object = None) -> Tensor:
+def jit_kernel(x: Tensor, *others: Tensor, width: object = None) -> Tensor:
     """One kernel that a compiler makes of elementwise operations: as x, or with another last dim."""
     shape = x.shape if width is None else (*x.shape[:-1], width)
     loops = Attrs(loops=(product(shape), 1))
     return emit("inductor::pointwise", (x, *others), shape, x.dtype, attrs=loops)
 
 
-def words(weight: Parameter, ids: Tensor, shared: Shared) -> Tensor:
+def words(weight: Parameter, ids: Tensor, shared: LayerRanks) -> Tensor:
     """Words of (batch, seq) ids by the rows (words / ranks, width) that a rank has: (seq, batch, width)."""
     attrs = (weight.shape,)
     node = differentiate("EmbeddingBackward0", (weight,), _words_backward, attrs)
@@ -62,10 +62,10 @@ def _put_zero(x: Tensor, where: Tensor) -> None:
     record("index_put_", (x, where, Tensor((), x.dtype, (), 1, Storage(0, None))), (x,))
 
 
-def _summed(x: Tensor, shared: Shared) -> Tensor:
+def _summed(x: Tensor, shared: LayerRanks) -> Tensor:
     node = differentiate("_ReduceFromModelParallelRegionBackward", (x,), _as_it_is)
     out = send_sum(x, shared.ranks).alias()
-    wait()
+    await_sent()
     if node:
         node.produces(out)
     return out
@@ -75,24 +75,24 @@ def _as_it_is(node: Node, grads: Sequence[Grad]) -> Grads:
     return tuple(grads)
 
 
-def _scattered(x: Tensor, shared: Shared) -> Tensor:
+def _scattered(x: Tensor, shared: LayerRanks) -> Tensor:
     node = differentiate("_ReduceScatterToSequenceParallelRegionBackward", (x,), _gathered, (shared,))
     out = send_scatter(x, shared.ranks)
-    wait()
+    await_sent()
     if node:
         node.produces(out)
-    return out
+    return clone(out)  # `clone_scatter_output_in_embedding`, so that what was scattered can go
 
 
 def _gathered(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (shared,) = grads, node.attrs
     assert g is not None
     whole = send_gather(contiguous(g), shared.ranks)
-    wait()
+    await_sent()
     return (whole,)
 
 
-def rotary(x: Tensor, turns: Tensor) -> Tensor:
+def fused_rotary(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary positions of (seq, batch, heads, d) in one kernel, by fp32 angles (seq, 1, 1, d)."""
     python_function()
     node = differentiate("FusedRoPEFuncBackward", (x,), _rotary_backward)
@@ -116,7 +116,7 @@ def swiglu(x: Tensor) -> Tensor:
     python_function()
     node = differentiate("SwiGLUFunctionBackward", (x,), _swiglu_backward)
     with tape().no_grad():
-        out = fused(x, width=x.shape[-1] // 2)
+        out = jit_kernel(x, width=x.shape[-1] // 2)
     if node:
         node.save(x)
         node.produces(out)
@@ -127,15 +127,15 @@ def _swiglu_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
     python_function()
-    return (fused(x, g),)
+    return (jit_kernel(x, g),)
 
 
-def joined(x: Tensor, residual: Tensor) -> Tensor:
+def with_residual(x: Tensor, residual: Tensor) -> Tensor:
     """`bias_dropout_add_fused_train` without bias and dropout: the residual stream with a layer's output."""
     python_function()
     node = differentiate("CompiledFunctionBackward", (x, residual), _to_both)
     with tape().no_grad():
-        out = fused(x, residual)
+        out = jit_kernel(x, residual)
     if node:
         node.produces(out)
     return out
@@ -146,7 +146,7 @@ def _to_both(node: Node, grads: Sequence[Grad]) -> Grads:
     return (g, g)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, shared: Shared) -> Tensor:
+def vocab_parallel_loss(logits: Tensor, labels: Tensor, shared: LayerRanks) -> Tensor:
     """The loss of each token, (seq, batch), by (seq, batch, words / ranks) logits.
 
     It is `fused_vocab_parallel_cross_entropy`, four compiled programs with sums over ranks between
@@ -181,10 +181,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, shared: Shared) -> Tensor:
     return loss
 
 
-def _over_ranks(x: Tensor, shared: Shared) -> None:
+def _over_ranks(x: Tensor, shared: LayerRanks) -> None:
     if shared.several:
         send_sum(x, shared.ranks)
-        wait()
+        await_sent()
 
 
 def _cross_entropy_backward(node: Node, grads: Sequence[Grad]) -> Grads:
