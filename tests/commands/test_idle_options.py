@@ -26,6 +26,7 @@ def stderr(*words: str) -> str:
         ("--pp-schedule gpipe", "--gpus 2 --pp 2 --grad-accum 2 --model llama-3.1-8b"),
         ("--cp-rotate alltoall", "--gpus 2 --cp 2 --parallel fsdp2 --model llama-3.2-1b"),
         ("--group-by-length", "--lengths 30:60"),
+        ("--overlap", "--gpus 2 --model megatron:llama-3.2-1b"),
     ],
 )
 def test_what_means_nothing_is_refused(typed: str, beside: str) -> None:
