@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/limits.md")
 PROGRAMS = ("perfmodel", "pip", "python", "python3", "pytest", "ruff", "mypy", "torchrun", ".", ".ci/run")
 NAMES = ("perfmodel",)  # of the project; alone it is no command
 
