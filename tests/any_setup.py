@@ -40,7 +40,8 @@ from perfmodel.setup import (
 )
 from validate.oracle.cases import MIXTURES, SMALL, STACKS, with_targets
 
-SMALL_MODELS = {**SMALL, **MIXTURES, **STACKS}
+OF_MEGATRON = {**SMALL["llama"], "model_type": "megatron_gpt", "megatron": "llama"}
+SMALL_MODELS = {**SMALL, **MIXTURES, **STACKS, "megatron_gpt": OF_MEGATRON}
 
 
 @cache
@@ -71,6 +72,7 @@ FORMS: tuple[dict[str, tuple[Any, ...]], ...] = (  # what several GPUs may do
     {"parallel": ("fsdp2",), "cp": (2, 4), "cp_rotate": ROTATE, "seq": (64, 2048)},
     {"parallel": ("zero1", "zero2", "zero3"), "cp": (2, 4), "cp_rotate": ("ulysses",), "seq": (64, 2048)},
     {"parallel": ("fsdp2",), "tp": (1, 2), "cp": (1, 2), "shard_group": (2, 4), "seq": (64, 2048)},
+    {"parallel": ("ddp", "zero1"), "tp": (1, 2), "overlap": (False, True), "amp": (None,), "dtype": ("bf16",)},
     {"pp": (2, 3), "pp_schedule": ("1f1b", "gpipe", "interleaved:v=2"), "grad_accum": (4, 6, 12), "amp": (None,)},
 )  # fmt: skip
 # drawn by themselves; images need a trace

@@ -156,7 +156,8 @@ def _where(*, grid: bool, all_devices: bool = False) -> tuple[Decorator, ...]:
             "--model",
             required=not all_devices,
             shell_complete=names.models,
-            help="Bundled name (see `perfmodel models`), path of a config.json or folder, or hub id.",
+            help="Bundled name (see `perfmodel models`), path of a config.json or folder, or hub id. megatron: before "
+            "any of them: its program in Megatron-Core.",
         ),
         click.option(
             "--device",
