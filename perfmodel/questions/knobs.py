@@ -47,7 +47,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [memory_knob(architecture, setup), _parallel(setup), _optimizer(setup), _kernels(architecture, setup)]
-    found += [_attention(architecture, setup)]
+    found += [_messages(architecture, setup), _attention(architecture, setup)]
     found += [_compile(architecture, setup), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
@@ -134,6 +134,17 @@ def _parallel(setup: Setup) -> Knob:
     if setup.fsdp_units == "adapters":
         positions.append(KnobPosition("adapters gathered with their blocks", {"fsdp_units": "blocks"}))
     return (KEEP, *positions)
+
+
+def _messages(architecture: Architecture, setup: Setup) -> Knob:
+    """Of Megatron's program: whether messages go beside compute, and whether ranks share the tokens between layers."""
+    if not architecture.of_megatron or np.all(np.equal(setup.gpus, 1)):
+        return (KEEP,)
+    beside = KnobPosition("messages behind compute" if setup.overlap else "--overlap", {"overlap": not setup.overlap})
+    if setup.tp == 1:
+        return (KEEP, beside)
+    words = "no sequence parallel" if setup.sequence_parallel else "sequence parallel"
+    return (KEEP, beside, KnobPosition(words, {"sequence_parallel": not setup.sequence_parallel}))
 
 
 def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | None], str]]:
