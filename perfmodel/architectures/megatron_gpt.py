@@ -20,6 +20,7 @@ from ..tape.core import emit, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
 from ..tape.packages import megatron
+from ..tape.packages.megatron import used
 from ..tape.packages.megatron_model import fused_rotary, swiglu, vocab_parallel_loss, with_residual, words
 from ..tape.pointwise import add, cast, cat, mul
 from ..tape.scores import sum_all
@@ -162,13 +163,6 @@ def shared_of(scope: Scope) -> megatron.LayerRanks:
     """The ranks that share layers."""
     setup = scope.build.setup
     return megatron.LayerRanks(Ranks(setup.tp), setup.sequence_parallel)
-
-
-def used(p: Parameter) -> Parameter:
-    """A parameter that is about to be used, of which the hooks around the model are told."""
-    if (wrapping := tape().wrapping) is not None:
-        wrapping.weight(p)
-    return p
 
 
 def _weight(layer: Linear) -> Parameter:

@@ -221,8 +221,14 @@ class Lora(Targeted):
         ranks, rows = cut.ranks.size, cut.by == "rows"
         self._check_cut(cut)
         self.check_rank(layer, r)
-        a = layer.adapter("adapter.linear_in.weight", (r if rows else r // ranks, layer.n_in), dtype)
-        b = layer.adapter("adapter.linear_out.weight", (layer.n_out // ranks if rows else layer.n_out, r), dtype)
+        shapes = {
+            "linear_in": (r if rows else r // ranks, layer.n_in),
+            "linear_out": (layer.n_out // ranks if rows else layer.n_out, r),
+        }
+        a, b = (
+            layer.scope.parameter(f"{layer.name}.adapter.{n}.weight", s, "adapter", dtype=dtype, trainable=True)
+            for n, s in shapes.items()
+        )
         return cut.counted(a), cut.counted(b)
 
     def _check_cut(self, cut: Cut) -> None:

@@ -15,6 +15,8 @@ from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
 from . import cases, compiled, counts, parallel, parallel_cases, pipeline, traced_ranks, zero
+from .megatron.cases import has_megatron, megatron_grid
+from .megatron.compare import compare_megatron
 
 
 def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) -> bool:
@@ -29,7 +31,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     if several:
         chosen = [
             *parallel_cases.rank_grid(grid), *parallel_cases.compiled_grid(grid), *parallel_cases.pipeline_grid(grid),
-            *traced_ranks.traced_grid(grid), *_of_deepspeed(grid),
+            *traced_ranks.traced_grid(grid), *_of_deepspeed(grid), *_of_megatron(grid),
         ]  # fmt: skip
     else:
         chosen = list(cases.cuda_forward_grid() if cuda_forward else cases.grid(grid))
@@ -62,7 +64,17 @@ def _of_deepspeed(grid: str) -> list[cases.Case]:
     return list(parallel_cases.zero_grid(grid))
 
 
+def _of_megatron(grid: str) -> list[cases.Case]:
+    missing = [f"megatron-{part}" for part in ("core", "bridge") if not has_megatron(part)]
+    if missing:
+        show(f"{' and '.join(missing)} not installed: Megatron's program is left out", colour="yellow")
+        return []
+    return list(megatron_grid(grid))
+
+
 def _compared(case: cases.Case) -> counts.Result:
+    if case.config.kind == "megatron_gpt":
+        return compare_megatron(case)
     if not has_form(case.config.kind):
         return traced_ranks.compare_traced(case)
     if case.setup.pp > 1:

@@ -50,6 +50,7 @@ KNOWN: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 LEAST, PER_RANK = 40_000_000, 1_000_000  # elements of a bucket: at least, and of each rank
 ALIGNED, ALIGNED_END = 64, 128  # elements that a parameter starts at a multiple of, and a bucket ends
+OF_HEADS = ("q_layernorm.weight", "k_layernorm.weight")  # norms of which each rank has other heads
 # Names of a block's parameters in the order in which modules register them
 ORDER = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "linear_fc1", "linear_fc2")
 
@@ -95,6 +96,7 @@ class MainGradients(WholeUnits):
         self.distributed = distributed and self.several
         self.reduces = True
         self.ready: list[Ready] = []
+        self.kept: dict[Any, Dim] = {}  # as of `Tape.kept`
         self.used: list[Ready] = []  # weights in the order in which the first forward pass uses them
         self.gathers = self.distributed and overlaps  # whether weights are still to be gathered
 
@@ -145,8 +147,10 @@ class MainGradients(WholeUnits):
         current.parts.append(exchanging)
         if self.several:
             record("cuda::wait_event", (), (), EVENT, view=True, runs=ARRIVED)
-        partial = [r.parameter for r in self.ready if r.parameter.kind == "norm" and r.parameter.used]
-        if self.shared.tokens and partial:
+        self.kept = dict(current.kept)
+        norms = [r.parameter for r in self.ready if r.parameter.kind == "norm"]
+        partial = norms if self.shared.tokens else [p for p in norms if p.name.endswith(OF_HEADS)]
+        if self.shared.several and partial:
             self._sum_norms(partial)
 
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
@@ -154,8 +158,12 @@ class MainGradients(WholeUnits):
         return parameters
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
+        """The buffer of fp32 gradients, and what layers keep for good."""
+        return self.gradient_bytes(parameters) + sum(self.kept.values())
+
+    def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
         """The buffer of fp32 gradients, which is there for good."""
-        return existing((sum(p.numel * p.count for p in parameters if p.used),), "fp32").nbytes
+        return existing((self._padded([p for p in parameters if p.used]),), "fp32").nbytes
 
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
         """Clipping by the norm over all ranks, AdamW on fp32 masters, and the bf16 weights from those."""
@@ -173,9 +181,9 @@ class MainGradients(WholeUnits):
             for p in run:
                 in_place("copy_", existing(p.shape, "bf16"), existing(p.shape, "fp32"))
         if self.distributed and not self.overlaps:
-            gathered = self._weights(sum(p.numel * p.count for p in mine) * self.ranks.size)
+            gathered = self._weights(self._padded(weights))
             tape().part.ops += [gathered, Op("cuda::wait_event", (), (), 0, 0, view=True, attrs=EVENT, runs=ARRIVED)]
-        buffer = existing((sum(p.numel * p.count for p in weights),), "fp32")
+        buffer = existing((self._padded(weights),), "fp32")
         tape().begin("zero_grad", "optimizer")
         record("zero_", (buffer,), (buffer,))
         return update
@@ -264,9 +272,14 @@ class MainGradients(WholeUnits):
 
     def _elements(self, bucket: Sequence[Coming]) -> Dim:
         """Of a bucket of the buffer: to a distributed optimizer parameters and its end lie at round numbers."""
+        return self._padded([c.parameter for c in bucket], alone=True)
+
+    def _padded(self, parameters: Sequence[Parameter], *, alone: bool = False) -> Dim:
+        """Elements of a part of the buffer, `alone` of one layer each."""
+        counts = [1 if alone else p.count for p in parameters]
         if not self.distributed:
-            return sum(c.parameter.numel for c in bucket)
-        elements = sum(_up_to(c.parameter.numel, ALIGNED) for c in bucket)
+            return sum(p.numel * n for p, n in zip(parameters, counts, strict=True))
+        elements = sum(_up_to(p.numel, ALIGNED) * n for p, n in zip(parameters, counts, strict=True))
         return _up_to(elements, np.lcm(self.ranks.size, ALIGNED_END))
 
     def _buckets(self, gradients: Sequence[Coming]) -> list[list[Coming]]:

@@ -12,7 +12,7 @@ Source: megatron-core 0.16.1, tensor_parallel/{layers,mappings}.py; TransformerE
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...program.dims import decide, product
+from ...program.dims import contiguous_strides, decide, product
 from ...program.op import Attrs
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, Run
@@ -39,7 +39,7 @@ class LayerRanks(NamedTuple):
         return decide(self.ranks.size > 1)
 
 
-def of_engine() -> None:
+def runs_in_engine() -> None:
     """The Python of a module of Transformer Engine, which takes 2.7 times as long as a linear layer of PyTorch.
 
     Source: github.com/NVIDIA/TransformerEngine/issues/2053 (GB200 and GH200, bf16, 2025).
@@ -47,14 +47,26 @@ def of_engine() -> None:
     tape().part.host.modules += 3
 
 
+def used(p: Parameter) -> Parameter:
+    """A parameter that is about to be used, of which the hooks around the model are told."""
+    if (wrapping := tape().wrapping) is not None:
+        wrapping.weight(p)
+    return p
+
+
 def await_sent() -> None:
     """`handle.await_sent()`: the compute stream waits for what was sent."""
     record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=ARRIVED)
 
 
-def send_gather(x: Tensor, ranks: Ranks) -> Tensor:
-    """All ranks' parts along the first dim, on their way."""
-    whole = new_tensor((x.shape[0] * ranks.size, *x.shape[1:]), x.dtype)
+def send_gather(x: Tensor, ranks: Ranks, *, in_buffer: bool = False) -> Tensor:
+    """All ranks' parts along the first dim, on their way, into new memory or a buffer that is there for good."""
+    shape = (x.shape[0] * ranks.size, *x.shape[1:])
+    if in_buffer:
+        whole = Tensor(shape, x.dtype, contiguous_strides(shape), product(shape), Storage(0, None))
+        tape().kept["gathered"] = whole.nbytes
+    else:
+        whole = new_tensor(shape, x.dtype)
     record("c10d::_allgather_base_", (x,), (whole,), Attrs(ranks=ranks), runs=SENT)
     return whole
 
@@ -72,6 +84,10 @@ def send_sum(x: Tensor, ranks: Ranks) -> Tensor:
     return x
 
 
+class DummyGradient(Tensor):
+    """What autograd gets of a weight whose gradient a product has added to the main one already."""
+
+
 def main_gradient(p: Parameter) -> Tensor:
     """The fp32 gradient that a parameter has for good, in the buffer of all; it counts with that."""
     if p.grad is None:
@@ -82,17 +98,26 @@ def main_gradient(p: Parameter) -> Tensor:
 def add_to_main(p: Parameter, grad: Tensor) -> None:
     """`param.main_grad.add_(param.grad)`: of a gradient that autograd made."""
     main = main_gradient(p)
+    if isinstance(grad, DummyGradient):
+        return
     with tape().belonging_to("adapter" if p.kind == "adapter" else "accumulation"):
         record("add_.Tensor", (main, grad), (main,))
 
 
-def _accumulate_product(p: Parameter, grad: Tensor, x: Tensor) -> None:
-    """main_grad += gradᵀ·x, the sum in the product's epilogue."""
+def _accumulate_product(p: Parameter, grad: Tensor, x: Tensor, of_bias: Grad = None) -> Tensor:
+    """main_grad += gradᵀ·x, the sum in the product's epilogue, and sums for a bias; what autograd gets in its place.
+
+    That is a tensor for all weights of its shape, kept for good (`get_dummy_wgrad`). Of words that are the head's, too,
+    it is zero, and added as theirs is (`zero_out_wgrad`).
+    """
     main, left, right = main_gradient(p), t(_rows(grad)), _rows(x)
-    record("addmm.dtype_out", (main, left, right, main), (main,), layout_of(left, right))
-    p.used = True
-    if (followed := tape().after_gradient) is not None:
-        followed(p)
+    outputs = (main,) if of_bias is None else (of_bias, main)
+    record("addmm.dtype_out", (main, left, right, main), outputs, layout_of(left, right))
+    dummy = (Tensor if p.embeds else DummyGradient)(p.shape, p.dtype, p.strides, p.numel, Storage(0, None))
+    tape().kept[p.dtype, p.shape] = dummy.nbytes
+    if p.embeds:
+        record("fill_.Scalar", (dummy,), (dummy,))
+    return dummy
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -101,7 +126,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Transformer Engine's RMSNorm: one kernel; keeps x and the rows' 1/rms in fp32."""
-    of_engine()
+    runs_in_engine()
     node = differentiate("_RMSNormBackward", (x, weight), _rms_norm_backward)
     with tape().no_grad():
         y, rstd = _normed(x, weight)
@@ -127,7 +152,7 @@ def _norm_gradients(g: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple
 def _rms_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, weight, rstd) = grads, node.unpack()
     assert g is not None
-    of_engine()
+    runs_in_engine()
     return _norm_gradients(g, x, rstd, weight)
 
 
@@ -137,12 +162,12 @@ def shared_linear(x: Tensor, weight: Parameter, by: str, shared: LayerRanks, *, 
     Args:
         always: whether backward makes the gradient of an input that needs none, as Megatron-Core's own layers do.
     """
-    of_engine()
+    runs_in_engine()
     node = differentiate("_LinearBackward", (x, weight), _linear_backward, (by, shared, x.shape, always))
     with tape().no_grad():
-        whole, gathers = x, by == "columns" and shared.tokens
-        if gathers:
-            whole = send_gather(x, shared.ranks)
+        whole = x
+        if by == "columns" and shared.tokens:
+            whole = send_gather(x, shared.ranks, in_buffer=weight.requires_grad)
             await_sent()
         out = matmul(whole, t(weight))
         del whole
@@ -166,38 +191,44 @@ def _summed(out: Tensor, shared: LayerRanks) -> Tensor:
 def _linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, weight), (by, shared, shape, always) = grads, node.unpack(), node.attrs
     assert g is not None
-    of_engine()
+    runs_in_engine()
     g = contiguous(g)
     if by == "rows" and shared.tokens:
         g = send_gather(g, shared.ranks)
         await_sent()
-    grad_x = _both_products(node.needs[0] or always, g, x, weight, by, shared)
-    return (grad_x if grad_x is None else view(grad_x, shape), None)
+    grad_x, grad_w = _both_products(node.needs[0] or always, g, x, weight, by, shared)
+    return (grad_x if grad_x is None else view(grad_x, shape), grad_w)
 
 
-def _both_products(wanted: bool, g: Tensor, x: Grad, weight: Parameter, by: str, shared: LayerRanks) -> Tensor | None:
-    """The gradient of a layer's input, and that of its weight while it travels.
+def _both_products(
+    wanted: bool, g: Tensor, x: Grad, weight: Parameter, by: str, shared: LayerRanks, of_bias: Grad = None, *,
+    of_engine: bool = False,
+) -> tuple[Grad, Grad]:  # fmt: skip
+    """The gradient of a layer's input, and what autograd gets of its weight, whose own is made while that travels.
 
     Args:
         x: the layer's input, None where its weight is frozen.
+        of_bias: the gradient of a bias, made by the same product.
+        of_engine: whether it is Transformer Engine's, which waits for the gathered input only where it needs it.
     """
     columns, whole = by == "columns" and shared.several, x
     gathers = columns and shared.tokens and x is not None
     if gathers:
         assert x is not None
-        whole = send_gather(x, shared.ranks)
+        whole = send_gather(x, shared.ranks, in_buffer=not of_engine)
     grad_x = matmul(g, weight) if wanted else None
-    if gathers:
+    if gathers and not of_engine:
         await_sent()
     sent = columns and grad_x is not None
     if sent:
         assert grad_x is not None
         grad_x = send_scatter(grad_x, shared.ranks) if shared.tokens else send_sum(grad_x, shared.ranks)
-    if whole is not None:
-        _accumulate_product(weight, g, whole)
+    if gathers and of_engine:
+        await_sent()
+    grad_w = _accumulate_product(weight, g, whole, of_bias) if whole is not None else None
     if sent:
         await_sent()
-    return grad_x
+    return grad_x, grad_w
 
 
 def norm_linear(
@@ -210,7 +241,7 @@ def norm_linear(
         gives_input: whether the layer's input is returned, too, gathered where ranks share tokens (for a LoRA). Of
             that the gradient is dropped (Transformer Engine 2.4 and later).
     """
-    of_engine()
+    runs_in_engine()
     attrs = (shared, gives_input)
     inputs = (x, norm, weight) if bias is None else (x, norm, weight, bias)
     node = differentiate("_LayerNormLinearBackward", inputs, _norm_linear_backward, attrs)
@@ -224,7 +255,7 @@ def norm_linear(
         out = mm(rows, t(weight)) if bias is None else addmm(bias, rows, t(weight))
         out = view(out, (*whole.shape[:-1], weight.shape[0]))
     if node:
-        node.save(x, norm, rstd, y if node.needs[2] else None, weight)
+        node.save(x, norm, rstd, y if node.needs[2] or gives_input else None, weight)
         node.produces(out)
         if gives_input:
             whole = whole.alias()
@@ -235,16 +266,17 @@ def norm_linear(
 def _norm_linear_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g, *others), (x, norm, rstd, y, weight), (shared, gives) = grads, node.unpack(), node.attrs
     assert g is not None
-    of_engine()
-    grad_x = _both_products(True, contiguous(g), y, weight, "columns", shared)
+    runs_in_engine()
+    biased, given = len(node.needs) > 3, y if node.needs[2] else None
+    of_bias = new_tensor((weight.shape[0],), g.dtype) if biased and node.needs[3] else None
+    g = contiguous(g)
+    grad_x, grad_w = _both_products(True, g, given, weight, "columns", shared, of_bias, of_engine=True)
     assert grad_x is not None
     if gives and not shared.tokens:
         assert others[0] is not None
         grad_x = add(grad_x, others[0])
     grad_x, grad_norm = _norm_gradients(grad_x, x, rstd, norm)
-    if len(node.needs) == 3:
-        return (grad_x, grad_norm, None)
-    return (grad_x, grad_norm, None, new_tensor((weight.shape[0],), g.dtype) if node.needs[3] else None)
+    return (grad_x, grad_norm, grad_w, of_bias) if biased else (grad_x, grad_norm, grad_w)
 
 
 def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: LayerRanks) -> Tensor:
@@ -258,11 +290,11 @@ def beside(x: Tensor, a: Parameter, b: Parameter, by: str, shared: LayerRanks) -
     alone = shared._replace(tokens=False)
     if by == "columns":
         cut = "" if shared.tokens else "columns"  # `disable_grad_reduce`: its layer does it
-        low = shared_linear(x, a, cut, alone, always=True)
-        high = shared_linear(_gathered_last(low, shared), b, "columns", alone, always=True)
+        low = _gathered_last(shared_linear(x, used(a), cut, alone, always=True), shared)
+        high = shared_linear(low, used(b), "columns", alone, always=True)
     else:
-        low = shared_linear(x, a, "rows", alone, always=True)
-        high = _gathered_last(shared_linear(low, b, "columns", alone, always=True), shared)
+        low = shared_linear(x, used(a), "rows", alone, always=True)
+        high = _gathered_last(shared_linear(low, used(b), "columns", alone, always=True), shared)
         high = _own_tokens(high, shared.ranks) if shared.tokens else high
     return mul(high, 1.0)
 

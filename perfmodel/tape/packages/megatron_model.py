@@ -31,8 +31,7 @@ def jit_kernel(x: Tensor, *others: Tensor, width: object = None) -> Tensor:
 
 def words(weight: Parameter, ids: Tensor, shared: LayerRanks) -> Tensor:
     """Words of (batch, seq) ids by the rows (words / ranks, width) that a rank has: (seq, batch, width)."""
-    attrs = (weight.shape,)
-    node = differentiate("EmbeddingBackward0", (weight,), _words_backward, attrs)
+    node = differentiate("EmbeddingBackward0", (weight,), _words_backward, (weight.shape,))
     with tape().no_grad():
         absent, mine = None, ids
         if shared.several:
@@ -45,7 +44,7 @@ def words(weight: Parameter, ids: Tensor, shared: LayerRanks) -> Tensor:
         if absent is not None:
             _put_zero(out, absent)
     if node:
-        node.save(mine)
+        node.save(mine, absent)
         node.produces(out)
     if shared.tokens:
         return _scattered(contiguous(transpose(out, 0, 1)), shared)
@@ -53,8 +52,10 @@ def words(weight: Parameter, ids: Tensor, shared: LayerRanks) -> Tensor:
 
 
 def _words_backward(node: Node, grads: Sequence[Grad]) -> Grads:
-    (g,), (ids,), (shape,) = grads, node.unpack(), node.attrs
+    (g,), (ids, absent), (shape,) = grads, node.unpack(), node.attrs
     assert g is not None
+    if absent is not None:  # their zeros pass no gradient
+        g = emit("index_put", (g, absent, Tensor((), g.dtype, (), 1, Storage(0, None))), g.shape, g.dtype)
     return (emit("embedding_dense_backward", (g, ids), shape, g.dtype),)
 
 
@@ -153,7 +154,7 @@ def vocab_parallel_loss(logits: Tensor, labels: Tensor, shared: LayerRanks) -> T
     them: the largest logit; exponentials, their sums and the logit of the label; the softmax, in place; backward its
     gradient.
     """
-    node = differentiate("_VocabParallelCrossEntropyBackward", (logits,), _cross_entropy_backward, (logits.dtype,))
+    node = differentiate("_VocabParallelCrossEntropyBackward", (logits,), _loss_backward, (logits.dtype,))
     with tape().no_grad():
         tokens, rows = labels.shape, Attrs(loops=(labels.numel, logits.shape[-1]))
         wide, largest = new_tensor(logits.shape, "fp32"), new_tensor(tokens, "fp32")
@@ -187,11 +188,15 @@ def _over_ranks(x: Tensor, shared: LayerRanks) -> None:
         await_sent()
 
 
-def _cross_entropy_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+def _loss_backward(node: Node, grads: Sequence[Grad]) -> Grads:
+    """Of the softmax that it changes twice the compiler makes a copy, and writes what comes of it back, too."""
     (g,), (softmax, absent, mine), (dtype,) = grads, node.unpack(), node.attrs
     assert g is not None
     python_function()
-    of_labels = Tensor(mine.shape, softmax.dtype, mine.strides, mine.numel, softmax.storage)
-    record("inductor::scatter", (of_labels, absent, mine), (of_labels,), Attrs(loops=(mine.numel, 1)))
     loops = Attrs(loops=(softmax.numel, 1))
-    return (emit("inductor::pointwise", (softmax, g), softmax.shape, dtype, attrs=loops),)
+    copied, made = new_tensor(softmax.shape, softmax.dtype), new_tensor(softmax.shape, dtype)
+    record("inductor::pointwise", (softmax,), (copied,), loops)
+    of_labels = Tensor(mine.shape, copied.dtype, mine.strides, mine.numel, copied.storage)
+    record("inductor::scatter", (of_labels, absent, mine), (of_labels,), Attrs(loops=(mine.numel, 1)))
+    record("inductor::pointwise", (copied, g), (made, softmax), loops)
+    return (made,)
