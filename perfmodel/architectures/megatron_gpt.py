@@ -91,12 +91,12 @@ class MegatronGpt(Architecture):
 
     def forward(self, model: Scope, ids: Tensor, attention: Tensor, labels: Tensor) -> Tensor:
         model.begin("embeddings")
-        shared, setup, x = shared_of(model), model.build.setup, model.build.received
-        if x is None:
-            x = words(self._rows(model, "embedding.word_embeddings.weight", "embedding"), ids, shared)
-            x.requires_grad |= setup.checkpoint != "none"  # `maybe_enable_recompute_inputs_grad` of frozen words
+        shared, setup, given = shared_of(model), model.build.setup, model.build.received
+        if given is None:  # a local of `GPTModel.forward`, so there until it returns
+            given = words(self._rows(model, "embedding.word_embeddings.weight", "embedding"), ids, shared)
+            given.requires_grad |= setup.checkpoint != "none"  # `maybe_enable_recompute_inputs_grad` of frozen words
         turns = masks.model_buffer((setup.seq, 1, 1, self.head_dim), "fp32")
-        x = model.layers(self.block, x, turns)
+        x = model.layers(self.block, given, turns)
         model.begin("head")
         if not model.build.ends:
             return x

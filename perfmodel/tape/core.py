@@ -117,8 +117,7 @@ class Tape:
         self.buffers: list[Spec] = []
         self.context: Any = None  # ranks that share a sequence (`tape.packages.ring`, `tape.packages.ulysses`)
         self.linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of `F.linear`
-        self.alike = False
-        self.kept: dict[Any, Dim] = {}  # bytes that packages keep for good, by what they are of
+        self.alike, self.kept = False, dict[Any, Dim]()  # bytes that packages keep for good, by what they are of
         self.entering: dict[int, Entering] = {}  # by the id of a run of layers, forward or back
         self.handed: dict[int, Part | None] = {}  # block's number -> the run that it enters, None: that it left
         self.lingering: list[Storage] = []  # what all layers of the current run held
