@@ -145,7 +145,9 @@ def load(name_or_path: str) -> Config:
         UserError: nothing found, or the file is not a JSON object.
     """
     if name_or_path.startswith(f"{MEGATRON}:"):
-        return _in_megatron(load(name_or_path.removeprefix(f"{MEGATRON}:")))
+        if not (name := name_or_path.removeprefix(f"{MEGATRON}:")):
+            raise UserError(f"model {name_or_path!r} names none: give one behind it, such as megatron:llama-3.1-8b")
+        return _in_megatron(load(name))
     if name_or_path.lower() in model_names():
         return _read(MODELS / f"{name_or_path.lower()}.json", name_or_path.lower())
     path = Path(name_or_path)

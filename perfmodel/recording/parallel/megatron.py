@@ -46,7 +46,7 @@ KNOWN: dict[str, tuple[object, ...]] = {
     "packing": ("none", "dense"), "lengths": (None,), "padded": (False,), "engine": ("torch",),
     "cuda_graphs": (False,), "in_backward": (False,), "offload": ("none",), "parallel": ("ddp", "zero1"),
     "pp_schedule": ("1f1b",), "cp": (1,), "ddp": ("plain",), "sync_each_batch": (False,), "shard_group": (None,),
-    "reduce_dtype": (None,),
+    "reduce_dtype": (None,), "reshard": (True,), "fsdp_units": ("accelerate",),
 }  # fmt: skip
 LEAST, PER_RANK = 40_000_000, 1_000_000  # elements of a bucket: at least, and of each rank
 ALIGNED, ALIGNED_END = 64, 128  # elements that a parameter starts at a multiple of, and a bucket ends

@@ -5,7 +5,7 @@ input while the weight's gradient is computed, which its product adds to the fp3
 With sequence parallel a layer cut by columns gathers its input forward, and again backward if its weight trains; one
 cut by rows scatters the sum of its output. A LoRA on either is two such layers, cut like it and by its rank.
 
-Source: megatron-core 0.16.1, tensor_parallel/{layers,mappings}.py; TransformerEngine 2.9, pytorch/module/
+Source: megatron-core 0.16.1, tensor_parallel/{layers,mappings}.py; TransformerEngine 2.11, pytorch/module/
 {layernorm_linear,linear}.py; megatron-bridge 0.3.1, peft/{lora_layers,utils}.py.
 """
 
@@ -55,7 +55,7 @@ def used(p: Parameter) -> Parameter:
 
 
 def await_sent() -> None:
-    """`handle.await_sent()`: the compute stream waits for what was sent."""
+    """`handle.wait()`: the compute stream waits for what was sent."""
     record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=ARRIVED)
 
 
@@ -114,7 +114,7 @@ def _accumulate_product(p: Parameter, grad: Tensor, x: Tensor, of_bias: Grad = N
     outputs = (main,) if of_bias is None else (of_bias, main)
     record("addmm.dtype_out", (main, left, right, main), outputs, layout_of(left, right))
     dummy = (Tensor if p.embeds else DummyGradient)(p.shape, p.dtype, p.strides, p.numel, Storage(0, None))
-    tape().kept[p.dtype, p.shape] = dummy.nbytes
+    tape().kept[p.dtype, str(p.shape)] = dummy.nbytes
     if p.embeds:
         record("fill_.Scalar", (dummy,), (dummy,))
     return dummy

@@ -4,7 +4,7 @@ What `torch.compile` fuses for Megatron (its `jit_fuser`) is one kernel each. Wo
 that share layers; the loss sums over them three figures a token. Logits are kept as their softmax, in fp32.
 
 Source: megatron-core 0.16.1, tensor_parallel/layers.py (`VocabParallelEmbedding`), fusions/{fused_bias_swiglu,
-fused_bias_dropout,fused_cross_entropy}.py; TransformerEngine 2.9, pytorch/attention/rope.py.
+fused_bias_dropout,fused_cross_entropy}.py; TransformerEngine 2.11, pytorch/attention/rope.py.
 """
 
 from collections.abc import Sequence
