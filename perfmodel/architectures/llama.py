@@ -6,7 +6,7 @@ Source: transformers/models/llama/modeling_llama.py.
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from ..errors import UserError
 from ..program.dims import product
@@ -30,6 +30,7 @@ from .registered import architecture
 from .rotary import rotate, rotate_half
 from .traits import Targets, Traits
 
+A = TypeVar("A", bound=Architecture)
 Masks = dict[str, Tensor | None]  # the attention mask for each kind of layer
 
 
@@ -174,12 +175,7 @@ class Llama(Architecture):
     def part_of(self, ranks: int) -> Self:
         if self.model_type not in CUT or self.output_bias or self.mlp_bias or self.classifier:
             return super().part_of(ranks)
-        for what in ("heads", "kv_heads", "intermediate", "vocab"):
-            if getattr(self, what) % ranks:
-                raise UserError(f"tp {ranks} does not divide the {what} of {self.name}, {getattr(self, what)}")
-        return replace(
-            self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, intermediate=self.intermediate // ranks
-        )
+        return divided(self, ranks)
 
     def staged(self) -> None:
         if self.model_type not in STAGED or self.classifier:
@@ -365,6 +361,19 @@ CUT = (
 )  # fmt: skip
 # Those of them whose blocks have two norms, before attention and before the MLP: NeMo Automodel's plan
 SHARING_TOKENS = ("llama", "mistral", "qwen2", "granite", "smollm3", "ministral", "ministral3", "seed_oss")
+
+
+def divided(model: A, ranks: int) -> A:
+    """A model with the heads and the width of the MLP that one of so many tensor-parallel ranks has.
+
+    Raises:
+        UserError: they do not divide, or not the vocabulary.
+    """
+    for what in ("heads", "kv_heads", "intermediate", "vocab"):
+        if getattr(model, what) % ranks:
+            raise UserError(f"tp {ranks} does not divide the {what} of {model.name}, {getattr(model, what)}")
+    heads, kv_heads = model.heads // ranks, model.kv_heads // ranks
+    return replace(model, heads=heads, kv_heads=kv_heads, intermediate=model.intermediate // ranks)
 
 
 def _normed(layer: Scope, name: str | None, x: Tensor) -> Tensor:

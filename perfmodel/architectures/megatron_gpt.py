@@ -9,7 +9,7 @@ Source: megatron-core 0.16.1, models/gpt/gpt_model.py, transformer/{transformer_
 tensor_parallel/layers.py, pipeline_parallel/schedules.py; megatron-bridge 0.3.1, recipes/llama/llama3.py.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from ..errors import UserError
@@ -30,6 +30,7 @@ from . import masks
 from .base import Architecture, Linear, Scope
 from .config import MEGATRON, Config
 from .heads import beside_loss
+from .llama import divided
 from .norms import rms_norm
 from .registered import architecture, from_config
 from .rewrites import Pair
@@ -78,12 +79,7 @@ class MegatronGpt(Architecture):
         return "columns" if name.endswith(("linear_qkv", "linear_fc1")) else "rows"
 
     def part_of(self, ranks: int) -> Self:
-        for what in ("heads", "kv_heads", "intermediate", "vocab"):
-            if getattr(self, what) % ranks:
-                raise UserError(f"tp {ranks} does not divide the {what} of {self.name}, {getattr(self, what)}")
-        return replace(
-            self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks, intermediate=self.intermediate // ranks
-        )
+        return divided(self, ranks)
 
     def staged(self) -> None:
         if self.tied:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import methods
@@ -22,6 +22,7 @@ DIMS: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
     "num_key_value_heads": 4, "num_hidden_layers": 3, "vocab_size": 1024, "tie_word_embeddings": False,
 }  # fmt: skip
+few = settings(deadline=None, max_examples=25, derandomize=True)
 SIZES = st.fixed_dictionaries(
     {"num_hidden_layers": st.integers(1, 5), "intermediate_size": st.sampled_from((256, 512, 768)),
      "num_key_value_heads": st.sampled_from((4, 8)), "tie_word_embeddings": st.booleans()}
@@ -55,6 +56,7 @@ def exchanged(step: Step) -> dict[str, int]:
     return found
 
 
+@few
 @given(sizes=SIZES, batch=st.integers(1, 3), accum=st.integers(1, 3))
 def test_it_computes_what_the_model_of_transformers_does(sizes: dict[str, Any], batch: int, accum: int) -> None:
     """One QKV, one gate and up: fewer products, the same FLOPs; and as many parameters."""
@@ -65,6 +67,7 @@ def test_it_computes_what_the_model_of_transformers_does(sizes: dict[str, Any], 
     assert ours.total_params == theirs.total_params == ours.trainable_params
 
 
+@few
 @given(tp=st.sampled_from((1, 2, 4)), tokens=st.booleans(), sizes=SIZES)
 def test_ranks_that_share_layers_share_their_products(tp: int, tokens: bool, sizes: dict[str, Any]) -> None:
     """Of full fine-tuning; together they have the model's parameters."""
@@ -96,6 +99,7 @@ def test_a_trained_parameter_takes_eighteen_bytes() -> None:
     assert lora.memory.gradients == 4 * lora.trainable_params
 
 
+@few
 @given(r=st.sampled_from((4, 8, 16)), tp=st.sampled_from((1, 2, 4)))
 def test_adapters_are_cut_with_their_layers(r: int, tp: int) -> None:
     """None is repeated: together ranks have every adapter once."""
