@@ -29,7 +29,7 @@ from perfmodel.program.ranks import Ranks
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from validate.oracle import counts, parallel, parallel_cases, traced_ranks
+from validate.oracle import counts, parallel, parallel_cases, show_counts, traced_ranks
 from validate.oracle.cases import Case
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -200,6 +200,7 @@ def test_the_command_lists_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     for grid in ("pipeline_grid", "compiled_grid"):
         monkeypatch.setattr(parallel_cases, grid, lambda which: [])
     monkeypatch.setattr(traced_ranks, "traced_grid", lambda which: [])
+    monkeypatch.setattr(show_counts, "megatron_grid", lambda which: [])
     monkeypatch.setattr(parallel, "compare_rank", lambda case: found)
     words = CliRunner().invoke(main, ["validate", "counts", "--parallel"])
     assert words.exit_code == 0
