@@ -39,13 +39,8 @@ class Memory:
         elsewhere = built.setup.in_backward or built.setup.offload != "none"  # freed, or in the host's memory
         kept = () if elsewhere else built.parameters
         gradients = sum(p.nbytes * p.count for p in kept if p.used)
-        if built.architecture.of_megatron:
-            from ..recording.parallel.megatron import MainGradients
-
-            assert isinstance(built.form, MainGradients)
-            gradients = built.form.gradient_bytes(built.parameters)
-        elif built.form is not None and built.setup.parallel in ("zero1", "zero2"):
-            gradients = -(-gradients // (built.setup.replicas * built.setup.cp))
+        if built.form is not None:
+            gradients = built.form.gradient_bytes(kept)
         rest = built.weight_bytes + gradients + built.state_bytes
         activations = larger(peak - rest, 0)
         return cls(built.weight_bytes, gradients, built.state_bytes, activations, peak, low, high, built.host_bytes)

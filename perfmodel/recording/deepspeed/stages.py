@@ -130,6 +130,10 @@ class CutStates(WholeUnits):
         part = self.part_of(sum(p.numel * p.count for p in trained)) if self.exchanged > 1 else 0
         return existing((2 * self.limit + part,), trained[0].dtype).nbytes
 
+    def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
+        """A rank's part of all."""
+        return -(-super().gradient_bytes(parameters) // self.ranks.size)
+
     def part_of(self, elements: Dim) -> Dim:
         """Elements of a rank's part of a flat buffer."""
         return -(-elements // (ALIGNMENT * self.ranks.size)) * ALIGNMENT

@@ -101,6 +101,9 @@ class ParallelForm(Protocol):
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """Bytes that are kept from step to step beside parameters and optimizer state."""
 
+    def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
+        """Bytes of the gradients that a rank's optimizer works on."""
+
 
 class OfBlocks:
     """Of a form whose units are blocks, and all else together."""
@@ -136,6 +139,10 @@ class OfBlocks:
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update | None:
         """The method's on what a rank holds."""
         return None
+
+    def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
+        """One for each parameter that a rank holds, in its dtype."""
+        return sum(p.nbytes * p.count for p in parameters if p.used)
 
 
 class WholeUnits(OfBlocks):
