@@ -102,6 +102,25 @@ def test_models_without_a_built_in_form_do_what_their_real_program_does(case: Ca
     assert result.collectives > 0
 
 
+def test_blocks_that_are_given_several_tensors_are_gathered_and_reduced_as_really() -> None:
+    """Gemma 3n's blocks take a slice of the words' vectors, too: their gradient is complete with all that they took.
+
+    Not compared are gradients of slices that are changed in place: fake tensors replay views, real ones do not.
+    """
+    values = {
+        **traced_ranks.LLAMA_LIKE, "model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"],
+        "num_hidden_layers": 5, "head_dim": 16, "layer_types": [*["sliding_attention"] * 4, "full_attention"],
+        "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8, "sliding_window": 16, "activation_sparsity_pattern": [0.0] * 5, "pad_token_id": 0,
+    }  # fmt: skip
+    case = Case(Config(values, "gemma3n", "gemma3n"), "full", replace(SETUP, parallel="fsdp2"))
+    result = traced_ranks.compare_traced(case)
+    in_place = ("slice_backward", "copy_", "new_zeros", "bytes: ")
+    assert [each for each in result.differences if not any(name in each for name in in_place)] == []
+    assert result.collectives > 0
+    assert result.peak_ratio == pytest.approx(1, abs=0.03)
+
+
 def test_a_recorded_program_is_the_same_from_its_file(tmp_path: Path) -> None:
     """The second question needs no torch, on several GPUs neither: marks lie in the file."""
     config = Config(traced_ranks.MODELS[0], "lfm2", "lfm2")

@@ -1,6 +1,6 @@
 """Where modules of a traced program begin and end, forward and backward, and where gradients are complete.
 
-What several GPUs do hooks in there (`program.marks`): around blocks, around the embedding of the words, the last norms
+What several GPUs do hooks in there (`program.marks`): around blocks, around the embedding of the words, the last norm
 and the head, where weights of blocks are used, at gradients, and behind the call of the whole model.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...program.marks import BEFORE, BEHIND, GRADIENT, IN, OUT, OUTPUTS, USED
 from ...program.op import Spec
@@ -63,6 +64,7 @@ def lists_of_blocks(model: Module, bare: Module, rows: Sequence[Stack]) -> list[
 
 def places_of(model: Module, bare: Any, rows: Sequence[Stack], names: frozenset[str]) -> Marked:
     """What to mark of a model; `names` are those of the bare one's parameters."""
+    rows = [row for row in rows if not _is_layer(next(row.containers[0].children()))]
     start = path_of_bare(model, bare)
     lists = [path for side in lists_of_blocks(model, bare, rows) for path in side]
 
@@ -97,12 +99,17 @@ def places_of(model: Module, bare: Any, rows: Sequence[Stack], names: frozenset[
     return Marked((*blocks, *beside), users, tuple(trained))
 
 
+def _is_layer(module: Module) -> bool:
+    """Whether it is a layer, peft's or not: several in a list are no blocks that run one after another."""
+    return hasattr(module, "base_layer") or not any(True for _ in module.children())
+
+
 def _beside(bare: Any) -> list[Module]:
-    """Modules beside the blocks that accelerate makes units of: the words', the last norms, the head."""
+    """Modules beside the blocks that accelerate makes units of: the words', the base's last norm, the head."""
     found = [_asked(bare, "get_input_embeddings"), _asked(bare, "get_output_embeddings")]
     base = getattr(bare, getattr(bare, "base_model_prefix", "") or "", None)
     if isinstance(base, Module):
-        found += [module for _, module in base.named_children() if "Norm" in type(module).__name__]
+        found += [module for module in base.children() if "Norm" in type(module).__name__][-1:]
     return list({id(module): module for module in found if isinstance(module, Module)}.values())
 
 
@@ -122,6 +129,7 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
             the backward pass of a block begins.
         phase: forward or backward, as it is now.
     """
+    given = WeakTensorKeyDictionary()  # tensors that modules had from outside, this pass
 
     def begins(path: str, number: int | None) -> Callable[..., None]:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
@@ -130,8 +138,9 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
                     note(BEFORE, path)
                 return
             note(IN, path, number)
-            if (x := _needing(args, kwargs)) is not None:
-                _on_gradient(x, partial(note, BEHIND, path))
+            news = [x for x in _needing(args, kwargs) if x not in given]  # what blocks share is complete behind all
+            given.update(dict.fromkeys(news))
+            _on_gradients(news, partial(note, BEHIND, path))
 
         return hook
 
@@ -140,8 +149,7 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
             if phase() != "forward":
                 return
             note(OUT, path)
-            if (y := _needing(out)) is not None:  # of what a reentrant checkpoint runs it does not
-                _on_gradient(y, partial(note, BEFORE, path))
+            _on_gradients(_needing(out), partial(note, BEFORE, path))  # of what a reentrant checkpoint runs none does
 
         return hook
 
@@ -154,8 +162,8 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
 
     def gives(_: Any, args: Any, out: Any) -> None:
         note(OUTPUTS, "", tuple(Spec(DTYPES.get(t.dtype, "fp32"), tuple(t.shape)) for t in _tensors(out)))
-        if (y := _needing(out)) is not None:
-            _on_gradient(y, partial(note, BEFORE, ""))
+        given.clear()
+        _on_gradients(_needing(out)[:1], partial(note, BEFORE, ""))
 
     with ExitStack() as undo:
         handles = [model.register_forward_hook(gives)]
@@ -170,8 +178,10 @@ def marked(places: Marked, model: Module, note: Note, *, reentrant: bool, phase:
         yield
 
 
-def _on_gradient(t: torch.Tensor, run: Callable[[], None]) -> None:
-    t.register_hook(lambda _: run())  # type: ignore[no-untyped-call]
+def _on_gradients(tensors: Sequence[torch.Tensor], run: Callable[[], None]) -> None:
+    """Run once the gradients of all that a pass reaches of them are complete."""
+    if tensors:
+        torch.autograd.graph.register_multi_grad_hook(tensors, lambda _: run())
 
 
 def _on_complete(p: torch.nn.Parameter, run: Callable[[torch.Tensor], None]) -> Any:
@@ -182,5 +192,5 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-def _needing(*trees: Any) -> torch.Tensor | None:
-    return next((t for t in _tensors(trees) if t.requires_grad), None)
+def _needing(*trees: Any) -> list[torch.Tensor]:
+    return [t for t in _tensors(trees) if t.requires_grad]
