@@ -138,6 +138,20 @@ def prepare(model: Any, setup: Setup) -> None:
         raise UserError(f"--checkpoint {setup.checkpoint}: {in_one_line(error)}; use none") from error
 
 
+def capture_outputs(model: Any) -> None:
+    """Let transformers hook all blocks whose outputs it captures, which it does once, at the first call.
+
+    That would be of a model that some blocks have been left out of.
+    """
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:  # of before it, or no model of transformers
+        return
+    for module in model.modules():
+        if hasattr(module, "_can_record_outputs"):
+            maybe_install_capturing_hooks(module)
+
+
 def trace(
     model: Any,
     make: MakeLoss,
@@ -165,6 +179,7 @@ def trace(
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"nothing trains in {name}")
     mode = Fakes(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
+    capture_outputs(model)
     rows = stacks(model)
     paths = {stack_name(row): lists for row, lists in zip(rows, lists_of_blocks(model, bare, rows), strict=True)}
     blocks = frozenset(id(block) for row in rows for block in row.containers[0].children())

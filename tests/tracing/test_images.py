@@ -210,3 +210,17 @@ def test_images_that_nobody_can_take_are_refused(name: str, setup: dict[str, Any
     }
     with pytest.raises(UserError, match=says):
         predict(traced(configs[name]), "full", Setup(batch=1, images=2, **setup), "l40s")
+
+
+def test_a_tower_of_many_blocks_gives_the_outputs_that_are_chosen_among_them() -> None:
+    """LLaVA takes those of the last block but one; hooks stood on the few blocks that were traced first."""
+    head, values = SMALL["llava"]
+
+    def calls(blocks: int) -> int:
+        tower = {**values["vision_config"], "num_hidden_layers": blocks}
+        own = {**values, "vision_config": tower, "model_type": "llava", "architectures": [head]}
+        step, _ = of_method(Config(own, "llava", "llava"), "full", SETUP)
+        return sum(count for part, _, count in step.ops() if part.phase == "forward")
+
+    six, seven, eight = (calls(n) for n in (6, 7, 8))
+    assert eight - seven == seven - six > 0
