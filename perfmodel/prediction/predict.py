@@ -92,9 +92,25 @@ class Prediction(Shown):
         return None if self.recorded is None else self.recorded.durations
 
     @property
+    def beside(self) -> Any:
+        """Seconds that what comes every so many steps adds to one on average."""
+        return sum((cost.seconds_per_step for cost in self.periodic if cost.every is not None), 0.0)
+
+    @property
+    def mean_step(self) -> Any:
+        """Seconds of a step on average, with what comes every so many of them: what methods are compared by."""
+        return self.time.phases["total"] + self.beside
+
+    @property
+    def mean_components(self) -> dict[str, Any]:
+        """Those of the mean step's time; what comes beside is as uncertain as decompositions are."""
+        components = self.time.components
+        return {**components, "solver": components.get("solver", 0.0) + self.beside} if self.periodic else components
+
+    @property
     def tokens_per_second(self) -> Any:
-        """Tokens that the step trains on per second; padding counts where nothing is known of it (no lengths)."""
-        return self.setup.tokens * self.setup.replicas / self.time.phases["total"]
+        """Tokens trained on per second of the mean step; padding counts where nothing is known of it (no lengths)."""
+        return self.setup.tokens * self.setup.replicas / self.mean_step
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `predict` (SI units, bytes)."""
@@ -304,7 +320,8 @@ def _side_by_side(
     devices = tuple([on.under(known.work.setup.stack) for on in devices])
     durations = [on_each(of_part) for of_part in zip(*[known.durations(on) for on in devices], strict=True)]
     time = time_of(known.work, durations, devices, by, {})
-    return Prediction(device=first.slug, **_figures(known.work, time, devices))
+    beside = [_periodic(ops, devices, by) for ops in known.work.periodic if ops.every is not None]
+    return Prediction(device=first.slug, **_figures(known.work, time, devices), periodic=beside)
 
 
 def _capability(on: DeviceProfile) -> str:
@@ -374,9 +391,10 @@ def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[st
     }  # fmt: skip
 
 
-def _periodic(ops: PeriodicOps, on: DeviceProfile, by: Host) -> PeriodicCost:
+def _periodic(ops: PeriodicOps, on: DeviceProfile | Devices, by: Host) -> PeriodicCost:
     """Count and price what a method does besides its steps."""
     parts = ops.group.parts
     counted = [(part.repeat, counts(part)) for part in parts]
     flops, nbytes = (sum(times * of_part[name] for times, of_part in counted) for name in ("flops", "bytes"))
-    return PeriodicCost(ops.what, ops.every, part_costs.seconds_of(parts, on, by), flops, nbytes)
+    seconds = of_each(on, lambda device: part_costs.seconds_of(parts, device, by))
+    return PeriodicCost(ops.what, ops.every, seconds, flops, nbytes)

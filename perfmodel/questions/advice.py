@@ -45,8 +45,8 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """Step time, s."""
-        return float(self.prediction.time.phases["total"])
+        """Mean step time, s."""
+        return float(self.prediction.mean_step)
 
     @property
     def peak(self) -> int:

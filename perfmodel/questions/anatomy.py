@@ -25,6 +25,7 @@ from ..setup import Setup
 from ..values import immutable
 
 WAITING, COMMUNICATION, OFFLOADING, BUBBLE = "waiting", "communication", "offloading", intervals.BUBBLE
+PERIODIC = "periodic"
 PARTS = {  # part -> what it is called
     "gemm_forward": "GEMMs of the forward pass",
     "gemm_input_grad": "input-gradient GEMMs",
@@ -43,6 +44,7 @@ PARTS = {  # part -> what it is called
     OFFLOADING: "copies over the bus and the host's cores that nothing hides",
     "clipping": "gradient clipping",
     "optimizer": "optimizer",
+    PERIODIC: "what comes every so many steps, on average",
     BUBBLE: "waiting for other stages (the bubble)",
     WAITING: "waiting for the host",
 }
@@ -126,15 +128,15 @@ class Phase:
 
 @immutable
 class Anatomy:
-    """A predicted step taken apart: seconds by part (their sum is the step), and its phases."""
+    """A predicted step taken apart: seconds by part (their sum is the mean step), and its phases."""
 
     parts: dict[str, float]
     phases: dict[str, Phase]
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
-        return sum(phase.seconds for phase in self.phases.values())
+        """Seconds of the mean step."""
+        return sum(self.parts.values())
 
 
 def timed_ops(p: Prediction) -> Iterator[tuple[Part, Op, float, int]]:
@@ -161,7 +163,8 @@ def dissect(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:
         UserError: the prediction is a grid.
     """
     kinds = [] if p.step is None else drawn(p.setup)
-    return _mean_over(kinds, p, on, by) if len(kinds) > 1 else _apart(p, on, by)
+    found = _mean_over(kinds, p, on, by) if len(kinds) > 1 else _apart(p, on, by)
+    return Anatomy({**found.parts, PERIODIC: float(p.beside)}, found.phases)
 
 
 def _apart(p: Prediction, on: DeviceProfile, by: Host) -> Anatomy:

@@ -135,7 +135,7 @@ def speedup_plane(pair: MethodPair, batch: Sequence[int], seq: Sequence[int]) ->
     """The speed-up of b over a, and whether b fits, at every batch with every length: (batch, seq)."""
     setup = replace(pair.setup, batch=np.array(batch)[:, None], seq=np.array(seq))
     a, b = replace(pair, setup=setup).point(pair.a, pair.b)
-    ratio, fits = np.broadcast_arrays(a.time.phases["total"] / b.time.phases["total"], b.fits)
+    ratio, fits = np.broadcast_arrays(a.mean_step / b.mean_step, b.fits)
     return ratio, fits
 
 
@@ -242,7 +242,7 @@ def _ratios(pair: MethodPair, here: dict[str, int], rows: list[tuple[str, int]])
         if np.any(column != here[name]):
             methods = pair.with_option(name, column)
     a, b = (predict(pair.architecture, m, setup, pair.on, host=pair.by) for m in methods)
-    ratio = a.time.phases["total"] / b.time.phases["total"]
+    ratio = a.mean_step / b.mean_step
     return np.broadcast_arrays(ratio, a.fits, b.fits, setup.batch)[:3]
 
 
@@ -272,7 +272,7 @@ def _one_by_one(pair: MethodPair, option: str, points: list[tuple[int, Any]], he
             a, b = pair.point(*_rebound(pair, option, value))
         except UserError:
             continue
-        found[number] = (float(a.time.phases["total"] / b.time.phases["total"]), bool(a.fits), bool(b.fits))
+        found[number] = (float(a.mean_step / b.mean_step), bool(a.fits), bool(b.fits))
     return _crossover(option, _spec_of(pair, option), here, found, exact=False, **extra)
 
 

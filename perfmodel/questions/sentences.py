@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from .. import units
 from ..prediction.predict import Prediction
-from .anatomy import BUBBLE, WAITING, Anatomy
+from .anatomy import BUBBLE, PERIODIC, WAITING, Anatomy
 from .speedup import SpeedUp
 
 WORTH_SAYING = 0.2  # of the main part: a part below this against the trend is left out of the sentence
@@ -29,6 +29,7 @@ OF = {  # part -> how it follows an amount of time
     "offloading": "of copies over the bus and of the host's cores that nothing hides",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
+    PERIODIC: "on average of what comes every so many steps",
     BUBBLE: "of waiting for other stages",
     WAITING: "of waiting for the host",
 }

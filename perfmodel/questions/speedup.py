@@ -1,4 +1,4 @@
-"""The ratio of two step times, with its interval, and the verdict on it."""
+"""The ratio of two mean step times, with its interval, and the verdict on it."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def verdict(ratio: Any) -> Any:
 
 @immutable
 class SpeedUp:
-    """Baseline step time over the method's, with its interval.
+    """Baseline's mean step time over the method's, with its interval.
 
     `reason` names the largest part of the difference, `answer` is the whole sentence; both are empty for a grid.
     """
@@ -47,7 +47,6 @@ class SpeedUp:
 
 def speed_up(base: Prediction, other: Prediction, on: DeviceProfile) -> SpeedUp:
     """The ratio of two predictions on one device, with its interval (shared errors cancel)."""
-    a, b = base.time, other.time
-    ratio = a.phases["total"] / b.phases["total"]
-    spread = intervals.ratio_sigma(a.components, a.phases["total"], b.components, b.phases["total"], on)
+    ratio = base.mean_step / other.mean_step
+    spread = intervals.ratio_sigma(base.mean_components, base.mean_step, other.mean_components, other.mean_step, on)
     return SpeedUp(other.method, ratio, *intervals.interval_bounds(ratio, spread))

@@ -22,7 +22,6 @@ from ..methods import Method
 from ..prediction import intervals
 from ..prediction.intervals import Devices
 from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each, with_options
-from ..prediction.times import Time
 from ..setup import Setup, positive
 from ..shown import Shown, frame
 from ..values import immutable
@@ -126,12 +125,12 @@ class Sweep(Shown):
 
     def _blocks(self, devices: Devices, gpus: int) -> Iterator[list[Columns]]:
         """The blocks of some devices, one a device."""
-        bases: dict[int, Time] = {}
+        bases: dict[int, Prediction] = {}
         for entry in self._entries():
             for start in self._starts():
                 base = None if entry[0] is self.methods[0] else bases[start]
-                columns, time = self._points(devices, gpus, start).block(entry, base)
-                bases.setdefault(start, time)
+                columns, predicted = self._points(devices, gpus, start).block(entry, base)
+                bases.setdefault(start, predicted)
                 yield columns
 
     def _starts(self) -> range:
@@ -187,8 +186,8 @@ class SweptPoints:
         found += [self.block(e, None if e[0] is baseline[0] else base)[0] for e in entries[len(found) :]]
         return list(chain.from_iterable(found))
 
-    def block(self, entry: Entry, base: Time | None) -> tuple[list[Columns], Time]:
-        """The rows of an entry, one block a device, and their times, shape (devices, rows).
+    def block(self, entry: Entry, base: Prediction | None) -> tuple[list[Columns], Prediction]:
+        """The rows of an entry, one block a device, and what they are of, its times of shape (devices, rows).
 
         Args:
             base: of the baseline, at its first rank; None for the baseline itself.
@@ -206,7 +205,7 @@ class SweptPoints:
             "rank": r if len(ranks) else np.full(rows, getattr(method, "r", 0) or 0),
         }
         words = np.full(rows, self.model), _labels(method, r) if len(ranks) else np.full(rows, method.spec())
-        ratio, low, high = _speed_up(base, here, p.time, self.devices)
+        ratio, low, high = _speed_up(base, here, p, self.devices)
         compared = {"speedup": ratio, "speedup_low": low, "speedup_high": high, "verdict": verdict(ratio)}
         figures = {name: np.broadcast_to(x, ratio.shape) for name, x in {**_figures(p), **compared}.items()}
         columns: list[Columns] = [
@@ -214,7 +213,7 @@ class SweptPoints:
             | {name: x[i] for name, x in figures.items()}
             for i, on in enumerate(self.devices)
         ]
-        return columns, p.time
+        return columns, p
 
 
 def sweep(
@@ -313,12 +312,12 @@ def _figures(p: Prediction) -> Columns:
     return {**figures, "padding_share": p.padding} if p.setup.lengths else figures
 
 
-def _speed_up(base: Time | None, here: np.ndarray, time: Time, on: Devices) -> tuple[Any, Any, Any]:
+def _speed_up(base: Prediction | None, here: np.ndarray, p: Prediction, on: Devices) -> tuple[Any, Any, Any]:
     """Baseline time over this one, with its interval, each (devices, rows); 1 for the baseline itself."""
     if base is None:
-        return (np.ones(time.phases["total"].shape),) * 3
-    total = base.phases["total"][:, here]
-    components = {name: seconds[:, here] for name, seconds in base.components.items()}
-    ratio = total / time.phases["total"]
-    spread = intervals.ratio_sigma(components, total, time.components, time.phases["total"], on)
+        return (np.ones(p.time.phases["total"].shape),) * 3
+    total = base.mean_step[:, here]
+    components = {name: seconds[:, here] for name, seconds in base.mean_components.items()}
+    ratio = total / p.mean_step
+    spread = intervals.ratio_sigma(components, total, p.mean_components, p.mean_step, on)
     return ratio, *intervals.interval_bounds(ratio, spread)

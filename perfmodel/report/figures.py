@@ -23,6 +23,9 @@ class FigureCell(NamedTuple):
     best: bool = False
 
 
+WORTH_A_ROW = 0.005  # of a step, on average: work that comes every so many
+
+
 class FigureRow(NamedTuple):
     """One figure of every method."""
 
@@ -50,6 +53,7 @@ def figures(c: Comparison) -> list[FigureRow]:
     return [
         row("step", lambda x: x.time.phases["total"], units.seconds, min),
         *(row(f"  {phase}", _phase(phase), units.seconds, min) for phase in PHASES),
+        *([row("step on average", lambda x: x.mean_step, units.seconds, min)] if any(map(_goes_beyond, p)) else []),
         FigureRow("speed-up", [FigureCell(text) for text in ratios]),
         *([row("exposed communication", _exposed, units.seconds, min)] if several else []),
         *([row("bubble", _bubble, units.percent, min)] if p[0].setup.pp > 1 else []),
@@ -64,6 +68,11 @@ def figures(c: Comparison) -> list[FigureRow]:
         row("fits", lambda x: x.fits, lambda v: "yes" if v else "no"),
         row("trainable", lambda x: x.trainable_params, units.count),
     ]
+
+
+def _goes_beyond(p: Prediction) -> bool:
+    """Whether what comes every so many steps is worth a row."""
+    return bool(p.beside > WORTH_A_ROW * p.time.phases["total"])
 
 
 def _exposed(p: Prediction) -> Any:

@@ -1,13 +1,16 @@
 """What is compared where not all of it is modelled: what can be answered is, and the rest has its reason."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from perfmodel import compare
+from perfmodel import compare, explain, sweep
 from perfmodel.cli import main
 from perfmodel.errors import UserError
+from perfmodel.questions.anatomy import PERIODIC
 
 SETUP = {"device": "l40s", "batch": 2, "seq": 64, "gpus": 2, "parallel": "fsdp1"}  # keeps weights in flat pieces
 
@@ -41,3 +44,28 @@ def test_the_baseline_and_what_is_no_method_of_any_setup_end_the_question(method
     with pytest.raises(UserError, match=r"galore|lora: r"):
         compare("gpt2", methods, **SETUP)
     assert call(*methods).exit_code == 2
+
+
+def test_what_comes_every_so_many_steps_is_part_of_every_verdict() -> None:
+    """GaLore's steps are shorter than full fine-tuning's, and its SVDs take longer than what they save."""
+    asked: dict[str, Any] = {"device": "h100-sxm", "batch": 4, "seq": 512}
+    found = compare("tinyllama-1.1b", ("full", "galore"), **asked)
+    full, galore = found.predictions
+    (cost,) = (cost for cost in galore.periodic if cost.every)
+    assert galore.time.phases["total"] < full.time.phases["total"] < galore.mean_step
+    assert galore.mean_step == galore.time.phases["total"] + cost.seconds / cost.every
+    assert found.speedups[0].ratio == full.mean_step / galore.mean_step
+    assert found.speedups[0].verdict == "slower"
+
+    explained = explain("tinyllama-1.1b", "full", "galore", **asked, axes=("batch",))
+    assert sum(bar.difference for bar in explained.waterfall) == pytest.approx(galore.mean_step - full.mean_step)
+    assert explained.waterfall[0].part == PERIODIC
+    (batch,) = explained.crossovers
+    assert batch.ratio[batch.values.index(asked["batch"])] == pytest.approx(found.speedups[0].ratio)
+
+    swept = sweep("tinyllama-1.1b", ("full", "galore"), device=["h100-sxm", "a100"], batch=[2, 4], seq=512).table()
+    (row,) = np.flatnonzero(
+        (swept["method"] == galore.method) & (swept["batch"] == 4) & (swept["device"] == "h100-sxm")
+    )
+    assert swept["speedup"][row] == pytest.approx(found.speedups[0].ratio)
+    assert swept["tokens_per_s"][row] == pytest.approx(galore.tokens_per_second)
