@@ -116,6 +116,10 @@ def _clocks(part: Part, seconds: Seconds, on: DeviceProfile, by: Host) -> timeli
 
 
 def _longer(built: Step, phases: Phases, without: Sequence[timeline.Clocks]) -> Phases:
-    """By how much the phases of a step are longer than with other clocks of its parts."""
+    """By how much a step is longer than with other clocks of its parts, shared out to the phases that are."""
     shorter = composed(built.groups, without)
-    return {phase: np.maximum(0.0, phases[phase] - shorter[phase]) for phase in phases}
+    total = np.maximum(0.0, phases["total"] - shorter["total"])
+    longer = {phase: np.maximum(0.0, phases[phase] - shorter[phase]) for phase in PHASES}
+    whole = sum(longer.values())  # more than the total where the host is ahead of one phase and waits in the next
+    share = total / np.where(whole > 0.0, whole, 1.0)
+    return {**{phase: seconds * share for phase, seconds in longer.items()}, "total": total}

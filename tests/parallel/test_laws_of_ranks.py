@@ -17,6 +17,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction.placed import Placed
 from perfmodel.prediction.predict import Prediction
 from perfmodel.program.dtypes import ITEMSIZE
+from perfmodel.program.part import PHASES
 from perfmodel.setup import PARALLEL, Setup
 
 LLAMA = Config(
@@ -84,6 +85,7 @@ def test_a_faster_network_is_never_slower_and_a_free_one_leaves_the_work(setup: 
     sent = usual.time.communication
     taken = sent.exposed["total"] + sent.hidden["total"]
     assert 0 <= sent.exposed["total"] <= taken
+    assert sum(sent.exposed[phase] for phase in PHASES) == pytest.approx(sent.exposed["total"], rel=1e-12, abs=1e-15)
     without = usual.time.phases["total"] - sent.exposed["total"]
     assert usual.time.phases["total"] <= (without + taken) * (1 + ROUNDING)
     assert free.time.communication.hidden["total"] == pytest.approx(0.0, abs=1e-12)
