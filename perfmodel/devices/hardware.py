@@ -5,6 +5,7 @@ import math
 from ..program.dtypes import FLOAT8
 from ..values import immutable
 
+OFFERED = 0.983  # of a GPU's memory, to programs: mean of those that say so and have no ECC in GDDR (0.976 to 0.989)
 ITEMSIZE = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0}  # bytes of an operand's element in memory
 
 
@@ -16,6 +17,8 @@ class Hardware:
         sm_count: streaming multiprocessors, or cores.
         clock_hz: highest clock, Hz.
         memory_bytes: device memory, B.
+        usable_bytes: what CUDA says that there is of it, B: without the driver's part, and what ECC takes of GDDR;
+            None: not read (`offered`).
         memory_bandwidth: DRAM bandwidth, B/s.
         l2_bytes: last-level cache, B.
         fp32_flops: FLOP/s of the fp32 units, without TF32.
@@ -49,6 +52,17 @@ class Hardware:
     flop_energy: float | None = None
     mma_energy: float | None = None
     bus_bandwidth: float | None = None
+    usable_bytes: float | None = None
+
+    @property
+    def offered(self) -> float:
+        """Bytes of a GPU's memory that programs find."""
+        return self.usable_bytes or self.memory_bytes * OFFERED
+
+    @property
+    def half(self) -> str:
+        """The 16-bit dtype to train in: bf16, but fp16 on GPUs before Ampere, where PyTorch only emulates bf16."""
+        return "fp16" if self.bf16_flops is None and self.fp16_flops is not None else "bf16"
 
     def tensor_peak(self, dtype: str) -> float | None:
         """Dense FLOP/s of the tensor cores for operands of a dtype; None if there is no such path."""

@@ -107,6 +107,11 @@ class DeviceProfile:
     cpu: "CpuKernels | None" = None
     network: "JobNetwork | None" = None
 
+    @property
+    def capacity(self) -> float:
+        """Bytes of memory that programs find there."""
+        return self.hardware.offered if self.kind == "cuda" else self.hardware.memory_bytes
+
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s that products of a dtype can reach: the datasheet's.
 
@@ -236,10 +241,9 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
     blocks: dict[str, _Block[Any]] = on_cpu or dict(zip(BLOCKS, (bf16, fp32, attention, pointwise), strict=True))
     if cudnn is not attention and not on_cpu:
         blocks[CUDNN_ATTENTION] = cudnn
-    if GROUPED in gpu:
-        blocks[GROUPED] = _parse(GroupedParameters, gpu[GROUPED], f"{where}: [fitted.{GROUPED}]")
-    if _find(gpu, EARLY) is not None:
-        blocks[EARLY] = _parse(EarlyGemmParameters, _find(gpu, EARLY), f"{where}: [fitted.{EARLY}]")
+    for block, of in ((GROUPED, GroupedParameters), (EARLY, EarlyGemmParameters)):
+        if (found := _find(gpu, block)) is not None:
+            blocks[block] = _parse(of, found, f"{where}: [fitted.{block}]")
     return DeviceProfile(
         slug=slug,
         name=toml.text(table, "name", where),

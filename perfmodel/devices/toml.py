@@ -16,6 +16,7 @@ Table = dict[str, Any]
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
 RANGES = {  # ends of keys -> a tighter range, from the first computers to any that may come
     "_flops": (1e3, 1e19), "memory_bandwidth": (1e3, 1e17), "clock_hz": (1e3, 1e12), "memory_bytes": (1e3, 1e17),
+    "usable_bytes": (1e3, 1e17),
     **dict.fromkeys(("mean", "median", "p90"), (0.0, 100.0)),  # relative errors
 }  # fmt: skip
 P = TypeVar("P", bound="DataclassInstance")

@@ -136,7 +136,7 @@ def too_large(p: Prediction, on: DeviceProfile) -> str:
         return ""
     return (
         f"this will not fit: {p.method} with {headline(p)} takes {units.nbytes(p.memory.peak)} at its peak, "
-        f"{on.slug} has {units.nbytes(on.hardware.memory_bytes)} (perfmodel advise finds what fits)"
+        f"{on.slug} has {units.nbytes(on.capacity)} (perfmodel advise finds what fits)"
     )
 
 

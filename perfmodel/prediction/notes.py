@@ -34,6 +34,12 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
         missing = f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
         hint = "; perfmodel calibrate --device cpu measures this machine" if on.kind == "cpu" else ""
         notes.append(missing + hint)
+    asked = built.setup.amp or built.setup.dtype
+    if asked == "bf16" and on.hardware.half != asked:
+        option = "--amp" if built.setup.amp else "--dtype"
+        notes.append(
+            f"{on.slug} has no bf16 units, PyTorch emulates them: {option} {on.hardware.half} is what it is fast in"
+        )
     if on.kind == "cpu":
         notes.append(
             "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "

@@ -379,7 +379,7 @@ def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[st
     """The fields of a prediction that hold its figures, and what they are of."""
     held, counted = work.memory, work.counted
     flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
-    capacity = of_each(on, lambda device: device.hardware.memory_bytes)
+    capacity = of_each(on, lambda device: device.capacity)
     peak = of_each(on, lambda device: max(map(device.peak, work.dtypes)))
     return {
         "model": work.architecture.name, "method": work.method.spec(), "setup": work.setup,

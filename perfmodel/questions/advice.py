@@ -270,7 +270,7 @@ def _offloaded(space: _Space) -> Iterator[_Space]:
 def _limit(memory_bytes: float | None, on: DeviceProfile) -> float:
     if memory_bytes is not None and not memory_bytes > 0:
         raise UserError(f"memory must be positive, got {memory_bytes}")
-    return min(memory_bytes or on.hardware.memory_bytes, on.hardware.memory_bytes)
+    return min(memory_bytes or on.capacity, on.capacity)
 
 
 def _distinct(found: list[Method]) -> list[Method]:

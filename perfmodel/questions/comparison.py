@@ -118,4 +118,4 @@ def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Ana
     """The speed-up of a single setup with its reason in words, from both steps taken apart."""
     found = speed_up(base, other, on)
     reason = words.why(before, after, found.verdict, base.setup.tokens)
-    return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.hardware.memory_bytes))
+    return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.capacity))

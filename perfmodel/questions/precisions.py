@@ -12,15 +12,19 @@ from ..setup import Setup
 from ..values import immutable
 from .sentences import in_words, named_notes
 
-FP32: dict[str, Any] = {"dtype": "fp32", "amp": None}
-BF16: dict[str, Any] = {"dtype": "bf16", "amp": None}
-PRECISIONS = {  # setup and methods of each
-    "fp32": (FP32, ("full", "lora")),
-    "bf16 autocast": ({**FP32, "amp": "bf16"}, ("full", "lora")),
-    "bf16": (BF16, ("full", "lora")),
-    "8-bit base, bf16": (BF16, ("lora_8bit",)),
-    "4-bit base, bf16": (BF16, ("qlora",)),
-}
+Precisions = dict[str, tuple[dict[str, Any], tuple[str, ...]]]  # setup and methods of each
+
+
+def precisions(half: str) -> Precisions:
+    """What to answer for a device whose 16-bit dtype is `half`."""
+    fp32, whole = {"dtype": "fp32", "amp": None}, {"dtype": half, "amp": None}
+    return {
+        "fp32": (fp32, ("full", "lora")),
+        f"{half} autocast": ({**fp32, "amp": half}, ("full", "lora")),
+        half: (whole, ("full", "lora")),
+        f"8-bit base, {half}": (whole, ("lora_8bit",)),
+        f"4-bit base, {half}": (whole, ("qlora",)),
+    }
 
 
 @immutable
@@ -79,7 +83,7 @@ def _peak(row: Estimated) -> str:
 
 
 def estimated(model: Model, setup: Setup, device: str, *, host: str = "default") -> Estimate:
-    """Predict a step of every method in every precision (`PRECISIONS`); dtype and autocast of the setup do not count.
+    """Predict a step of every method in every precision (`precisions`); dtype and autocast of the setup do not count.
 
     Raises:
         UserError: what `predict` refuses in all of them.
@@ -87,7 +91,7 @@ def estimated(model: Model, setup: Setup, device: str, *, host: str = "default")
     architecture, on = architecture_of(model), profile_of(device)
     by = hosts.host_of(host, on)
     rows, left_out = [], []
-    for precision, (fields, methods) in PRECISIONS.items():
+    for precision, (fields, methods) in precisions(on.hardware.half).items():
         for method in methods:
             try:
                 p = predict(architecture, method, replace(setup, **fields), on, host=by)
@@ -98,4 +102,4 @@ def estimated(model: Model, setup: Setup, device: str, *, host: str = "default")
                 rows.append(Estimated(precision, p))
     if not rows:
         raise refused
-    return Estimate(on.hardware.memory_bytes, rows, left_out)
+    return Estimate(on.capacity, rows, left_out)

@@ -48,7 +48,7 @@ SHEET = {  # figure of the datasheet -> (name, unit)
     "board_power": ("power limit", "W"), "idle_power": ("power without work", "W"),
     "memory_energy": ("energy of a byte of DRAM", "pJ"), "flop_energy": ("energy of an fp32 FLOP", "pJ"),
     "mma_energy": ("energy of a 16-bit FLOP of the tensor cores", "pJ"),
-    "bus_bandwidth": ("bus to the host, one way", "B/s"),
+    "usable_bytes": ("memory that CUDA offers", "B"), "bus_bandwidth": ("bus to the host, one way", "B/s"),
 }  # fmt: skip
 GENERAL = (
     "One optimizer step of PyTorch on one GPU or on each of several, eager unless said; no data loading.",

@@ -105,7 +105,7 @@ def _reached(k: RooflineKernel, over: Roof) -> str:
 
 def memories(predictions: list[Prediction], labels: list[str], on: DeviceProfile) -> dict[str, Any]:
     """Peak memory of every method, as bars and in figures."""
-    capacity = on.hardware.memory_bytes
+    capacity = on.capacity
     rows = [
         [
             label, *(units.nbytes(getattr(p.memory, name)) for name, _ in PARTS), units.nbytes(p.memory.peak),

@@ -49,7 +49,7 @@ def standin(on: DeviceProfile, name: str, *, by: Host | None = None, folder: Pat
         by: the host that feeds it [default: the bundled one].
         folder: where an nvidia-smi is put; none without.
     """
-    gpu = Gpu(name, on, by or hosts.load(), int(on.hardware.memory_bytes))
+    gpu = Gpu(name, on, by or hosts.load(), int(on.capacity))
     device = Device(gpu)
     with ExitStack() as stack:
         _runtime(gpu, stack)

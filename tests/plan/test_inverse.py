@@ -20,7 +20,7 @@ MODEL, METHOD = "smollm2-135m", "lora:r=4"
 
 def small(memory: float, slug: str = "small") -> DeviceProfile:
     on = profile.load("l40s")
-    return replace(on, slug=slug, hardware=replace(on.hardware, memory_bytes=memory))
+    return replace(on, slug=slug, hardware=replace(on.hardware, memory_bytes=memory, usable_bytes=memory))
 
 
 @pytest.mark.parametrize(("question", "name"), [("largest_batch", "batch"), ("longest_context", "seq")])

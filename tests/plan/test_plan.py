@@ -91,7 +91,7 @@ def test_periodic_work_counts() -> None:
 def small(name: str, memory: float) -> DeviceProfile:
     """A device of the catalogue with another memory."""
     on = profile.load(name)
-    return replace(on, hardware=replace(on.hardware, memory_bytes=memory))
+    return replace(on, hardware=replace(on.hardware, memory_bytes=memory, usable_bytes=memory))
 
 
 def by_brute_force(

@@ -164,7 +164,7 @@ def test_memory_and_time_of_a_prediction_are_consistent(name: str, method: str, 
     assert 0 <= t.device_busy <= t.phases["total"] * (1 + 1e-9)
     assert 0 <= t.launch_bound_share <= 1
     assert t.launch_bound_share == pytest.approx(1 - t.device_busy / t.phases["total"])
-    assert p.fits == (m.peak <= profile.load(device).hardware.memory_bytes)
+    assert p.fits == (m.peak <= profile.load(device).capacity)
 
 
 @pytest.mark.parametrize("name", NAMES)

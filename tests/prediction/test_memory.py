@@ -162,7 +162,7 @@ def test_a_step_fits_if_its_peak_and_what_lies_beside_the_allocator_do(device: s
     need = predict("gpt2", device=on, batch=2, seq=64).memory.low
 
     def fits(memory_bytes: float) -> bool:
-        smaller = replace(on, hardware=replace(on.hardware, memory_bytes=memory_bytes))
+        smaller = replace(on, hardware=replace(on.hardware, memory_bytes=memory_bytes, usable_bytes=memory_bytes))
         return bool(predict("gpt2", device=smaller, batch=2, seq=64).fits)
 
     assert fits(need + 1.2 * beside)

@@ -282,7 +282,7 @@ def test_no_limit_gives_more_memory_than_the_device_has() -> None:
     asked = {"device": DEVICE, "batch": 64, "seq": 2048, "optimizer": "adamw-fused", "kernels": "liger"}
     own, more = (advise("smollm2-1.7b", "full", memory_bytes=limit, **asked) for limit in (None, 1e15))  # type: ignore[arg-type]
     assert not own.start.fits
-    assert own.limit == profile.load(DEVICE).hardware.memory_bytes
+    assert own.limit == profile.load(DEVICE).capacity
     assert more.as_dict() == own.as_dict()
 
 

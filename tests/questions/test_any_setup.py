@@ -63,7 +63,7 @@ def test_figures_are_finite_within_their_bounds_and_sums_of_their_parts(question
     assert 0 <= t.launch_bound_share <= 1
     assert m.peak == m.weights + m.gradients + m.optimizer + m.activations
     assert m.peak <= m.low <= m.high
-    room = question.on.hardware.memory_bytes
+    room = question.on.capacity
     assert m.peak <= room if p.fits else m.high + CONTEXT > room
     assert 0 <= p.mfu <= 1
     assert 0 <= p.padding < 1
@@ -170,7 +170,7 @@ def faster(device: DeviceProfile) -> Iterator[DeviceProfile]:
     rates = {f.name: 1.5 * rate for f in fields(hw) if f.name.endswith("_flops") and (rate := getattr(hw, f.name))}
     units: dict[str, Any] = {**rates, "clock_hz": 1.5 * hw.clock_hz}
     memory = {"memory_bandwidth": 1.5 * hw.memory_bandwidth}
-    for changes in (memory, units, {"memory_bytes": 2 * hw.memory_bytes}, {**memory, **units}):
+    for changes in (memory, units, {"usable_bytes": 2 * hw.offered}, {**memory, **units}):
         yield replace(device, hardware=replace(hw, **changes))
 
 

@@ -68,6 +68,7 @@ def beforehand(gpu: Record, telling: Sequence[CpuRow]) -> DeviceProfile:
     clock = float(gpu.get("clocks.max.sm", "0").split()[0]) * 1e6 or 1.5e9
     sheet: dict[str, Any] = {
         "sm_count": int(gpu["multi_processor_count"]), "clock_hz": clock, "memory_bytes": float(gpu["total_memory"]),
+        "usable_bytes": float(gpu["total_memory"]),
         "memory_bandwidth": _bandwidth(telling), "l2_bytes": float(gpu["L2_cache_size"]), "fp32_flops": peaks["fp32"],
     }  # fmt: skip
     if major >= 8:

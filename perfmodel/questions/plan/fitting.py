@@ -128,7 +128,7 @@ class Fitting:
         key, longest = self._key(asked, on), longest_drawn(asked.setup)
         if key not in self.peaks and longest != asked.setup:  # cheaper than the mean over all
             self.peaks[key] = int(self.predicted(replace(asked, setup=longest), on).memory.peak)
-        if key in self.peaks and not memory.fits(self.peaks[key], on.hardware.memory_bytes, on.kind):
+        if key in self.peaks and not memory.fits(self.peaks[key], on.capacity, on.kind):
             return None
         p = self.predicted(asked, on)
         self.peaks[key] = int(p.memory.peak)

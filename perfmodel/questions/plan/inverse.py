@@ -174,7 +174,7 @@ def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, 
     model = architectures.from_config(config)
     fewest = model.layers * 2 * model.hidden * model.intermediate  # weights of its MLPs at least
     each = FEW_BITS if isinstance(asked, QuantisedLora) else LEAST_BYTES[setup.dtype]
-    if fewest * each > on.hardware.memory_bytes:
+    if fewest * each > on.capacity:
         return None
     try:
         p = Fitting(model, host).predicted(Concession((), setup, asked.bind(model)), on)
