@@ -45,17 +45,19 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
     if launch is not None and typed("gpus") and not typed("nodes"):
         options["nodes"] = None  # those of the file hold the file's GPUs
     in_place = {name: options[name] if typed(name) else None for name in ("parallel", "cp")}
+    numbers = gpus if isinstance(gpus, tuple) else (gpus,)
     if launch is not None:
-        found = launch.of(found, several=several, **in_place)
+        sizes = {name: options[name] for name in ("batch", "grad_accum") if typed(name)}
+        found = launch.of(found, several=several, gpus=numbers, typed=sizes, **in_place)
     elif found is not None and several:
         found = found.on_several(found.asks().as_typed(**in_place))
     else:
         return found
     if several:
-        found = found.over(gpus if isinstance(gpus, tuple) else (gpus,))
+        found = found.over(numbers)
     for name, value in found.setup.items():
         if value != before.get(name) and name in options and not typed(name):
-            options[name] = value
+            options[name] = (value,) if isinstance(options[name], tuple) else value  # on the axes of a grid
             ctx.set_parameter_source(name, ParameterSource.DEFAULT_MAP)  # a file's, like what it says of one GPU
     return found
 
