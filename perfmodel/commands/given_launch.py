@@ -71,12 +71,21 @@ def _of_megatron(options: dict[str, Any]) -> bool:
     return str(options["model"]).startswith("megatron:")
 
 
+def _exchanges(options: dict[str, Any]) -> bool:
+    """Also with the host alone."""
+    return _several(options) or options["offload"] != "none"
+
+
 def _of_form(form: str) -> Callable[[dict[str, Any]], bool]:
     return lambda options: options["parallel"].startswith(form) and _several(options)
 
 
 # Options that mean something beside others alone, what those are in words, and whether they are there
 BESIDE: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "parallel": ("several --gpus, or --offload (ZeRO-3 of one GPU is --engine deepspeed-zero3)", _exchanges),
+    "node": ("several --gpus, or --offload", _exchanges),
+    "reshard": ("--parallel fsdp2 or fsdp1 of several --gpus", _several),
+    "fsdp_units": ("--parallel fsdp2 of several --gpus", _several),
     "ddp": ("--parallel ddp of several --gpus", _of_form("ddp")),
     "reduce_dtype": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
     "shard_group": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
@@ -100,7 +109,8 @@ def check_idle(ctx: click.Context, options: dict[str, Any]) -> None:
         beside, means = BESIDE.get(name, ("", bool))
         typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if beside and typed and options[name] != parameter.default and not means(options):
-            raise UserError(f"--{name.replace('_', '-')} means nothing without {beside}; leave it out")
+            no = "no-" if options[name] is False else ""
+            raise UserError(f"--{no}{name.replace('_', '-')} means nothing without {beside}; leave it out")
 
 
 accelerate_option = click.option(
