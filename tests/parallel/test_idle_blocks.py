@@ -3,8 +3,11 @@
 import pytest
 
 from perfmodel.program.ranks import Ranks
+from perfmodel.recording.deepspeed.stages import CutStates
+from perfmodel.recording.deepspeed.zero3_alone import recorded_update
 from perfmodel.recording.parallel.fsdp1 import FlatShard
 from perfmodel.recording.parallel.units import ROOT, ShardedUnit, shard_of
+from perfmodel.tape.core import Tape, recording
 from perfmodel.tape.tensor import Parameter
 
 GPUS = 4
@@ -29,3 +32,19 @@ def test_fsdp1_keeps_all_blocks_that_never_run(trains: bool) -> None:
     assert sum(s.elements * s.count for s in kept) == sum(p.elements * p.count for p in (*block, *root))
     assert sum(s.numel * s.count for s in kept) * GPUS == sum(p.numel * p.count for p in (*block, *root))
     assert form.units[ROOT].parameters == root[:1]  # they have units of their own, which nothing gathers
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_has_masters_of_all_that_trains(stage: int) -> None:
+    """Its flat buffers have zeros where no gradient came: what never ran had no masters and no moments."""
+    ran, idle, frozen = weight("fc.weight", 3), weight("visual.blocks.0.fc.weight", 8), weight("e", trains=False)
+    ran.used = True
+    with recording(Tape("cuda", "90")):
+        if stage == 3:
+            update = recorded_update([ran, idle, frozen], "adamw-fused", clips=False)
+        else:
+            form = CutStates(Ranks(GPUS), stage, 64, ())
+            update = form.own_update([ran, idle, frozen], "adamw-fused", clips=False)
+            assert form.gradient_bytes([ran, idle, frozen]) == 2 * 11 * ran.numel // GPUS
+    kept = sum(spec.nbytes for spec in update.states)
+    assert kept == pytest.approx(12 * 11 * ran.numel // (1 if stage == 3 else GPUS), abs=64)
