@@ -12,7 +12,7 @@ from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, ONE_GROUP, check_launch
-from .micro_batches import on_each
+from .micro_batches import on_each_gpu
 from .read import Imported
 from .values import read_values
 
@@ -83,7 +83,7 @@ class Launch:
         asked, compiles = found.asks(), own.setup.pop("compile", "none")
         form = asked.under(own).as_typed(parallel, cp)
         if form.samples and gpus and "batch" not in found.setup:
-            shares, said = on_each({**form.setup, **typed}, form.samples, gpus, form.tp * form.cp)
+            shares, said = on_each_gpu({**form.setup, **typed}, form.samples, gpus, form.tp * form.cp)
             form = replace(form, setup=shares, besides=(*form.besides, *said))
         asks = found.setup.get("compile", "none") != "none"
         if several and compiles != "none" and not asks and found.compiles(form, self.gpus):

@@ -50,7 +50,7 @@ def shared(setup: Mapping[str, Any], samples: int, gpus: int) -> dict[str, Any]:
     return {"grad_accum": 1, **setup, "grad_accum" if "batch" in found else "batch": each}
 
 
-def on_each(
+def on_each_gpu(
     setup: Mapping[str, Any], samples: int, gpus: Sequence[int], sharing: int
 ) -> tuple[dict[str, Any], list[str]]:
     """The same for one number of GPUs or each of several, of which so many share their samples; and what is said."""
