@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..imports import Imported, read_alone, values_alone
 from ..imports.accelerate import Launch, is_launch, launch_of
 from ..imports.fallbacks import fallbacks
+from ..imports.micro_batches import KEYS
 from ..setup import Setup
 from .choices import NOT_HERE, Choices, bundled_model, setup_fields, with_fields
 
@@ -55,8 +56,9 @@ def _of_launch(launch: Launch, name: str, before: Choices) -> tuple[Choices, lis
     first = {field: getattr(Choices().setup, field) for field in ("ddp", *OF_A_FORM, *OF_A_PIPELINE)}
     setup = replace(before.setup, **first)
     gpus = launch.gpus or int(setup.gpus)
-    chosen = {field: getattr(setup, field) for field in setup_fields() if field not in OF_A_FORM}
-    found = launch.of(Imported(launch.tool, None, None, chosen, [], []), several=gpus > 1)
+    its = (*OF_A_FORM, *(KEYS if launch.form.samples else [name for name in KEYS if name in launch.form.setup]))
+    chosen = {field: getattr(setup, field) for field in setup_fields() if field not in its}
+    found = launch.of(Imported(launch.tool, None, None, chosen, [], []), several=gpus > 1, gpus=(gpus,))
     made = replace(before, setup=replace(setup, **found.setup | {"gpus": gpus, "nodes": launch.nodes}))
     return made, list(filter(None, (f"{READ.format(name, launch.tool)}: {launch.in_words}", found.first_line)))
 

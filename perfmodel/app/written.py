@@ -17,10 +17,16 @@ OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "adamw
               "sgd": "sgd", "adafactor": "adafactor", "lion": "lion_32bit", "rmsprop": "rmsprop"}  # fmt: skip
 
 
+OF_SEVERAL = ("parallel", "node", "reshard", "fsdp_units")  # refused where they are typed for one GPU
+
+
 def as_command(c: Choices) -> str:
     """Two commands, a line each, that give the same answers."""
     shared = ["--model", c.model, "--device", c.device, "--methods", *c.methods]
+    alone = c.setup.gpus == 1 and c.setup.offload == "none"
     for name, value in chosen_fields(c.setup).items():
+        if alone and name in OF_SEVERAL:
+            continue
         option = f"--{name.replace('_', '-')}"
         shared += [option, value] if value not in ("true", "false") else [option if value == "true" else _off(option)]
     job = ["--samples", str(c.samples), "--epochs", f"{c.epochs:g}"]

@@ -45,17 +45,19 @@ def on_its_gpus(ctx: click.Context, found: "Imported | None", options: dict[str,
     if launch is not None and typed("gpus") and not typed("nodes"):
         options["nodes"] = None  # those of the file hold the file's GPUs
     in_place = {name: options[name] if typed(name) else None for name in ("parallel", "cp")}
+    numbers = gpus if isinstance(gpus, tuple) else (gpus,)
     if launch is not None:
-        found = launch.of(found, several=several, **in_place)
+        sizes = {name: options[name] for name in ("batch", "grad_accum") if typed(name)}
+        found = launch.of(found, several=several, gpus=numbers, typed=sizes, **in_place)
     elif found is not None and several:
         found = found.on_several(found.asks().as_typed(**in_place))
     else:
         return found
     if several:
-        found = found.over(gpus if isinstance(gpus, tuple) else (gpus,))
+        found = found.over(numbers)
     for name, value in found.setup.items():
         if value != before.get(name) and name in options and not typed(name):
-            options[name] = value
+            options[name] = (value,) if isinstance(options[name], tuple) else value  # on the axes of a grid
             ctx.set_parameter_source(name, ParameterSource.DEFAULT_MAP)  # a file's, like what it says of one GPU
     return found
 
@@ -69,12 +71,21 @@ def _of_megatron(options: dict[str, Any]) -> bool:
     return str(options["model"]).startswith("megatron:")
 
 
+def _exchanges(options: dict[str, Any]) -> bool:
+    """Also with the host alone."""
+    return _several(options) or options["offload"] != "none"
+
+
 def _of_form(form: str) -> Callable[[dict[str, Any]], bool]:
     return lambda options: options["parallel"].startswith(form) and _several(options)
 
 
 # Options that mean something beside others alone, what those are in words, and whether they are there
 BESIDE: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "parallel": ("several --gpus, or --offload (ZeRO-3 of one GPU is --engine deepspeed-zero3)", _exchanges),
+    "node": ("several --gpus, or --offload", _exchanges),
+    "reshard": ("--parallel fsdp2 or fsdp1 of several --gpus", _several),
+    "fsdp_units": ("--parallel fsdp2 of several --gpus", _several),
     "ddp": ("--parallel ddp of several --gpus", _of_form("ddp")),
     "reduce_dtype": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
     "shard_group": ("--parallel fsdp2 or fsdp1 of several --gpus", _of_form("fsdp")),
@@ -98,7 +109,8 @@ def check_idle(ctx: click.Context, options: dict[str, Any]) -> None:
         beside, means = BESIDE.get(name, ("", bool))
         typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if beside and typed and options[name] != parameter.default and not means(options):
-            raise UserError(f"--{name.replace('_', '-')} means nothing without {beside}; leave it out")
+            no = "no-" if options[name] is False else ""
+            raise UserError(f"--{no}{name.replace('_', '-')} means nothing without {beside}; leave it out")
 
 
 accelerate_option = click.option(

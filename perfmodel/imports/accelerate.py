@@ -1,6 +1,6 @@
 """How a training program is launched: accelerate's own config, or DeepSpeed's (`accelerate launch --config_file`)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, ONE_GROUP, check_launch
+from .micro_batches import on_each_gpu
 from .read import Imported
 from .values import read_values
 
@@ -26,8 +27,8 @@ NAMES = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp1": "FSDP
 # Of accelerate's short form of DeepSpeed's config: what changes neither speed nor memory
 WITHOUT_WEIGHT = (
     "deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter",
-    "gradient_accumulation_steps", "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_moe_layer_cls_names",
-    "offload_optimizer_nvme_path", "offload_param_nvme_path",
+    "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_moe_layer_cls_names", "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
 )  # fmt: skip
 
 
@@ -54,19 +55,23 @@ class Launch:
         return gpus + (self.form.parallel or "ddp") + shared
 
     def of(
-        self, found: Imported | None, *, several: bool, parallel: str | None = None, cp: int | None = None
-    ) -> Imported:
+        self, found: Imported | None, *, several: bool, parallel: str | None = None, cp: int | None = None,
+        gpus: Sequence[int] = (), typed: Mapping[str, Any] | None = None,
+    ) -> Imported:  # fmt: skip
         """A training config's step, launched like this; without one what the launcher says of a step alone.
 
         Args:
             several: whether the question is of more than one GPU.
             parallel, cp: what is typed in the place of the files' words, if anything is.
+            gpus: how many there are, or each of several numbers; samples of all of them are shared by as many.
+            typed: samples of a micro-batch and micro-batches, where they are typed.
 
         Raises:
             UserError: the files contradict each other.
         """
         found = found or Imported(self.tool, None, None, {}, [], [])
-        own = replace(self.form, setup=dict(self.form.setup))
+        typed = typed or {}
+        own = replace(self.form, setup={k: v for k, v in self.form.setup.items() if k not in typed})
         amp, dtype = own.setup.pop("amp", None), found.setup.get("dtype")
         if amp is not None and not found.precise and found.setup.get("amp") is None:
             if dtype in (None, "fp32", amp):
@@ -77,6 +82,9 @@ class Launch:
             own.setup.pop("checkpoint", None)
         asked, compiles = found.asks(), own.setup.pop("compile", "none")
         form = asked.under(own).as_typed(parallel, cp)
+        if form.samples and gpus and "batch" not in found.setup:
+            shares, said = on_each_gpu({**form.setup, **typed}, form.samples, gpus, form.tp * form.cp)
+            form = replace(form, setup=shares, besides=(*form.besides, *said))
         asks = found.setup.get("compile", "none") != "none"
         if several and compiles != "none" and not asks and found.compiles(form, self.gpus):
             form = replace(form, setup={**form.setup, "compile": compiles})

@@ -15,6 +15,7 @@ from ..resources import mapping
 from .keys import NOTHING, Keys
 from .meanings import judge, meanings_of
 from .mesh import ONE_GROUP, OWN_SAMPLES, mesh_of
+from .micro_batches import agreed, numbers, of_all
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 OFFLOADS = ("offload_optimizer", "offload_param")
@@ -73,6 +74,7 @@ class AskedForm:
         besides: the same of whatever form is taken.
         on_mesh: the same of the sizes of a mesh, which one GPU has nothing of.
         group: as of `mesh.Mesh`.
+        samples: of a step on all GPUs together, where they are what says how many each has.
     """
 
     parallel: str | None = None
@@ -87,6 +89,7 @@ class AskedForm:
     besides: tuple[str, ...] = ()
     on_mesh: tuple[str, ...] = ()
     group: int = 1
+    samples: int | None = None
 
     def as_typed(self, parallel: str | None = None, cp: int | None = None) -> "AskedForm":
         """What is typed in the place of what a file says, if anything is."""
@@ -114,9 +117,9 @@ class AskedForm:
         return AskedForm(
             named.parallel, max(self.tp, launch.tp), sharing.cp, sharing.cp_rotate, offload,
             named.reshard and (other.reshard or not alike), self.shard_group or launch.shard_group,
-            {**launch.setup, **self.setup}, tuple(dict.fromkeys((*named.unlike, *same))),
+            {**agreed(self.setup, launch.setup), **self.setup}, tuple(dict.fromkeys((*named.unlike, *same))),
             tuple(dict.fromkeys((*self.besides, *launch.besides))),
-            tuple(dict.fromkeys((*self.on_mesh, *launch.on_mesh))),
+            tuple(dict.fromkeys((*self.on_mesh, *launch.on_mesh))), samples=launch.samples,
         )  # fmt: skip
 
 
@@ -250,7 +253,7 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
         if answered:
             keys.differ(answered, name)
     keys.used.update(f"zero_optimization.{key}" for key in SWITCHED_OFF)
-    setup: dict[str, Any] = {}
+    setup: dict[str, Any] = {**numbers(keys)}
     if keys.get("gradient_clipping") != "auto":
         setup["clip_grad"] = bool(keys.number("gradient_clipping"))  # nothing is clipped where the key is not there
     dtypes = [dtype for dtype in ("bf16", "fp16") if _section(keys, dtype).get("enabled") is True]
@@ -261,10 +264,10 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
     tp = Keys(_section(keys, "tensor_parallel"), f"{origin}: tensor_parallel").count("autotp_size", 1)
     if tp > 1:
         keys.differ(AUTO_TP, "tensor_parallel")
-    offload = _offloaded(zero, stage, keys)
+    offload, samples = _offloaded(zero, stage, keys), of_all(keys)
     judge(keys, table)
     unlike = tuple(keys.told_differences())
-    return AskedForm(STAGES[stage], tp, offload=offload, setup=setup, unlike=unlike)
+    return AskedForm(STAGES[stage], tp, offload=offload, setup=setup, unlike=unlike, samples=samples)
 
 
 def _offloaded(zero: Mapping[str, Any], stage: int, keys: Keys) -> str:

@@ -23,6 +23,7 @@ OWN_CLIP = "gradients clipped together, not one after another in fp32 as FSDPTur
 # Of its own FSDP2 (distributed/fsdp2.py, `get_mp_policy` and `prepare_model`), where that of accelerate is modelled
 BESIDE_BLOCKS = "the embedding gathered with the last norm and the head, not by itself"
 NOT_LOADED = "adapters as the file describes them, not those that are loaded"  # `load_adapter`
+AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
 TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that fill micro-batches by tokens
 
 

@@ -19,6 +19,7 @@ from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadabl
 from .keys import NO_TRAINING, Keys
 from .meanings import Meanings
 from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
+from .micro_batches import agreed
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 from .trained_for import cut_otherwise
 from .values import read_values, values_alone
@@ -35,7 +36,6 @@ ZERO_3 = "deepspeed-zero3"
 ASK = "--gpus N beside it answers for N"
 OF_ONE_GPU = (ONE_GPU, "autocast")  # how that begins which is said of one GPU alone: autocast in the place of casts
 NOT_CAST = "adapters in fp32, not in the dtype of the weights as TRL keeps them under ZeRO-3"
-AS_MANY = "as many micro-batches on any number of GPUs, not those of one global batch (global_batch_size)"
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Imported:
         return replace(self, differences=[*kept, *(words for _, words in said if words)])
 
     def under(self, form: AskedForm) -> dict[str, Any]:
-        """Its setup where a form is asked for, of however many GPUs."""
-        setup = {**self.setup, **form.setup}
+        """Its setup where a form is asked for, of however many GPUs; `UserError` if they contradict each other."""
+        setup = {**self.setup, **agreed(self.setup, form.setup, counted=self.samples is not None)}
         if self.tool == FACTORY and form.parallel == "fsdp2" and setup.get("checkpoint") == "block-reentrant":
             setup["checkpoint"] = "block"  # (model_utils/checkpointing.py, `prepare_model_for_training`)
         return setup
@@ -168,7 +168,7 @@ class Imported:
         if self.samples is None:
             return self
         if len(set(gpus)) > 1:
-            return replace(self, differences=[*self.differences, AS_MANY])
+            return replace(self, differences=[*self.differences, llama_factory_v1.AS_MANY])
         micro_batches = max(1, self.samples // (self.setup["batch"] * gpus[0]))
         told = [words for words in self.differences if micro_batches > 1 or words != ONCE]
         return replace(self, setup={**self.setup, "grad_accum": micro_batches}, differences=told)
@@ -282,7 +282,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
     asks = partial(FORMS.get(found.name, form_of), keys)
     on_one = asks() if setup.get("engine") == ZERO_3 else AskedForm()  # DeepSpeed's config is that of one GPU, too
-    setup |= on_one.setup
+    setup |= agreed(setup, on_one.setup)
     of_engine = tuple(words for words in on_one.unlike if not words.startswith(SWITCHED_OFF["overlap_comm"]))
     return Imported(
         found.name, model, method, setup, ignored, notes,

@@ -38,7 +38,9 @@ def parallel_form(step: Step, capability: str) -> ParallelForm | None:
     if step.setup.compile != "none":
         check_compiled(step.architecture)
     check_shared_sequences(step.setup, step.architecture)
-    if decide(step.setup.replicas * step.setup.cp == 1) and not (alone and offloads):
+    one = decide(step.setup.replicas * step.setup.cp == 1)
+    runs = offloads if alone else step.setup.parallel in STAGES  # DeepSpeed has its masters of one replica, too
+    if one and not runs:
         return None
     ranks, setup = Ranks(step.setup.replicas * step.setup.cp, step.setup.tp), running(step)
     late = step.architecture.registers_late if step.replay is None else step.replay.late

@@ -14,8 +14,8 @@ from perfmodel.errors import UserError
 from perfmodel.imports import read
 from perfmodel.imports.ddp import ENDS
 from perfmodel.imports.forms import ONCE
+from perfmodel.imports.llama_factory_v1 import AS_MANY
 from perfmodel.imports.mesh import APART
-from perfmodel.imports.read import AS_MANY
 
 AXOLOTL = {"base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 64, "bf16": True, "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}

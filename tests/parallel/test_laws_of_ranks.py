@@ -222,3 +222,18 @@ def test_a_card_without_fused_attention_shares_no_sequence() -> None:
     with pytest.raises(UserError, match="no fused attention of 8 heads over 4 in bf16"):
         predict(grouped, "full", setup, "v100-32gb-sxm")
     assert predict(LLAMA, "full", setup, "v100-32gb-sxm").time.phases["total"] > 0
+
+
+@pytest.mark.parametrize("parallel", ["zero1", "zero2"])
+def test_one_replica_on_several_gpus_has_deepspeeds_masters(parallel: str) -> None:
+    """Its optimizer keeps fp32 masters and moments of 16-bit weights for any number of replicas, each a part of them.
+
+    With one replica the form was left out: more GPUs needed more memory.
+    """
+    setup = Setup(dtype="bf16", seq=64, gpus=4, tp=4, parallel=parallel, optimizer="adamw")
+    one, two, four = (predict(LLAMA, "full", replace(setup, gpus=4 * n), "h100-sxm") for n in (1, 2, 4))
+    assert one.memory.optimizer == pytest.approx(6 * one.memory.weights, rel=1e-3)
+    assert one.memory.optimizer > two.memory.optimizer > four.memory.optimizer
+    assert one.memory.peak > two.memory.peak > four.memory.peak
+    grid = predict(LLAMA, "full", replace(setup, gpus=np.array([4, 8])), "h100-sxm")
+    assert list(grid.memory.peak) == [one.memory.peak, two.memory.peak]

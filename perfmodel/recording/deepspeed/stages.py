@@ -30,6 +30,7 @@ from ..parallel.collectives import all_reduce, cast_gradient, exchange
 from ..parallel.form import WholeUnits
 from ..parallel.messages import Coming, Ready, coming, interleaved
 from . import zero_offload
+from .flat import bytes_of, elements_of, flattened, update_of_all
 
 ALIGNMENT = 2  # elements that every rank's part is a multiple of (`nccl_start_alignment_factor`)
 BESIDE = Run(COMMUNICATION)  # the stream that reduces gradients under `overlap_comm`, as most configs have it
@@ -124,15 +125,15 @@ class CutStates(WholeUnits):
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """Two buckets, and a rank's part of the gradients where they are summed over micro-batches."""
-        trained = [p for p in parameters if p.used]
+        trained = flattened(parameters)
         if self.offloaded:
             return existing((2 * self.limit + largest(trained),), trained[0].dtype).nbytes
-        part = self.part_of(sum(p.numel * p.count for p in trained)) if self.exchanged > 1 else 0
+        part = self.part_of(elements_of(trained)) if self.exchanged > 1 else 0
         return existing((2 * self.limit + part,), trained[0].dtype).nbytes
 
     def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
-        """A rank's part of all."""
-        return -(-super().gradient_bytes(parameters) // self.ranks.size)
+        """A rank's part of all, with zeros where none arrived."""
+        return -(-bytes_of(parameters) // self.ranks.size)
 
     def part_of(self, elements: Dim) -> Dim:
         """Elements of a rank's part of a flat buffer."""
@@ -140,9 +141,9 @@ class CutStates(WholeUnits):
 
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
         """The optimizer on a rank's part, and the gathering of all parts."""
-        update = Update(tape(), optimizer, parameters)
+        update = update_of_all(parameters, optimizer)
         trained = update.parameters
-        dtype, part = trained[0].dtype, self.part_of(sum(p.numel * p.count for p in trained))
+        dtype, part = trained[0].dtype, self.part_of(elements_of(trained))
         mine, whole = existing((part,), dtype), existing((part * self.ranks.size,), dtype)
         if self.offloaded:
             tape().begin("clip", "optimizer").ops += self._reduced_scalar("u8")

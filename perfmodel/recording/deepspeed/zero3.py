@@ -34,6 +34,7 @@ from ..parallel.messages import Ready, coming, interleaved
 from ..parallel.offload import keep_on_host, to_device
 from ..parallel.units import HEAD, ROOT, ShardedUnit, of_all_layers
 from . import zero3_alone, zero_offload
+from .flat import bytes_of, flattened, update_of_all
 from .module_trace import Foreseen
 
 LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
@@ -172,11 +173,15 @@ class CutWeights(WholeUnits):
 
     def held_bytes(self, parameters: list[Parameter]) -> Dim:
         """A rank's part of the gradients, the bucket, and what stays whole."""
-        trained = [p for p in parameters if p.used]
+        trained = flattened(parameters)
         small = self.whole_bytes + (self.frozen.whole_bytes if self.frozen is not None else 0)
         if self.offloaded:
             return existing((self.limit,), trained[0].dtype).nbytes + small
         return zero3_alone.buffer_bytes(trained, self.limit) + small
+
+    def gradient_bytes(self, parameters: Sequence[Parameter]) -> Dim:
+        """A rank's part of all, with zeros where none arrived."""
+        return bytes_of(parameters)
 
     def own_update(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
         """The optimizer on a rank's parts; what stays whole is gathered again."""
@@ -193,10 +198,10 @@ class CutWeights(WholeUnits):
         return update
 
     def _updated_on_host(self, parameters: list[Parameter], optimizer: str, *, clips: bool) -> Update:
-        update = Update(tape(), optimizer, parameters)
+        update = update_of_all(parameters, optimizer)
         trained = update.parameters
         part, dtype = sum(p.numel * p.count for p in trained), trained[0].dtype
-        zero3_alone.norms_together(trained, between=lambda: self._sum(existing((1,), "fp32")))
+        zero3_alone.norms_together([p for p in trained if p.used], between=lambda: self._sum(existing((1,), "fp32")))
         back = None if self.from_host else existing((part,), dtype)
         zero_offload.updated_on_host(update, part, dtype, clips=clips, back=back)
         update.hosted = update.hosted + existing((part,), dtype).nbytes  # gradients in 16 bits

@@ -24,6 +24,7 @@ from ...setup import Setup
 from ...tape.core import record, tape
 from ...tape.tensor import Parameter, Tensor
 from ..step import Step
+from .flat import elements_of, flattened, update_of_all
 
 NOTE = (
     "what the Python of DeepSpeed's ZeRO-3 costs was measured on a CPU (data/engines); few steps on GPUs were compared"
@@ -71,7 +72,7 @@ def bucket(step: Step) -> Dim:
 
 def flat_bytes(step: Step) -> Dim:
     """Bytes of the flat buffer of all gradients, and of the bucket."""
-    return buffer_bytes([p for p in step.parameters if p.used], bucket(step))
+    return buffer_bytes(flattened(step.parameters), bucket(step))
 
 
 def buffer_bytes(trained: Parameters, elements: Dim) -> Dim:
@@ -111,10 +112,10 @@ def recorded_update(
     parameters: Parameters, optimizer: str, *, clips: bool, between: Callable[[], None] = lambda: None
 ) -> Update:
     """As `record_zero_update`; `between` records what ranks do once each has the norm of its gradients."""
-    update = Update(tape(), optimizer, parameters)
+    update = update_of_all(parameters, optimizer)
     _norm(update.parameters)
     between()
-    left = sum(p.numel * p.count for p in update.parameters)
+    left = elements_of(update.parameters)
     dtype = update.parameters[0].dtype
     while decide(left > SUB_GROUP):
         _sub_group(update, SUB_GROUP, dtype, clips=clips)

@@ -164,6 +164,7 @@ class FlatShard(OfBlocks):
         self.reduces = True
         self.units: dict[str, FlatUnit] = {}
         self.of_adapter: dict[int, FlatUnit] = {}
+        self.idle: list[FlatUnit] = []  # blocks that no pass runs, as an encoder's of images beside text alone
         for unit in units:
             nested = [p for p in unit.parameters if p.requires_grad and p.kind == "adapter" and unit.path != ROOT]
             if len(nested) == len(unit.parameters):
@@ -172,7 +173,12 @@ class FlatShard(OfBlocks):
             for p in nested:
                 sent = amp or p.dtype
                 self.of_adapter[id(p)] = FlatUnit(p.name, [p], ranks, sent, kept[id(p)], offloaded=offloads)
-            left = [p for p in unit.parameters if p not in nested]
+            idle = [p for p in unit.parameters if unit.path == ROOT and p.count > 1]  # like others, so in blocks
+            for key in dict.fromkeys((p.count, p.requires_grad) for p in idle):
+                those = [p for p in idle if (p.count, p.requires_grad) == key]
+                own = (those[0].dtype, kept[id(those[0])])
+                self.idle.append(FlatUnit(those[0].name, those, ranks, *own, offloaded=offloads))
+            left = [p for p in unit.parameters if p not in nested and p not in idle]
             # if any trains, all are kept so
             first = next((p for p in left if p.requires_grad), left[0] if left else None)
             dtypes = (first.dtype, kept[id(first)]) if first is not None else ("", "")
@@ -250,7 +256,7 @@ class FlatShard(OfBlocks):
     def updated(self, parameters: list[Parameter]) -> list[Parameter]:
         """Flat parts in the place of parameters; scales of packed weights stay on every rank."""
         of_reference = self.frozen.units.values() if self.frozen is not None else ()
-        units = (*self.units.values(), *self.of_adapter.values(), *of_reference)
+        units = (*self.units.values(), *self.of_adapter.values(), *self.idle, *of_reference)
         known = {id(p) for unit in units for p in unit.parameters}
         shards = [s for unit in units for s in unit.shards]
         return [*shards, *(p for p in parameters if id(p) not in known)]
