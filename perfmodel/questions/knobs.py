@@ -17,6 +17,7 @@ from ..architectures import Architecture
 from ..devices.alignment import WIDE
 from ..errors import UserError
 from ..methods import Method
+from ..recording.parallel.offload import updates_on_host
 from ..setup import PARALLEL, Setup
 
 FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
@@ -55,17 +56,28 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
 
 
 KEEP = KnobPosition("")
+NOT_COMPILED = KnobPosition("no torch.compile", {"compile": "none"})
 
 
 def offloading(setup: Setup) -> Iterator[KnobPosition]:
-    """What may live in the host's memory, where nothing fits into the GPU's: slower than what does."""
+    """What may live in the host's memory, where nothing fits into the GPU's: slower than what does.
+
+    With it goes what is not modelled beside it: torch.compile, and an optimizer that the host's cores do not run.
+    """
     if setup.offload != "none" or setup.engine != "torch":
         return
     several = not np.all(np.equal(setup.gpus, 1))
     for form, what in (("zero2", "optimizer"), ("zero3", "params"), *([("fsdp2", "params")] if several else [])):
         words = "weights and optimizer" if what == "params" else "optimizer"
-        label = f"{(FORMS | STAGES)[form]} with {words} offloaded"
-        yield KnobPosition(label, {**_changes(setup, form), "offload": what})
+        labels = [f"{(FORMS | STAGES)[form]} with {words} offloaded"]
+        changes = {**_changes(setup, form), "offload": what}
+        if not updates_on_host(setup.optimizer, fsdp=form in OF_FSDP):
+            labels.append(f"AdamW in the place of {setup.optimizer}")
+            changes["optimizer"] = "adamw"
+        if setup.compile != "none":
+            labels.append(NOT_COMPILED.label)
+            changes |= NOT_COMPILED.setup
+        yield KnobPosition(", ".join(labels), changes)
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
@@ -173,6 +185,7 @@ def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = 
 
 
 def _optimizer(setup: Setup) -> Knob:
+    """Other forms of AdamW; another optimizer is the user's choice, which learns otherwise (but see `offloading`)."""
     if not setup.optimizer.startswith("adamw"):
         return (KEEP,)
     labels = {"adamw-fused": "fused AdamW", "adamw-8bit": "8-bit AdamW"}
@@ -197,7 +210,9 @@ def _attention(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _compile(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.compile != "none" or setup.objective != "sft" or architecture.stacked_names():
+    if setup.compile != "none":
+        return (KEEP, NOT_COMPILED)
+    if setup.objective != "sft" or architecture.stacked_names():
         return (KEEP,)
     return (KEEP, KnobPosition("torch.compile", {"compile": "default"}))
 
