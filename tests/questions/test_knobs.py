@@ -6,8 +6,14 @@ from typing import Any
 import pytest
 from helpers import architecture_of, setup_of
 
-from perfmodel import methods
+from perfmodel import methods, predict
+from perfmodel.architectures import Architecture
+from perfmodel.devices import profile
+from perfmodel.methods import Method
+from perfmodel.prediction.predict import Prediction, resolve
 from perfmodel.questions import knobs
+from perfmodel.questions.advice import Candidate, _Space
+from perfmodel.recording.reuse import Shared
 from perfmodel.setup import Setup
 
 
@@ -45,7 +51,7 @@ def test_gpus_may_have_some_of_the_layers_each(given: dict[str, Any]) -> None:
         assert changed.batch * changed.grad_accum * changed.replicas == setup.batch * setup.grad_accum * setup.replicas
         assert changed.pp <= changed.grad_accum
         stages.add(changed.pp)
-    assert stages == {1, 2, 4} - ({4} if setup.tp > 1 else set())
+    assert stages == {1, 2, 4}
 
 
 @pytest.mark.parametrize(
@@ -73,8 +79,43 @@ def test_kernels_that_drop_otherwise_are_no_advice(dropout: float, offered: bool
 
 
 def test_sequence_parallel_ends_with_tensor_parallel() -> None:
-    """To share no layers is a choice from there, too."""
+    """To share no layers is a choice from there, too, and so is to share no tokens."""
     model = architecture_of("llama")
     choices = knobs.memory_knob(model, Setup(gpus=2, tp=2, batch=2, sequence_parallel=True))
-    assert {label.setup.get("sequence_parallel") for label in choices if label.setup.get("tp") == 1} == {False}
-    assert all("sequence_parallel" not in label.setup for label in choices if label.setup.get("tp") != 1)
+    shared: dict[int, set[Any]] = {1: set(), 2: set()}
+    for choice in choices:
+        shared[choice.setup.get("tp", 2)].add(choice.setup.get("sequence_parallel", True))
+    assert shared == {1: {False}, 2: {True, False}}
+
+
+def test_layers_are_cut_both_ways_and_tokens_with_them() -> None:
+    """A large model's fastest split on many GPUs is of both: each by itself, there was no way from one to the other."""
+    setup = Setup(gpus=8, batch=2, grad_accum=4)
+    choices = knobs.memory_knob(architecture_of("llama"), setup)
+    found = {knobs.Split.of(replace(setup, **choice.setup)) for choice in choices}
+    assert {(cut.tp, cut.pp) for cut in found} >= {(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)}
+    assert {cut.sequence_parallel for cut in found if cut.tp > 1} == {True, False}
+    assert not any(cut.sequence_parallel for cut in found if cut.tp == 1)
+    assert {cut.sequence_parallel for cut in knobs._cuts(architecture_of("phi3"), setup)} == {False}
+
+
+def test_what_is_left_out_of_a_cut_is_no_better_than_what_was_tried() -> None:
+    """Of cuts of Llama-3.1-8B in Megatron's program, whatever the memory: the best is that of all of them."""
+    setup = Setup(gpus=4, batch=1, seq=1024, grad_accum=2, parallel="zero1")
+    model, method = resolve("megatron:llama-3.1-8b", "full")
+    shared, on = Shared(), profile.load("h100-sxm")
+    known: dict[Setup, Prediction] = {}
+
+    def space_of(size: float) -> _Space:
+        def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
+            if setup not in known:
+                known[setup] = predict(model, replace(method, architecture=None), setup, on, shared=shared)
+            return Candidate(changes, known[setup], known[setup].memory.peak < size)
+
+        return _Space(model, method, setup, [knobs.memory_knob(model, setup)], evaluate, ())
+
+    for size in (20e9, 30e9, 40e9, 80e9):
+        space = space_of(size)
+        tried = min([space.origin, *space.turned(space.origin, 0)], key=space._order)
+        assert len(space.known) < 0.75 * space.size
+        assert space._order(tried) == min(space._order((i,)) for i in range(space.size))
