@@ -7,7 +7,7 @@ or by the number of parameters that have to train.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import count, product
 from math import prod
 from typing import Any
 
@@ -27,7 +27,7 @@ from .catalogue import sized
 from .knobs import Knob, KnobPosition, Load, knobs, offloading
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
-Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
+Progress = Callable[[int, int, str], None]  # methods done, methods in all, what is being tried
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def advise(
     """Search for the fastest way to train that fits; `perfmodel.advise` says what it takes and raises.
 
     Args:
-        progress: called before each method is searched.
+        progress: called before each setup is tried.
     """
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
@@ -247,7 +247,12 @@ def advise(
 
     shared: dict[int, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns
 
+    searched, spaces = 0, list[_Space]()
+    tried = count(1)
+
     def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
+        if progress:
+            progress(searched, len(spaces), f"{method.spec()}, setup {next(tried)}")
         p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=shared[model.vocab])
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
@@ -256,14 +261,11 @@ def advise(
     others = [resolve(architecture, m)[1] for m in methods]
     if min_trainable is not None:
         others += sized(architecture, setup, on, min_trainable)
-    spaces = []
     for m in _distinct([start_method, *others]):
         prefix = () if m.spec() == start_method.spec() else (m.spec(),)
         spaces.append(_Space(architecture, m, setup, knobs(architecture, setup, m), evaluate, prefix))
     spaces[0].known[spaces[0].origin] = start
-    for i, space in enumerate(spaces):
-        if progress:
-            progress(i, len(spaces), space.method.spec())
+    for searched, space in enumerate(spaces):  # noqa: B007 - `evaluate` tells it
         with no_collector():  # most of what a search makes is kept
             space.search()
     if all(space.best() is None for space in spaces):

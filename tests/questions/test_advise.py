@@ -334,3 +334,14 @@ def test_changes_are_listed_as_people_do(changes: tuple[str, ...], told: str) ->
     start, best = (Candidate(names, predict("gpt2", "full", device="l40s", seq=16), True) for names in ((), changes))
     path = [Change("x", 0.0, 0, best)]
     assert _answer(Advice(start, best, path, path, [], 2, True, 1e9)).endswith(f"with {told}")
+
+
+def test_each_setup_is_told_to_whoever_watches() -> None:
+    """A search of one method took up to half a minute in which nothing moved."""
+    told: list[tuple[int, int, str]] = []
+    found = advise_module.advise(
+        MODEL, "full", device=DEVICE, batch=1, seq=64, methods=["norm"], progress=lambda *what: told.append(what)
+    )
+    assert found.tried / 2 < len(told) <= found.tried
+    assert {done for done, _, _ in told} == {0, 1}
+    assert told[-1] == (1, 2, f"norm, setup {len(told)}")
