@@ -129,7 +129,10 @@ class GpuNode:
                 f"{most} GPUs are more than a {self.file.slug} of {self.gpus} holds: nodes={enough} would do"
             )
         if np.any(over > 1) and self.file.links.nics is None:
-            raise UserError(f"{self.file.slug} has no network cards: nodes=1, or give its file a table [nics]")
+            raise UserError(
+                f"{self.file.slug} has no network cards, so a job has at most its {self.gpus} GPUs: use --gpus "
+                f"{self.gpus}, another --node, or give its file a table [nics]"
+            )
         return message, group, over
 
 

@@ -7,7 +7,7 @@ or by the number of parameters that have to train.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import count, product
 from math import prod
 from typing import Any
 
@@ -24,10 +24,10 @@ from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized
-from .knobs import Knob, KnobPosition, knobs, offloading
+from .knobs import Knob, KnobPosition, Load, knobs, offloading
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
-Progress = Callable[[int, int, str], None]  # methods done, methods in all, the next one
+Progress = Callable[[int, int, str], None]  # methods done, methods in all, what is being tried
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Candidate:
         """Peak memory, B."""
         return int(self.prediction.memory.peak)
 
-    def order(self) -> tuple[bool, float]:
-        """Sorts what fits first, by time; what does not, by memory."""
-        return (not self.fits, self.seconds if self.fits else float(self.peak))
+    def order(self) -> tuple[bool, float, float]:
+        """Sorts what fits first, by time; what does not, by memory, then by time."""
+        return (not self.fits, self.seconds if self.fits else float(self.peak), self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (SI)."""
@@ -165,8 +165,9 @@ class _Space:
 
         A round goes over the knobs from the last to the first and keeps the best choice of each: what makes a step
         faster comes before what trades time for memory. So most knobs are settled when the dearest is turned, and after
-        the round that changes nothing every setup that is one choice away has been tried. A round that ends behind what
-        was tried on the way (a choice that others are refused beside) goes on from there.
+        the round that changes nothing every setup that is one choice away has been tried, but for those that are behind
+        one that was (`Load`). A round that ends behind what was tried on the way (a choice that others are refused
+        beside) goes on from there.
         """
         if self.size <= EXHAUSTIVE:
             for positions in product(*(range(len(knob)) for knob in self.knobs)):
@@ -174,8 +175,7 @@ class _Space:
             return
         here = self.origin
         if not self.prefix:  # what each change buys from where the user is
-            for positions in self.neighbours(here):
-                self.at(positions)
+            list(self.neighbours(here))
         before = None
         while here != before:
             before = here
@@ -183,20 +183,35 @@ class _Space:
                 here = min([here, *self.turned(here, k)], key=self._order)
             here = min([here, *self.known], key=self._order)
 
-    def turned(self, here: Positions, k: int) -> Iterator[Positions]:
-        """The other choices of one knob."""
-        for i in range(len(self.knobs[k])):
-            if i != here[k]:
-                yield (*here[:k], i, *here[k + 1 :])
+    def turned(self, here: Positions, k: int, *, one_way: bool = False) -> Iterator[Positions]:
+        """The other choices of one knob, tried; of other cuts of a model only those that may be better.
+
+        Args:
+            one_way: without those that cut it both by layers and within.
+        """
+        tried: dict[Load, Candidate | None] = {}
+        now = self.at(here)
+        best = now.seconds if now and now.fits else float("inf")
+        for i, choice in enumerate(self.knobs[k]):
+            load, both = choice.load, choice.setup.keys() >= {"tp", "pp"}
+            if i == here[k] or (load and ((one_way and both) or load.behind(tried, best))):
+                continue
+            positions = (*here[:k], i, *here[k + 1 :])
+            candidate = self.at(positions)
+            if candidate and candidate.fits:
+                best = min(best, candidate.seconds)
+            if load:
+                tried[load] = candidate
+            yield positions
 
     def neighbours(self, here: Positions) -> Iterator[Positions]:
-        """One knob turned."""
+        """One knob turned, tried."""
         for k in range(len(self.knobs)):
-            yield from self.turned(here, k)
+            yield from self.turned(here, k, one_way=True)
 
-    def _order(self, positions: Positions) -> tuple[bool, float]:
+    def _order(self, positions: Positions) -> tuple[bool, float, float]:
         candidate = self.at(positions)
-        return candidate.order() if candidate else (True, float("inf"))
+        return candidate.order() if candidate else (True, float("inf"), float("inf"))
 
     def best(self) -> Positions | None:
         """The positions of the best candidate that fits; of equals the one that turns fewest knobs."""
@@ -220,7 +235,7 @@ def advise(
     """Search for the fastest way to train that fits; `perfmodel.advise` says what it takes and raises.
 
     Args:
-        progress: called before each method is searched.
+        progress: called before each setup is tried.
     """
     setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
@@ -232,7 +247,12 @@ def advise(
 
     shared: dict[int, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns
 
+    searched, spaces = 0, list[_Space]()
+    tried = count(1)
+
     def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
+        if progress:
+            progress(searched, len(spaces), f"{method.spec()}, setup {next(tried)}")
         p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=shared[model.vocab])
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
@@ -241,14 +261,11 @@ def advise(
     others = [resolve(architecture, m)[1] for m in methods]
     if min_trainable is not None:
         others += sized(architecture, setup, on, min_trainable)
-    spaces = []
     for m in _distinct([start_method, *others]):
         prefix = () if m.spec() == start_method.spec() else (m.spec(),)
         spaces.append(_Space(architecture, m, setup, knobs(architecture, setup, m), evaluate, prefix))
     spaces[0].known[spaces[0].origin] = start
-    for i, space in enumerate(spaces):
-        if progress:
-            progress(i, len(spaces), space.method.spec())
+    for searched, space in enumerate(spaces):  # noqa: B007 - `evaluate` tells it
         with no_collector():  # most of what a search makes is kept
             space.search()
     if all(space.best() is None for space in spaces):

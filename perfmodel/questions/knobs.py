@@ -7,33 +7,115 @@ optimizer form or fused kernels compute the same update up to rounding; adapters
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from .. import optimizers
 from ..architectures import Architecture
+from ..architectures.llama import SHARING_TOKENS
 from ..devices.alignment import WIDE
 from ..errors import UserError
 from ..methods import Method
+from ..recording.parallel.offload import updates_on_host
 from ..setup import PARALLEL, Setup
 
 FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
 OF_FSDP = ("fsdp2", "fsdp1")
 GROUPS = (2, 4, 8)  # GPUs that shards may lie over, where there are more: powers of two within a node
 STAGES = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+NEAR = 1.1  # times the best: what shares tokens and is slower is not overtaken by what does not
 TILE = 64  # columns of the narrowest tile that loses nothing; what NVIDIA's and Karpathy's examples pad to
 
 
 @dataclass(frozen=True)
+class Split:
+    """What GPUs have of layers: a part of each, or some of them, or both."""
+
+    tp: int
+    sequence_parallel: bool
+    pp: int
+
+    @classmethod
+    def of(cls, setup: Setup) -> Self:
+        """That of a setup."""
+        return cls(setup.tp, setup.sequence_parallel, setup.pp)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a GPU holds of a model that is cut."""
+
+    cut: Split
+    batch: int
+    checkpoint: str
+
+    def behind(self, tried: Mapping["Load", "Tried | None"], best: float) -> bool:
+        """Whether this is not to be better than what was tried, all else being equal.
+
+        What is heavier than what does not fit does not either; recomputing adds to the time of what fits without it;
+        micro-batches larger than such as are slower already are slower still; that ranks share tokens changes a time
+        by little.
+
+        Args:
+            tried: None where it is refused.
+            best: seconds of the best that fits.
+        """
+        sharing = replace(self, cut=replace(self.cut, sequence_parallel=True))
+        if sharing != self and any(other.cut == sharing.cut for other in tried):
+            like = tried.get(sharing)
+            if sharing not in tried or (like and like.seconds > best * NEAR):
+                return True
+        alike = {o: at for o, at in tried.items() if at and (o.cut.tp, o.cut.pp) == (self.cut.tp, self.cut.pp)}
+        if any(not at.fits and other.lighter(self) for other, at in alike.items()):
+            return True
+        own = {o: at for o, at in alike.items() if at.fits and o.cut == self.cut}
+        if Load(self.cut, self.batch, "none") in own:
+            return True
+        return any(
+            less.batch < more.batch < self.batch
+            and more.checkpoint == self.checkpoint
+            and less.checkpoint in ("none", self.checkpoint)
+            and own[less].seconds <= own[more].seconds
+            for less, more in product(own, own)
+        )
+
+    def lighter(self, other: Self) -> bool:
+        """Whether it takes no more memory than another one on as many ranks."""
+        return (
+            self.cut.sequence_parallel >= other.cut.sequence_parallel
+            and self.batch <= other.batch
+            and other.checkpoint in ("none", self.checkpoint)
+        )
+
+
+class Tried(Protocol):
+    """What is known of a setup."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs."""
+
+    @property
+    def seconds(self) -> float:
+        """Its step time."""
+
+
+@dataclass(frozen=True)
 class KnobPosition:
-    """One position of a knob: what it is called, and the fields of model, setup and method that it sets."""
+    """One position of a knob: what it is called, and the fields of model, setup and method that it sets.
+
+    Attributes:
+        load: what it loads a GPU with, where positions are so many that not all are tried.
+    """
 
     label: str
     setup: Mapping[str, Any] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    load: Load | None = None
 
     def applied(self, model: Architecture, setup: Setup, method: Method) -> tuple[Architecture, Setup, Method]:
         """Model, setup and method with this choice."""
@@ -55,45 +137,68 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
 
 
 KEEP = KnobPosition("")
+NOT_COMPILED = KnobPosition("no torch.compile", {"compile": "none"})
 
 
 def offloading(setup: Setup) -> Iterator[KnobPosition]:
-    """What may live in the host's memory, where nothing fits into the GPU's: slower than what does."""
+    """What may live in the host's memory, where nothing fits into the GPU's: slower than what does.
+
+    With it goes what is not modelled beside it: torch.compile, and an optimizer that the host's cores do not run.
+    """
     if setup.offload != "none" or setup.engine != "torch":
         return
     several = not np.all(np.equal(setup.gpus, 1))
     for form, what in (("zero2", "optimizer"), ("zero3", "params"), *([("fsdp2", "params")] if several else [])):
         words = "weights and optimizer" if what == "params" else "optimizer"
-        label = f"{(FORMS | STAGES)[form]} with {words} offloaded"
-        yield KnobPosition(label, {**_changes(setup, form), "offload": what})
+        labels = [f"{(FORMS | STAGES)[form]} with {words} offloaded"]
+        changes = {**_changes(setup, form), "offload": what}
+        if not updates_on_host(setup.optimizer, fsdp=form in OF_FSDP):
+            labels.append(f"AdamW in the place of {setup.optimizer}")
+            changes["optimizer"] = "adamw"
+        if setup.compile != "none":
+            labels.append(NOT_COMPILED.label)
+            changes |= NOT_COMPILED.setup
+        yield KnobPosition(", ".join(labels), changes)
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
-    """Checkpointing, micro-batch and what GPUs have of layers together: each pays for what the others need."""
+    """Checkpointing, micro-batch and what GPUs have of layers together: each pays for what the others need.
+
+    Positions of another cut say what they load a GPU with, so that a search need not try all; the lightest comes first.
+    """
     choices = []
-    for tp, pp in _cuts(architecture, setup):
-        samples, left = divmod(setup.batch * setup.grad_accum * tp * pp, setup.tp * setup.pp)
+    for cut in _cuts(architecture, setup):
+        own = cut == Split.of(setup)
+        samples, left = divmod(setup.batch * setup.grad_accum * cut.tp * cut.pp, setup.tp * setup.pp)
         if left:  # no micro-batches of as many samples
             continue
-        for batch, accum in _micro_batches(setup, samples):
-            if pp > accum and setup.pp_schedule == "1f1b":  # it has as many micro-batches as stages, or more
+        found = list(_micro_batches(setup, samples))
+        for batch, accum in found if own else sorted(found):
+            if cut.pp > accum and setup.pp_schedule == "1f1b":  # it has as many micro-batches as stages, or more
                 continue
-            for checkpoint in dict.fromkeys((setup.checkpoint, "none", "block")):
-                changes = {"tp": tp, "pp": pp, "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
-                changes["sequence_parallel"] = setup.sequence_parallel and tp > 1
+            checkpoints = list(dict.fromkeys((setup.checkpoint, "none", "block")))
+            if not own:
+                checkpoints.sort(key="none".__eq__, reverse=batch > 1)
+            for checkpoint in checkpoints:
+                changes = {**asdict(cut), "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
                 changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
-                words = []
-                if "tp" in changes:
-                    words.append(f"tensor parallel {tp}" if tp > 1 else "no tensor parallel")
-                if "pp" in changes:
-                    words.append(f"a pipeline of {pp}" if pp > 1 else "no pipeline")
-                if "checkpoint" in changes:
-                    off = checkpoint == "none"
-                    words.append("no activation checkpointing" if off else "activation checkpointing")
-                if "batch" in changes or "grad_accum" in changes:
-                    words.append(f"micro-batches of {batch} x {accum} accumulated")
-                choices.append(KnobPosition(", ".join(words), changes))
+                load = None if own else Load(cut, batch, checkpoint)
+                choices.append(KnobPosition(", ".join(_in_words(changes, cut, batch, accum)), changes, load=load))
     return tuple(choices)
+
+
+def _in_words(changes: Mapping[str, Any], cut: Split, batch: int, accum: int) -> Iterator[str]:
+    """What a position of the memory knob changes."""
+    if "tp" in changes:
+        yield f"tensor parallel {cut.tp}" if cut.tp > 1 else "no tensor parallel"
+    if "sequence_parallel" in changes and cut.tp > 1:
+        yield "sequence parallel" if cut.sequence_parallel else "no sequence parallel"
+    if "pp" in changes:
+        yield f"a pipeline of {cut.pp}" if cut.pp > 1 else "no pipeline"
+    if "checkpoint" in changes:
+        yield "no activation checkpointing" if changes["checkpoint"] == "none" else "activation checkpointing"
+    if "batch" in changes or "grad_accum" in changes:
+        yield f"micro-batches of {batch} x {accum} accumulated"
 
 
 def _micro_batches(setup: Setup, samples: int) -> Iterator[tuple[int, int]]:
@@ -109,19 +214,22 @@ def _micro_batches(setup: Setup, samples: int) -> Iterator[tuple[int, int]]:
         yield samples, 1
 
 
-def _cuts(architecture: Architecture, setup: Setup) -> Iterator[tuple[int, int]]:
-    """(GPUs that share layers, stages of layers): as it is, then powers of two in the place of either, where that is
-    modelled."""
-    yield setup.tp, setup.pp
-    gpus = setup.gpus
+def _cuts(architecture: Architecture, setup: Setup) -> Iterator[Split]:
+    """As it is, then powers of two in the place of either number or of both, where that is modelled; where ranks may
+    share tokens, those that do come before those that do not."""
+    gpus, tps, pps = setup.gpus, [setup.tp], [setup.pp]
     others = [n for n in (1, 2, 4, 8) if isinstance(gpus, int) and gpus > 1 and gpus % n == 0]
     with suppress(UserError):
-        for tp in others:
-            if tp != setup.tp and gpus % (tp * setup.pp) == 0 and (tp == 1 or architecture.part_of(tp)):
-                yield tp, setup.pp
+        tps.extend(tp for tp in others if tp != setup.tp and (tp == 1 or architecture.part_of(tp)))
     with suppress(UserError):
         architecture.staged()
-        yield from ((setup.tp, pp) for pp in others if pp != setup.pp and gpus % (setup.tp * pp) == 0)
+        pps += [pp for pp in others if pp != setup.pp]
+    shares = architecture.of_megatron or architecture.model_type in SHARING_TOKENS
+    yield Split.of(setup)
+    for tp, pp in sorted(product(tps, pps), key=lambda cut: (cut[0] != setup.tp) + (cut[1] != setup.pp)):
+        if np.all(np.asarray(gpus) % (tp * pp) == 0):
+            sharing = (False,) if tp == 1 else (True, False) if shares else (setup.sequence_parallel,)
+            yield from (cut for each in sharing if (cut := Split(tp, each, pp)) != Split.of(setup))
 
 
 def _parallel(setup: Setup) -> Knob:
@@ -137,14 +245,11 @@ def _parallel(setup: Setup) -> Knob:
 
 
 def _messages(architecture: Architecture, setup: Setup) -> Knob:
-    """Of Megatron's program: whether messages go beside compute, and whether ranks share the tokens between layers."""
+    """Of Megatron's program: whether messages go beside compute."""
     if not architecture.of_megatron or np.all(np.equal(setup.gpus, 1)):
         return (KEEP,)
-    beside = KnobPosition("messages behind compute" if setup.overlap else "--overlap", {"overlap": not setup.overlap})
-    if setup.tp == 1:
-        return (KEEP, beside)
-    words = "no sequence parallel" if setup.sequence_parallel else "sequence parallel"
-    return (KEEP, beside, KnobPosition(words, {"sequence_parallel": not setup.sequence_parallel}))
+    label = "messages behind compute" if setup.overlap else "--overlap"
+    return (KEEP, KnobPosition(label, {"overlap": not setup.overlap}))
 
 
 def _layouts(setup: Setup, form: str) -> Iterator[tuple[tuple[str, bool, int | None], str]]:
@@ -173,6 +278,7 @@ def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = 
 
 
 def _optimizer(setup: Setup) -> Knob:
+    """Other forms of AdamW; another optimizer is the user's choice, which learns otherwise (but see `offloading`)."""
     if not setup.optimizer.startswith("adamw"):
         return (KEEP,)
     labels = {"adamw-fused": "fused AdamW", "adamw-8bit": "8-bit AdamW"}
@@ -197,7 +303,9 @@ def _attention(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _compile(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.compile != "none" or setup.objective != "sft" or architecture.stacked_names():
+    if setup.compile != "none":
+        return (KEEP, NOT_COMPILED)
+    if setup.objective != "sft" or architecture.stacked_names():
         return (KEEP,)
     return (KEEP, KnobPosition("torch.compile", {"compile": "default"}))
 

@@ -137,8 +137,27 @@ def test_a_distribution_is_laid_out_as_lengths_of_its_mean() -> None:
         (lambda: Job(disk=0), "disk must be positive"),
         (lambda: job_counts(Job(tokens=1e14), Setup()), "more than 2,147,483,648"),
         (lambda: with_global_batch(Setup(batch=4), 10, micro=True), "no multiple of the micro-batches of 4: try 8"),
+        (
+            lambda: with_global_batch(Setup(gpus=8, pp=4), 6, micro=False),
+            "3 micro-batches at most, fewer than the stages of pp 4; use --global-batch 8 or more",
+        ),
     ],
 )
 def test_what_makes_no_job_is_refused_in_a_line(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("samples", "setup", "expected"),
+    [
+        (16, Setup(gpus=4), (4, 1)),
+        (16, Setup(gpus=4, pp=4), (4, 4)),
+        (14, Setup(gpus=4, pp=4), (2, 7)),
+        (2, Setup(gpus=4, pp=4, pp_schedule="gpipe"), (1, 2)),
+    ],
+)
+def test_each_stage_of_a_pipeline_gets_a_micro_batch(samples: int, setup: Setup, expected: tuple[int, int]) -> None:
+    """One micro-batch of all samples, from which a plan without --batch starts, is refused by 1F1B."""
+    found = with_global_batch(setup, samples, micro=False)
+    assert (found.batch, found.grad_accum) == expected

@@ -331,3 +331,13 @@ def test_arrays_and_jobs_given_twice_are_refused() -> None:
         plan(MODEL, "lora", device="l40s", samples=2, deadline=float("nan"))
     with pytest.raises(UserError, match="needs a device"):
         plan(MODEL, "lora", device=[], samples=2)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_does_not_fit_is_said_of_the_form_that_was_asked_for(gpus: int) -> None:
+    """A plan gives up no form of several GPUs, under another of which the same job may fit."""
+    found = plan("llama-3.1-8b", ["full", "norm"], device="l40s", gpus=gpus, seq=64, samples=8, global_batch=2)
+    (why,) = found.left_out.values()
+    several = gpus > 1
+    assert why.endswith("at least under ddp, whatever is given up; advise tries other --parallel") == several
+    assert why.endswith("at least, whatever is given up") != several

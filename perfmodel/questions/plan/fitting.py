@@ -59,7 +59,7 @@ def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, 
             continue
         if (
             changed.batch <= setup.batch
-            and (changed.tp, changed.pp) == (setup.tp, setup.pp)
+            and knobs.Split.of(changed) == knobs.Split.of(setup)
             and changed.checkpoint in (setup.checkpoint, "block")
         ):
             found.append(((position.label,), changed))

@@ -203,10 +203,11 @@ def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setu
     """A setup whose optimizer step has so many samples.
 
     Args:
-        micro: whether its micro-batch stays, so that more of them are accumulated; else one takes all samples.
+        micro: whether its micro-batch stays, so that more of them are accumulated; else one takes all samples, or as
+            many as leave each stage of a pipeline a micro-batch.
 
     Raises:
-        UserError: they are no whole number of micro-batches.
+        UserError: they are no whole number of micro-batches, or fewer than there are stages.
     """
     if samples is None:
         return setup
@@ -214,7 +215,15 @@ def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setu
     if not micro:
         if samples % replicas:
             raise UserError(f"global batch {samples} does not divide among {replicas} GPUs")
-        return replace(setup, batch=samples // replicas, grad_accum=1)
+        each = samples // replicas
+        least = setup.pp if setup.pp_schedule == "1f1b" else min(setup.pp, each)
+        accum = next((n for n in range(least, each + 1) if each % n == 0), None)
+        if accum is None:
+            raise UserError(
+                f"global batch {samples} makes {each} micro-batches at most, fewer than the stages of pp {setup.pp}; "
+                f"use --global-batch {least * replicas} or more"
+            )
+        return replace(setup, batch=each // accum, grad_accum=accum)
     batch = int(setup.batch) * replicas
     if samples < batch or samples % batch:
         near = max(1, round(samples / batch)) * batch

@@ -280,7 +280,9 @@ class Planner:
             return error
         if run is None:
             least = self.fitting.least(setup, method, on)
-            return f"needs {units.nbytes(least)} at least, whatever is given up"
+            several = int(setup.gpus) > 1
+            under, other = (f" under {setup.parallel}", "; advise tries other --parallel") if several else ("", "")
+            return f"needs {units.nbytes(least)} at least{under}, whatever is given up{other}"
         return run
 
     def on(self, setup: Setup, on: DeviceProfile, method: Method) -> PlannedRun | None:
