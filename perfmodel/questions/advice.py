@@ -24,7 +24,7 @@ from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized
-from .knobs import Knob, KnobPosition, Load, knobs, offloading
+from .knobs import Knob, KnobPosition, Load, in_half_of, knobs, offloading
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, what is being tried
@@ -131,7 +131,7 @@ class _Space:
     setup: Setup
     knobs: list[Knob]
     evaluate: Callable[[Architecture, Setup, Method, tuple[str, ...]], Candidate]
-    prefix: tuple[str, ...]  # the change of method itself, if any
+    prefix: tuple[str, ...]  # the change of method or dtype, if any
 
     def __post_init__(self) -> None:
         self.known: dict[Positions, Candidate | None] = {}
@@ -245,7 +245,7 @@ def advise(
         raise UserError("advise takes one batch and one seq; for grids use sweep")
     limit = _limit(memory_bytes, on)
 
-    shared: dict[int, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns
+    shared: dict[Any, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns, and by dtype
 
     searched, spaces = 0, list[_Space]()
     tried = count(1)
@@ -253,7 +253,14 @@ def advise(
     def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
         if progress:
             progress(searched, len(spaces), f"{method.spec()}, setup {next(tried)}")
-        p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=shared[model.vocab])
+        p = predict(
+            model,
+            replace(method, architecture=None),
+            setup,
+            on,
+            host=by,
+            shared=shared[model.vocab, setup.dtype, setup.amp],
+        )
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
 
@@ -261,10 +268,13 @@ def advise(
     others = [resolve(architecture, m)[1] for m in methods]
     if min_trainable is not None:
         others += sized(architecture, setup, on, min_trainable)
+    half = in_half_of(on.hardware.half, setup)
     for m in _distinct([start_method, *others]):
-        prefix = () if m.spec() == start_method.spec() else (m.spec(),)
-        spaces.append(_Space(architecture, m, setup, knobs(architecture, setup, m), evaluate, prefix))
-    spaces[0].known[spaces[0].origin] = start
+        label = ", ".join(filter(None, ("" if m.spec() == start_method.spec() else m.spec(), half.label)))
+        _, own, _ = half.applied(architecture, setup, m)
+        spaces.append(_Space(architecture, m, own, knobs(architecture, own, m), evaluate, (label,) if label else ()))
+    if not spaces[0].prefix:
+        spaces[0].known[spaces[0].origin] = start
     for searched, space in enumerate(spaces):  # noqa: B007 - `evaluate` tells it
         with no_collector():  # most of what a search makes is kept
             space.search()

@@ -140,6 +140,14 @@ KEEP = KnobPosition("")
 NOT_COMPILED = KnobPosition("no torch.compile", {"compile": "none"})
 
 
+def in_half_of(half: str, setup: Setup) -> KnobPosition:
+    """The 16-bit dtype that a GPU has units for in the place of bf16, which PyTorch emulates there."""
+    if half == "bf16" or (setup.amp or setup.dtype) != "bf16":
+        return KEEP
+    changes = {"amp": half} if setup.amp else {"dtype": half}
+    return KnobPosition(f"{half}, which it has units for, in the place of bf16", changes)
+
+
 def offloading(setup: Setup) -> Iterator[KnobPosition]:
     """What may live in the host's memory, where nothing fits into the GPU's: slower than what does.
 

@@ -345,3 +345,15 @@ def test_each_setup_is_told_to_whoever_watches() -> None:
     assert found.tried / 2 < len(told) <= found.tried
     assert {done for done, _, _ in told} == {0, 1}
     assert told[-1] == (1, 2, f"norm, setup {len(told)}")
+
+
+def test_a_gpu_without_bf16_units_is_advised_to_leave_bf16() -> None:
+    """PyTorch emulates bf16 on a T4; advice stayed in it, at twice the time of fp16."""
+    found = advise("gpt2", "lora", device="t4", batch=2, seq=128)
+    assert found.best is not None
+    assert found.best.prediction.setup.dtype == "fp16"
+    assert found.path[0].label.startswith("fp16")
+    assert sum(change.seconds for change in found.path) == pytest.approx(found.best.seconds - found.start.seconds)
+    asked = advise("gpt2", "lora", device="t4", batch=2, seq=128, dtype="fp16")
+    assert asked.best is not None
+    assert asked.best.seconds == pytest.approx(found.best.seconds)
