@@ -341,3 +341,13 @@ def test_what_does_not_fit_is_said_of_the_form_that_was_asked_for(gpus: int) -> 
     several = gpus > 1
     assert why.endswith("at least under ddp, whatever is given up; advise tries other --parallel") == several
     assert why.endswith("at least, whatever is given up") != several
+
+
+def test_what_two_methods_come_to_stands_once() -> None:
+    """LoRA gives way to QLoRA where it does not fit; beside QLoRA that is the same run, and was told twice."""
+    tight = small("l40s", 4.5e9)
+    found = plan("llama-3.2-3b", ("lora:r=4", "qlora:r=4"), device=tight, samples=64, batch=8, seq=512)
+    assert [run.asked for run in found.runs] == ["qlora:r=4"]
+    assert list(found.left_out.values()) == ["fits as qlora:r=4, which is asked for, too"]
+    alone = plan("llama-3.2-3b", "lora:r=4", device=tight, samples=64, batch=8, seq=512)
+    assert [(run.asked, run.method) for run in alone.runs] == [("lora:r=4", "qlora:r=4")]

@@ -252,6 +252,7 @@ class Planner:
         refused = [outcome for outcome in found.values() if isinstance(outcome, UserError)]
         if refused and len(refused) == len(found):
             raise refused[0]
+        found = {key: self._once(outcome) for key, outcome in found.items()}
         runs = [outcome for outcome in found.values() if isinstance(outcome, PlannedRun)]
         return Plan(
             model=self.fitting.architecture.name,
@@ -263,6 +264,13 @@ class Planner:
             grid_co2=self.grid_co2,
             today=self.today,
         )
+
+    def _once(self, outcome: PlannedRun | UserError | str) -> PlannedRun | UserError | str:
+        """The outcome, but why there is none where it is that of another method that was asked for."""
+        if not isinstance(outcome, PlannedRun) or (ran := outcome.method) == outcome.asked:
+            return outcome
+        known = ran in {m.spec() for m in self.methods}
+        return f"fits as {ran}, which is asked for, too" if known else outcome
 
     def outcomes(self, setup: Setup, devices: Sequence[DeviceProfile], methods: Sequence[Method]) -> Outcomes:
         """What becomes of each method on each device, on as many GPUs as a setup has."""
