@@ -42,7 +42,7 @@ def run() -> None:
     end_tidily()
     open_streams()
     load_numpy()
-    from .cli import main
+    from .cli import Unwritten, main
 
     try:
         main(prog_name="perfmodel")
@@ -51,7 +51,8 @@ def run() -> None:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         except OSError as error:
-            os.write(2, f"perfmodel: {error.strerror}\n".encode())
+            if not isinstance(end, Unwritten):  # what it could not write may be in the buffer still
+                os.write(2, f"perfmodel: {error.strerror}\n".encode())
             os._exit(1)
         if isinstance(end.code, int):
             os._exit(end.code)

@@ -32,6 +32,10 @@ COMMANDS = {  # command -> its file in `commands/`
 LONGEST = 600  # characters of a complaint
 
 
+class Unwritten(SystemExit):
+    """The end of a command whose answer could not be written, which has been said."""
+
+
 class Main(click.Group):
     """Loads commands on demand, and turns a user's mistake into one line and exit code 2."""
 
@@ -65,7 +69,7 @@ class Main(click.Group):
         except OSError as error:  # what was answered could not be written: a full disk behind a pipe or a redirection
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"perfmodel: {where}{error.strerror or error}", err=True)
-            sys.exit(1)
+            raise Unwritten(1) from error
         except click.Abort:
             sys.exit(130)
         sys.exit(result if isinstance(result, int) else 0)

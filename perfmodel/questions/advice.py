@@ -24,7 +24,8 @@ from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
 from .catalogue import sized
-from .knobs import Knob, KnobPosition, Load, in_half_of, knobs, offloading
+from .cuts import Load
+from .knobs import Knob, KnobPosition, in_half_of, knobs, offloading
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, what is being tried
@@ -247,20 +248,14 @@ def advise(
 
     shared: dict[Any, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns, and by dtype
 
-    searched, spaces = 0, list[_Space]()
+    spaces, searched = list[_Space](), list[_Space]()
     tried = count(1)
 
     def evaluate(model: Architecture, setup: Setup, method: Method, changes: tuple[str, ...]) -> Candidate:
         if progress:
-            progress(searched, len(spaces), f"{method.spec()}, setup {next(tried)}")
-        p = predict(
-            model,
-            replace(method, architecture=None),
-            setup,
-            on,
-            host=by,
-            shared=shared[model.vocab, setup.dtype, setup.amp],
-        )
+            progress(len(searched), len(spaces), f"{method.spec()}, setup {next(tried)}")
+        alike = shared[model.vocab, setup.dtype, setup.amp]
+        p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=alike)
         fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
         return Candidate(changes, p, fits)
 
@@ -275,9 +270,10 @@ def advise(
         spaces.append(_Space(architecture, m, own, knobs(architecture, own, m), evaluate, (label,) if label else ()))
     if not spaces[0].prefix:
         spaces[0].known[spaces[0].origin] = start
-    for searched, space in enumerate(spaces):  # noqa: B007 - `evaluate` tells it
+    for space in spaces:
         with no_collector():  # most of what a search makes is kept
             space.search()
+        searched.append(space)
     if all(space.best() is None for space in spaces):
         spaces += [more for space in spaces for more in _offloaded(space)]
     return _answer(start, spaces, limit)

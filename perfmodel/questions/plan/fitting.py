@@ -25,6 +25,7 @@ from ...program.dims import Dim
 from ...recording.reuse import step_key
 from ...setup import Setup
 from .. import knobs
+from ..cuts import Split
 
 Duration = Callable[[Prediction], float]
 
@@ -59,7 +60,7 @@ def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, 
             continue
         if (
             changed.batch <= setup.batch
-            and knobs.Split.of(changed) == knobs.Split.of(setup)
+            and Split.of(changed) == Split.of(setup)
             and changed.checkpoint in (setup.checkpoint, "block")
         ):
             found.append(((position.label,), changed))
