@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..architectures import Config, load
-from ..architectures.config import CLASS
+from ..architectures.config import CLASS, MEGATRON
 from ..architectures.traits import Targets, Traits
 from ..calls.sdpa import cudnn_head_size
 from ..devices import own
@@ -57,6 +57,8 @@ def traced(model: str | PathLike[str] | Config, folder: Path | None = None) -> R
         folder: where programs are kept; default: the user's.
     """
     config = model if isinstance(model, Config) else load(str(model))
+    if MEGATRON in config.values:
+        raise UserError(f"{config.name}: Megatron's program has no trace; leave --traced out")
     store = Store(config, folder or own.home() / "programs")
     return replace(store.facts, name=config.name, note=config.note, recorder=store.program)
 

@@ -324,6 +324,16 @@ def test_a_module_that_cannot_be_run_is_refused_in_one_line(inputs: Any, loss: A
     assert "\n" not in str(caught.value)
 
 
+def test_megatrons_program_has_no_trace() -> None:
+    """A line of transformers about a model type that nobody typed came in its place."""
+    result = CliRunner().invoke(
+        cli.main, ["predict", "--model", "megatron:llama-3.2-1b", "--device", "l40s", "--traced"]
+    )
+    assert (result.exit_code, result.stderr) == (
+        2, "perfmodel: megatron:llama-3.2-1b: Megatron's program has no trace; leave --traced out\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
