@@ -213,8 +213,9 @@ class Setup:
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         exponent_of(self.routing)
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
-            what = "clipping" if self.clip_grad else "accumulation" if self.grad_accum > 1 else "torch.compile"
-            raise UserError(f"in_backward: no {what} where each gradient is gone before the next one is there")
+            accumulates = "grad_accum 1" if self.grad_accum > 1 else "compile none"
+            other = "no clipping (--no-clip-grad)" if self.clip_grad else accumulates
+            raise UserError(f"in_backward goes with {other}: each gradient is gone before the next one is there")
         if not QAT.fullmatch(self.qat):
             raise UserError(f"qat {self.qat!r} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
         object.__setattr__(self, "stack", SoftwareStack.of(self.stack))
@@ -260,6 +261,11 @@ class Setup:
             raise UserError(f"packing {self.packing} leaves no padding: give one of packing and {other}")
         if self.within_documents and self.compile != "none":
             raise UserError(f"packing {self.packing} with compile {self.compile} is not modelled; use packing dense")
+
+    @property
+    def computes_in(self) -> str:
+        """The dtype of matrix products: autocast's, or that of the weights."""
+        return self.amp or self.dtype
 
     @property
     def qat_group(self) -> int | None:

@@ -34,8 +34,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
         missing = f"no measurements of {', '.join(defaults)} on {on.slug}: defaults of its class, wider interval"
         hint = "; perfmodel calibrate --device cpu measures this machine" if on.kind == "cpu" else ""
         notes.append(missing + hint)
-    asked = built.setup.amp or built.setup.dtype
-    if asked == "bf16" and on.hardware.half != asked:
+    if built.setup.computes_in == "bf16" and on.hardware.half != "bf16":
         option = "--amp" if built.setup.amp else "--dtype"
         notes.append(
             f"{on.slug} has no bf16 units, PyTorch emulates them: {option} {on.hardware.half} is what it is fast in"
@@ -112,7 +111,7 @@ def _mixture_notes(built: StepWork) -> list[str]:
 def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     """What the versions of the software decide in this step, where others decide otherwise."""
     setup, stack, capability = built.setup, built.setup.stack, on.compute_capability
-    by_version = setup.attention == "sdpa" and (setup.amp or setup.dtype) != "fp32" and on.kind == "cuda"
+    by_version = setup.attention == "sdpa" and setup.computes_in != "fp32" and on.kind == "cuda"
     told = []
     if by_version and stack.depends_on_versions(capability):
         told.append(f"sdpa {'tries' if stack.prefers_cudnn(capability) else 'does not try'} cuDNN's kernel first")
@@ -175,9 +174,8 @@ def _optimizer_notes(built: StepWork, seconds: Mapping[str, Any], total: Any) ->
             "factor of about two"
         )
     if np.any(built.paged_bytes):
-        gigabytes = np.max(built.paged_bytes) / 1e9
         notes.append(
-            f"{gigabytes:.1f} GB of optimizer state are paged, outside the peak: what finds no room beside it crosses "
+            f"{units.nbytes(np.max(built.paged_bytes))} of optimizer state are paged, outside the peak: what finds no room beside it crosses "
             "the bus twice a step, which the step time leaves out"
         )
     return notes

@@ -207,7 +207,7 @@ def _part_work(part: Part, shared: Shared) -> PartWork:
 def _product_dtypes(built: Step) -> list[str]:
     """The dtypes that matrix products and attention run in, that of the setup first: it names the peak among equals."""
     ops = (op for part, _ in built.parts() for op in part.ops if costs.kind(op) in ("gemm", "attention"))
-    return list(dict.fromkeys([built.setup.amp or built.setup.dtype, *map(costs.operand_dtype, ops)]))
+    return list(dict.fromkeys([built.setup.computes_in, *map(costs.operand_dtype, ops)]))
 
 
 def _counted(built: Step, shared: Shared) -> dict[str, Phases]:

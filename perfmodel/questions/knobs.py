@@ -65,7 +65,7 @@ NOT_COMPILED = KnobPosition("no torch.compile", {"compile": "none"})
 
 def in_half_of(half: str, setup: Setup) -> KnobPosition:
     """The 16-bit dtype that a GPU has units for in the place of bf16, which PyTorch emulates there."""
-    if half == "bf16" or (setup.amp or setup.dtype) != "bf16":
+    if half == "bf16" or setup.computes_in != "bf16":
         return KEEP
     changes = {"amp": half} if setup.amp else {"dtype": half}
     return KnobPosition(f"{half}, which it has units for, in the place of bf16", changes)

@@ -67,5 +67,5 @@ def running(step: Step) -> tuple[Setup, Method]:
     if step.zero or (several and (casts or setup.parallel in ("zero1", "zero2"))):
         setup, method = zero3_alone.under_zero(setup, method)
     elif several and setup.parallel == "fsdp1":
-        setup = replace(setup, dtype=setup.amp or setup.dtype)  # what is gathered, under autocast too
+        setup = replace(setup, dtype=setup.computes_in)  # what is gathered, under autocast too
     return setup, method.under(setup.stack, setup.dtype)

@@ -351,3 +351,17 @@ def test_what_two_methods_come_to_stands_once() -> None:
     assert list(found.left_out.values()) == ["fits as qlora:r=4, which is asked for, too"]
     alone = plan("llama-3.2-3b", "lora:r=4", device=tight, samples=64, batch=8, seq=512)
     assert [(run.asked, run.method) for run in alone.runs] == [("lora:r=4", "qlora:r=4")]
+
+
+def test_a_gpu_without_bf16_units_runs_in_fp16(tmp_path: Any) -> None:
+    """A T4 was planned in bf16, which PyTorch emulates there: three times the hours; partitions say the same."""
+    found = plan(MODEL, "lora", device=["t4", "l40s"], samples=1000, today=date(2026, 11, 29))
+    dtypes = {run.device: run.prediction.setup.dtype for run in found.runs}
+    assert dtypes == {"t4": "fp16", "l40s": "bf16"}
+    assert "t4: no bf16 units, so in fp16" in words.plan_notes(found)
+    given = ["plan", "--model", MODEL, "--methods", "lora", "--device", "t4", "--samples", "1000", "--json"]
+    alone, kept = (
+        CliRunner().invoke(main, [*given, *more]).stdout for more in ((), ("--partitions", str(tmp_path / "kept")))
+    )
+    assert json.loads(alone)["runs"][0]["setup"]["dtype"] == "fp16"
+    assert json.loads(alone) == json.loads(kept)

@@ -112,5 +112,5 @@ def test_what_cannot_go_weight_by_weight_is_refused(method: str, options: dict[s
 @pytest.mark.parametrize("options", [{"grad_accum": 2}, {"clip_grad": True}, {"compile": "default"}])
 def test_what_needs_all_gradients_is_refused(options: dict[str, Any]) -> None:
     """Clipping and sums over micro-batches come before the update."""
-    with pytest.raises(UserError, match="in_backward: no"):
+    with pytest.raises(UserError, match="in_backward goes with"):
         Setup(**{**INSIDE, **options})

@@ -20,6 +20,7 @@ from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
 from ...today import today as date_of_today
+from ..knobs import in_half_of
 from . import job as jobs
 from .fitting import Concession, Fitting
 from .job import Job, JobCounts
@@ -45,6 +46,7 @@ class Plan:
         runs: one for each device, number of GPUs and method that fits, by dollars; what has no price comes last, by
             hours.
         left_out: device, number of GPUs, method -> why it is none of the runs.
+        dtype: that products were asked for in; a GPU without bf16 units takes fp16 in its place.
         deadline: hours, None for none.
         grid_co2: g of CO2 for a kWh, None if it was not given.
         today: that prices are as old as.
@@ -55,6 +57,7 @@ class Plan:
     job: Job
     runs: list[PlannedRun]
     left_out: dict[Key, str]
+    dtype: str
     deadline: float | None
     grid_co2: float | None
     today: date
@@ -198,6 +201,11 @@ def planned_devices(device: Devices | None) -> list[DeviceProfile]:
     return list({on.slug: on for on in map(profile_of, found)}.values())
 
 
+def in_half_of_device(setup: Setup, on: DeviceProfile) -> Setup:
+    """The setup in the 16-bit dtype that a GPU has units for, where it has none for bf16."""
+    return replace(setup, **in_half_of(on.hardware.half, setup).setup)
+
+
 @dataclass
 class Planner:
     """Plans a job: what its runs have in common.
@@ -259,6 +267,7 @@ class Planner:
             methods=tuple(m.spec() for m in self.methods),
             job=self.job,
             runs=sorted(runs, key=lambda run: (_dollars(run), run.seconds)),
+            dtype=self.setups[0].computes_in,
             left_out={key: str(why) for key, why in found.items() if not isinstance(why, PlannedRun)},
             deadline=self.deadline,
             grid_co2=self.grid_co2,
@@ -287,7 +296,7 @@ class Planner:
         except UserError as error:
             return error
         if run is None:
-            least = self.fitting.least(setup, method, on)
+            least = self.fitting.least(in_half_of_device(setup, on), method, on)
             several = int(setup.gpus) > 1
             under, other = (f" under {setup.parallel}", "; advise tries other --parallel") if several else ("", "")
             return f"needs {units.nbytes(least)} at least{under}, whatever is given up{other}"
@@ -299,7 +308,7 @@ class Planner:
         def seconds(p: Prediction) -> float:
             return sum(seconds_of_job(self.job, self.work(p.setup), p).values())
 
-        found = self.fitting.best(setup, method, on, seconds)
+        found = self.fitting.best(in_half_of_device(setup, on), method, on, seconds)
         if found is None:
             return None
         return self.run(on, method, *found)

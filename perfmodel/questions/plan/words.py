@@ -190,7 +190,7 @@ def plan_notes(plan: Plan) -> list[str]:
             for d, run in named.items() if run.price is not None]  # fmt: skip
     if plan.unpriced:
         told.append(f"no price is known of {_listed(plan.unpriced)}: give --price DEVICE=USD")
-    told += _left_out(plan)
+    told += [*_left_out(plan), *_in_other_half(plan)]
     if any(run.power is None for run in plan.runs):
         unknown = dict.fromkeys(run.device for run in plan.runs if run.power is None)
         told.append(f"no power limit is known of {_listed(list(unknown))}, so no energy")
@@ -199,6 +199,13 @@ def plan_notes(plan: Plan) -> list[str]:
         "nodes alone"
     )
     return told
+
+
+def _in_other_half(plan: Plan) -> list[str]:
+    """GPUs that run in another 16-bit dtype than asked for."""
+    found = {run.device: run.prediction.setup.computes_in for run in plan.runs}
+    others = [device for device, half in found.items() if half != plan.dtype]
+    return [f"{_listed(others)}: no {plan.dtype} units, so in {found[others[0]]}"] if others else []
 
 
 def _listed(names: list[str]) -> str:

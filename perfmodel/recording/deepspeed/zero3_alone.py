@@ -61,8 +61,7 @@ def one_name(setup: Setup) -> Setup:
 
 def under_zero(setup: Setup, method: Method) -> tuple[Setup, Method]:
     """What DeepSpeed makes of setup and method: the whole module, adapters too, in one 16-bit dtype; no autocast."""
-    dtype = setup.amp or setup.dtype
-    return replace(setup, dtype=dtype, amp=None), method.in_one_dtype(dtype)
+    return replace(setup, dtype=setup.computes_in, amp=None), method.in_one_dtype(setup.computes_in)
 
 
 def bucket(step: Step) -> Dim:
