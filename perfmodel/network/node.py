@@ -81,7 +81,9 @@ class GpuNode:
         unlike = [f"{slug}: {ONE_HOST}"] if self.file.link.startswith("pcie") and slug in files.names() else []
         return [*unlike, *(f"{slug}: {', '.join(k)} not measured: figures of {w}" for w, k in told.items())]
 
-    def collective(self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1, dtype: str = "bf16") -> Any:
+    def collective(
+        self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1, dtype: str = "bf16", beside: Any = 1
+    ) -> Any:
         """Seconds of one collective: a float, or an array where an argument is one.
 
         Args:
@@ -92,6 +94,8 @@ class GpuNode:
                 which is of one pair, as many as lie as far apart.
             nodes: how many nodes the group is on.
             dtype: of the elements: the switch adds floats, but no 8-bit integers.
+            beside: groups that do the same at once, whose GPUs alternate on a node: they share its cards, and links
+                above its smallest tier.
 
         Raises:
             UserError: an unknown kind or dtype, more GPUs than the nodes hold, nodes without network cards.
@@ -102,9 +106,10 @@ class GpuNode:
         found = price.collective_seconds(
             kind, message, group, over, links=self.file.links, parameters=self.file.blocks[kind].parameters,
             between=self.file.blocks[BETWEEN].parameters if BETWEEN in self.file.blocks else None,
-            reduces=dtype in SWITCH_ADDS,
+            reduces=dtype in SWITCH_ADDS, beside=(side := _numbers("beside", beside, 1)),
         )  # fmt: skip
-        return _plain(np.broadcast_to(found, np.broadcast_shapes(message.shape, group.shape, over.shape)))
+        shapes = (each.shape for each in (message, group, over, side))
+        return _plain(np.broadcast_to(found, np.broadcast_shapes(*shapes)))
 
     def collective_work(self, kind: str, message_bytes: Any, gpus: Any = None, nodes: Any = 1) -> CollectiveWork:
         """What a collective takes from kernels beside it, by the arguments and errors of `collective`."""

@@ -13,6 +13,9 @@ one runs. With S = message bytes, n = GPUs, N = nodes, g = n / N GPUs in each:
                       + the longer of: bytes that leave a node over the bandwidth of the cards in use, the time within
                       a ring passes all GPUs, so (n - 1) / n of the buffer leaves each node, twice in an all_reduce;
                       that may take trees instead: 2 · log2 N hops between, 2 · (g - 1) within, 2 · (N - 1) / N leave
+
+Groups of a job that exchange side by side share what lies between them: a node's cards, and in a node the links above
+its smallest tier. Behind a switch, which is one tier, each GPU has its own.
 """
 
 from typing import Any, NamedTuple
@@ -79,7 +82,7 @@ def moved(kind: str, gpus: Array) -> Array:
 
 def collective_seconds(
     kind: str, message: Array, gpus: Array, nodes: Array, *,
-    links: Links, parameters: CollectiveParameters, between: Between | None, reduces: bool,
+    links: Links, parameters: CollectiveParameters, between: Between | None, reduces: bool, beside: Any = 1,
 ) -> Array:  # fmt: skip
     """Seconds of one collective; 0 for a group of one GPU.
 
@@ -88,19 +91,23 @@ def collective_seconds(
         message: bytes of the whole buffer.
         gpus, nodes: of the group, from 1, and the nodes that they are spread over evenly.
         reduces: whether the switch can add elements of the buffer's dtype.
+        beside: groups that do the same at once, their GPUs in turn on a node.
     """
-    inside = within(kind, message, gpus, links=links, parameters=parameters, reduces=reduces)
+    inside = within(kind, message, gpus, links=links, parameters=parameters, reduces=reduces, beside=beside)
     if between is not None and np.any(nodes > 1):
-        outside = across(kind, message, gpus, nodes, links=links, parameters=parameters, between=between)
+        outside = across(
+            kind, message, gpus, nodes, links=links, parameters=parameters, between=between, beside=beside
+        )
         inside = np.where(nodes > 1, outside, inside)
     return np.where(gpus > 1, inside, 0.0)
 
 
 def within(
-    kind: str, message: Array, gpus: Array, *, links: Links, parameters: CollectiveParameters, reduces: bool
-) -> Array:
+    kind: str, message: Array, gpus: Array, *, links: Links, parameters: CollectiveParameters, reduces: bool,
+    beside: Any = 1,
+) -> Array:  # fmt: skip
     """The same inside one node."""
-    rate, steps = _rate(gpus, links, parameters), hops(kind, gpus)
+    rate, steps = _rate(kind, gpus, beside, links, parameters), hops(kind, gpus)
     nbytes = message * _carried(kind, gpus, parameters)
     lines = [_line(p, steps, nbytes / rate) for p in parameters.protocols]
     if kind == "all_reduce" and reduces and parameters.in_switch is not None:
@@ -111,13 +118,15 @@ def within(
 
 def across(
     kind: str, message: Array, gpus: Array, nodes: Array, *,
-    links: Links, parameters: CollectiveParameters, between: Between,
+    links: Links, parameters: CollectiveParameters, between: Between, beside: Any = 1,
 ) -> Array:  # fmt: skip
     """The same over several nodes."""
     assert links.nics is not None
     each = gpus / nodes
-    cards = np.ceil(each * links.nics.count / links.gpus) * links.nics.bandwidth
-    inside = np.where(each > 1, message * _carried(kind, gpus, parameters), 0.0) / _rate(each, links, parameters)
+    nearest = np.ceil(each * links.nics.count / links.gpus)
+    cards = np.minimum(nearest, links.nics.count / beside) * links.nics.bandwidth
+    rate = _rate(kind, each, beside, links, parameters)
+    inside = np.where(each > 1, message * _carried(kind, gpus, parameters), 0.0) / rate
     found = []
     for outer, inner in ((between.ll, parameters.ll128), (between.simple, parameters.simple)):
         for hops_between, hops_within, leaving in _ways(kind, gpus, nodes):
@@ -160,8 +169,10 @@ def _carried(kind: str, gpus: Array, parameters: CollectiveParameters) -> Array:
     return moved(kind, gpus) + own
 
 
-def _rate(gpus: Array, links: Links, parameters: CollectiveParameters) -> Array:
-    """B/s of the wire that a group of so many GPUs in one node has, less what its tier takes."""
+def _rate(kind: str, gpus: Array, beside: Any, links: Links, parameters: CollectiveParameters) -> Array:
+    """B/s of the wire that a group of so many GPUs in one node has, less what its tier takes and groups beside it."""
     sizes: Any = [size for size, _ in links.tiers]
     rates = np.array([rate for _, rate in links.tiers]) * np.array(parameters.through)
-    return np.asarray(rates[np.minimum(np.searchsorted(sizes, gpus), len(sizes) - 1)])
+    spanned = gpus * beside if KINDS[kind].rings else gpus
+    tier = np.minimum(np.searchsorted(sizes, spanned), len(sizes) - 1)
+    return np.asarray(rates[tier] / np.where(tier > 0, beside, 1))

@@ -56,12 +56,16 @@ class Placed:
         """Seconds of a collective of `size` ranks, each `stride` after the one before; of many, shape (rows, *grid)."""
         if np.ndim(self.per_node) and np.ndim(size) == 1:  # they do not vary over the grid, but their nodes do
             nbytes, size, stride = (x[:, None] for x in (nbytes, size, stride))
-        return self.node.collective(kind, nbytes, *self._spread(size, stride), dtype)
+        gpus, nodes = self._spread(size, stride)
+        if kind == "send_recv":  # of neighbours in a ring the two that lie farthest apart
+            gpus = np.where(nodes > 1, 2, np.minimum(size * stride, self.node.gpus))
+            nodes = np.minimum(nodes, 2)
+        return self.node.collective(kind, nbytes, gpus, nodes, dtype, np.minimum(stride, self.per_node))
 
     def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
         """Seconds of a message from one stage of a pipeline to another; of as many side by side the slowest.
 
-        Two ranks of a node pass the smallest of its tiers that holds both.
+        Two ranks of a node pass the smallest of its tiers that holds both. All ranks of a stage send at once.
 
         Args:
             width: ranks of a stage.
@@ -75,7 +79,8 @@ class Placed:
                 group = np.where(here // size == there // size, size, group)
             leaves = on != to
             gpus, nodes = np.where(leaves, 2, np.maximum(group, 2)), np.where(leaves, 2, 1)
-            found = np.maximum(found, self.node.collective("send_recv", nbytes, gpus, nodes))
+            beside = np.minimum(width, self.per_node)
+            found = np.maximum(found, self.node.collective("send_recv", nbytes, gpus, nodes, beside=beside))
         return found if np.ndim(found) else float(found)
 
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:

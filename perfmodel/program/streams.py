@@ -10,6 +10,7 @@ from typing import NamedTuple
 HOST = "host"
 COMPUTE = "compute"  # the stream that everything runs on unless a program says otherwise
 COMMUNICATION = "communication"
+WITHIN = "communication within"  # of ranks that share layers or sequences: NCCL's streams are one for each communicator
 COPY = "copy"
 REDUCE = "reduce"  # FSDP's stream that gradients are reduced and cast on
 GATHER_COPY = "gather copy"  # FSDP's stream of copies into what is gathered

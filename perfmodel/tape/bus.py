@@ -17,15 +17,15 @@ from typing import NamedTuple
 from ..program.dims import Shape, contiguous_strides, product
 from ..program.op import ON_HOST, OVER_BUS, Attrs
 from ..program.ranks import Ranks
-from ..program.streams import COMMUNICATION, COMPUTE, Run
+from ..program.streams import COMMUNICATION, COMPUTE, WITHIN, Run
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .pointwise import cat
 from .shape import clone, contiguous, narrow, unsqueeze, view
 from .tensor import Grads, Node, Parameter, Storage, Tensor
 
-BESIDE = Run(COMMUNICATION, (COMPUTE,))
-WAITING = Run(after=(COMMUNICATION,))
+BESIDE = Run(WITHIN, (COMPUTE,))
+WAITING = Run(after=(WITHIN,))
 
 
 def from_host(name: str, shape: Shape, dtype: str) -> Tensor:
@@ -111,16 +111,17 @@ def of_all_ranks(x: Tensor) -> Tensor:
     with tape().no_grad():
         x = contiguous(x) if x.shape else unsqueeze(clone(x), 0)
         out = emit("empty.memory_format", (), (x.numel * ranks.size,), x.dtype)
-        record("c10d::_allgather_base_", (view(x, (x.numel,)),), (out,), Attrs(ranks=ranks), runs=BESIDE)
-        record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=WAITING)
+        sent, waiting = Run(COMMUNICATION, (COMPUTE,)), Run(after=(COMMUNICATION,))
+        record("c10d::_allgather_base_", (view(x, (x.numel,)),), (out,), Attrs(ranks=ranks), runs=sent)
+        record("cuda::wait_event", (), (), Attrs(host=True), view=True, runs=waiting)
         return view(out, (x.shape[0] * ranks.size, *x.shape[1:]))
 
 
-def functional_collective(name: str, x: Tensor, shape: Shape, ranks: Ranks) -> Tensor:
+def functional_collective(name: str, x: Tensor, shape: Shape, ranks: Ranks, on: str = WITHIN) -> Tensor:
     """What a functional collective makes of a tensor, for which the compute stream waits at once."""
     out = new_tensor(shape, x.dtype)
-    record(name, (x,), (out,), Attrs(ranks=ranks), runs=BESIDE)
-    record("_c10d_functional::wait_tensor", (out,), (out,), view=True, runs=WAITING)
+    record(name, (x,), (out,), Attrs(ranks=ranks), runs=Run(on, (COMPUTE,)))
+    record("_c10d_functional::wait_tensor", (out,), (out,), view=True, runs=Run(after=(on,)))
     return out
 
 

@@ -57,6 +57,34 @@ def test_more_bandwidth_is_never_slower(
     assert faster(node, wire, cards).collective(kind, message, gpus, nodes, dtype) <= seconds * (1 + 1e-12)
 
 
+@given(group=groups(), kind=KIND, message=MESSAGE, beside=st.integers(2, 8))
+def test_groups_side_by_side_are_never_faster_than_one(
+    group: tuple[Node, int, int], kind: str, message: int, beside: int
+) -> None:
+    """They share what lies between them, and behind one switch nothing."""
+    node, gpus, nodes = group
+    alone, shared = (node.collective(kind, message, gpus, nodes, beside=side) for side in (1, beside))
+    assert alone <= shared
+    if nodes == 1 and len(node.file.links.tiers) == 1:
+        assert alone == shared
+
+
+@given(
+    name=st.sampled_from([name for name in files.names() if files.load(name).links.nics is not None]),
+    nodes=st.integers(2, 8), group=st.sampled_from((1, 2, 4, 8)), message=st.integers(2**20, 2**34),
+)  # fmt: skip
+def test_no_node_sends_more_than_its_cards_carry(name: str, nodes: int, group: int, message: int) -> None:
+    """Eight replicas' groups beside one another each had a whole card of a node that has one: six times too fast."""
+    node = Node.load(name)
+    beside = min(group, node.gpus)
+    size = nodes * (node.gpus // beside)
+    seconds = node.collective("all_reduce", message, size, nodes, beside=beside)
+    nics = node.file.links.nics
+    assert nics is not None
+    leaving = beside * message * 2 * (nodes - 1) / nodes
+    assert leaving / seconds <= nics.count * nics.bandwidth
+
+
 @given(group=groups(), message=MESSAGE, dtype=DTYPE)
 def test_an_all_reduce_takes_no_less_than_its_halves(group: tuple[Node, int, int], message: int, dtype: str) -> None:
     """Within a node it is a reduce_scatter and an all_gather; over nodes a tree may beat the ring of either."""

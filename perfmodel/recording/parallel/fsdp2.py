@@ -144,7 +144,8 @@ class FullyShard(WholeUnits):
             )
         shard, ranks = dict(unit.pairs)[p], self.ranks
         rows = (shard.shape[0] * ranks.size, *shard.shape[1:])
-        whole = functional_collective("_c10d_functional::all_gather_into_tensor", shard, rows, ranks)
+        name = "_c10d_functional::all_gather_into_tensor"
+        whole = functional_collective(name, shard, rows, ranks, on=COMMUNICATION)
         return narrow(whole, 0, p.shape[0]) if decide(rows[0] > p.shape[0]) else whole
 
     def _enter(self, path: str, x: Tensor) -> Tensor:
