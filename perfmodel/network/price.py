@@ -95,9 +95,7 @@ def collective_seconds(
     """
     inside = within(kind, message, gpus, links=links, parameters=parameters, reduces=reduces, beside=beside)
     if between is not None and np.any(nodes > 1):
-        outside = across(
-            kind, message, gpus, nodes, links=links, parameters=parameters, between=between, beside=beside
-        )
+        outside = across(kind, message, gpus, nodes, links=links, parameters=parameters, between=between, beside=beside)
         inside = np.where(nodes > 1, outside, inside)
     return np.where(gpus > 1, inside, 0.0)
 

@@ -26,7 +26,7 @@ class Placed:
     """GPUs of a job on the nodes that hold them, which they fill one after another.
 
     Attributes:
-        per_node: GPUs of the job on each node.
+        per_node: GPUs of the job on each node; of nodes that they fill unevenly on the fullest.
         notes: what an answer should say of it.
     """
 
@@ -98,7 +98,7 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
 
     Raises:
         UserError: an unknown node, one of GPUs for a CPU, none that is known to hold the device, or GPUs that do not
-            spread evenly over nodes.
+            spread evenly over nodes that were asked for.
     """
     node, notes = _of_cpu(setup, on) if on.kind == "cpu" else _of_gpus(setup, on)
     alone = bool(np.all(np.equal(setup.gpus, 1)))  # it offloads, and its node is the host that it does to
@@ -108,8 +108,16 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
         if np.any(per_node % 1) or np.any(per_node > node.gpus):
             raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     else:
-        per_node = np.vectorize(lambda gpus: most_on_a_node(int(gpus), node.gpus))(setup.gpus)
-    groups = {"tp": setup.tp, "cp": setup.tp * setup.cp, "shard_group": setup.tp * (setup.shard_group or 1)}
+        fewest = -(-np.asarray(setup.gpus) // node.gpus)
+        per_node = -(-np.asarray(setup.gpus) // fewest)
+        if not alone and np.any(uneven := per_node * fewest != setup.gpus):
+            gpus, nodes, each = (int(np.extract(uneven, a)[0]) for a in (setup.gpus, fewest, per_node))
+            notes = [*notes, f"{gpus} GPUs do not fill {nodes} nodes evenly: they exchange as with {each} on each"]
+    groups: dict[str, Any] = {
+        "tp": setup.tp,
+        "cp": setup.tp * setup.cp,
+        "shard_group": setup.tp * (setup.shard_group or 1),
+    }
     for name, group in groups.items():
         if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
             asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
@@ -146,11 +154,6 @@ def _of_cpu(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
         raise UserError(f"gpus: {name} was measured between {node.gpus} processes, not {processes}: {measure}")
     alone = f"each process has the cores, the memory and its bandwidth that {on.slug} was calibrated with to itself"
     return node, [*([] if setup.node else [f"the processes exchange as in {name} (--node)"]), alone]
-
-
-def most_on_a_node(gpus: int, room: int) -> int:
-    """GPUs of a node where as few nodes as possible hold equal shares of them."""
-    return next(each for each in range(min(gpus, room), 0, -1) if gpus % each == 0)
 
 
 @cache

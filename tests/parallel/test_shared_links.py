@@ -1,5 +1,7 @@
 """What ranks of a job that exchange side by side leave each other of a node's cards and links, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from perfmodel import Node, predict
@@ -49,3 +51,17 @@ def test_layers_that_are_shared_wait_for_no_gathering_of_weights() -> None:
     setup = Setup(gpus=16, tp=2, batch=2, seq=1024, checkpoint="block", parallel="fsdp2")
     sent = predict("llama-3.1-8b", "full", setup, "h100-sxm").time.communication
     assert sent.hidden["forward"] > 0.8 * sent.exposed["forward"]
+
+
+def test_gpus_fill_the_fewest_nodes() -> None:
+    """Eleven stood on eleven nodes, for no number up to eight divides them: three times as slow as ten."""
+    setup = Setup(seq=2048, checkpoint="block", parallel="fsdp2")
+    ten, eleven, twelve = (
+        predict("llama-3.1-8b", "full", replace(setup, gpus=gpus), "h100-sxm") for gpus in (10, 11, 12)
+    )
+    assert eleven.time.phases["total"] == pytest.approx(ten.time.phases["total"], rel=0.05)
+    assert [any("11 GPUs do not fill 2 nodes evenly" in note for note in p.notes) for p in (ten, eleven, twelve)] == [
+        False,
+        True,
+        False,
+    ]

@@ -3,6 +3,7 @@
 A waterfall explains a difference only if its bars add up to it, and if a bar holds what its name says.
 """
 
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -11,7 +12,8 @@ from helpers import architecture_of, op_bytes, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel import UserError, methods
+from perfmodel import Setup, UserError, methods
+from perfmodel.architectures import load
 from perfmodel.calls import costs
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
@@ -213,3 +215,16 @@ def test_a_grid_has_no_anatomy() -> None:
     p = predict(architecture_of("llama"), "lora", device="l40s", batch=2, seq=np.array([16, 32]))
     with pytest.raises(UserError, match="single setup"):
         dissect(p, profile.load("l40s"), HOST)
+
+
+@pytest.mark.parametrize("form", ["fsdp2", "fsdp1", "zero1", "zero2", "zero3"])
+def test_copies_of_what_travels_are_none_of_the_models_own_calls(form: str) -> None:
+    """FSDP's copies into and out of its buffers stood under "norms, activations": the second largest of LoRA's gains."""
+    on = profile.load("h100-sxm")
+    setup = Setup(gpus=8, checkpoint="block", seq=512, parallel=form)
+    alone, several = (
+        dissect(predict(load("llama-3.2-1b"), methods.parse("full"), s, on, host=HOST), on, HOST)
+        for s in (replace(setup, parallel="ddp"), setup)
+    )
+    assert several.parts["pointwise"] == pytest.approx(alone.parts["pointwise"], rel=0.01)
+    assert several.parts["exchange"] > 0

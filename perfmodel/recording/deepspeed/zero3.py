@@ -28,7 +28,7 @@ from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, MAIN, REDUCE
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from ..parallel.collectives import SENT, cast_gradient, empty, exchange, wait_event
+from ..parallel.collectives import SENT, cast_gradient, empty, exchange, travelling, wait_event
 from ..parallel.form import WholeUnits
 from ..parallel.messages import Ready, coming, interleaved
 from ..parallel.offload import keep_on_host, to_device
@@ -286,12 +286,12 @@ class CutWeights(WholeUnits):
         if not self.seen.forward:
             self.gone.add(path)
 
+    @travelling
     def _gathered(self, p: Parameter) -> Tensor:
         part = self._part(p)
         if self.alone:  # `NoGatherHandle`
             return to_device(existing((part,), p.dtype), GATHER_COPY)
-        whole = empty(part * self.ranks.size, p.dtype)
-        mine = existing((part,), p.dtype)
+        whole, mine = empty(part * self.ranks.size, p.dtype), existing((part,), p.dtype)
         given = self._fetched(part, p.dtype) if self.from_host else existing((part,), p.dtype)
         record("cat.out", (given, mine), (mine,), runs=Run(GATHER_COPY) if self.from_host else MAIN)
         behind = (COMPUTE, GATHER_COPY) if self.from_host else (COMPUTE,)

@@ -1,15 +1,32 @@
 """Collectives as ops of a rank, and the events by which streams wait for one another."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 from ...program.dims import Dim, Shape, contiguous_strides, product
 from ...program.op import Attrs, Op, Spec
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, Run
-from ...tape.core import new_tensor, record
+from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Tensor
 
 EVENT = Attrs(host=True)
 SENT = Run(COMMUNICATION, after=(COMPUTE,))
 ACROSS = "communication across"  # the stream of NCCL's other communicator, between groups of GPUs
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def travelling(run: Callable[P, R]) -> Callable[P, R]:
+    """A function that copies to and from what travels between GPUs, and has nothing else to record."""
+
+    @wraps(run)
+    def copying(*args: P.args, **kwargs: P.kwargs) -> R:
+        with tape().belonging_to("exchange"):
+            return run(*args, **kwargs)
+
+    return copying
 
 
 def empty(numel: object, dtype: str) -> Tensor:

@@ -40,7 +40,7 @@ from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import ACROSS, exchange, set_event, wait_event
+from .collectives import ACROSS, exchange, set_event, travelling, wait_event
 from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
 from .units import ROOT, ShardedUnit, of_all_layers, predivided
@@ -100,6 +100,7 @@ class FlatUnit:
         """Elements of a rank's part, padding included; all its parameters have one dtype."""
         return -(-sum(p.nbytes for p in self.parameters) // (ITEMSIZE[self.parameters[0].dtype] * self.ranks.size))
 
+    @travelling
     def gather(self) -> None:
         """`_unshard`: the host waits for the limiter, then all parts are gathered, unless they still are.
 
@@ -309,6 +310,7 @@ class FlatShard(OfBlocks):
         if self.holds and not unit.trained:
             self.held += [t for t in those if t is not None]
 
+    @travelling
     def _reduce(self, path: str, unit: FlatUnit) -> None:
         """`_post_backward_hook`: the unit is freed, its gradients are joined, reduced and scattered."""
         self.done.add(path)
@@ -341,6 +343,7 @@ class FlatShard(OfBlocks):
         p.grad = None
         self._scattered(unit, flat)
 
+    @travelling
     def _scattered(self, unit: FlatUnit, flat: Tensor) -> None:
         """`_reduce_grad`: divided by one half of the ranks before, by the other behind the reduction."""
         everyone = self.ranks.size * (1 if self.across is None else self.across.size)

@@ -42,7 +42,7 @@ from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.shape import narrow
 from ...tape.tensor import Grads, Node, Parameter, Tensor
-from .collectives import ACROSS, empty, exchange, in_buffer, set_event, wait_event
+from .collectives import ACROSS, empty, exchange, in_buffer, set_event, travelling, wait_event
 from .form import WholeUnits
 from .gathered import Gathered
 from .offload import keep_on_host, to_host
@@ -285,6 +285,7 @@ class FullyShard(WholeUnits):
         self._reduce(path, self.units[path])
         return tuple(grads)
 
+    @travelling
     def _reduce(self, path: str, state: Gathered) -> None:
         """`post_backward`: the parameters go, the gradients become shards."""
         self.done.add(path)

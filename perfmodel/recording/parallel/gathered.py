@@ -8,7 +8,7 @@ from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, GATHER_COPY, Run
 from ...tape.core import new_tensor, record
 from ...tape.tensor import Parameter, Tensor
-from .collectives import empty, exchange, in_buffer, set_event
+from .collectives import empty, exchange, in_buffer, set_event, travelling
 from .offload import to_device
 from .units import ShardedUnit
 
@@ -32,6 +32,7 @@ class Gathered:
     coming: Tensor | None = None
     event: str = GATHERED
 
+    @travelling
     def gather(self, ranks: Ranks, like: ShardedUnit | None = None, on: str = GATHER_COPY) -> None:
         """`unshard`: copies into one buffer on a stream, and the all-gather; of a unit that is like this one, if it is
         given.
@@ -54,6 +55,7 @@ class Gathered:
         exchange("c10d::_allgather_base_", mine, into, ranks, (on,))
         set_event(self.event, COMMUNICATION)
 
+    @travelling
     def copied_out(self, ranks: Ranks) -> Tensor:
         """`foreach_all_gather_copy_out`: whole parameters of what came; returns the buffer that it came in."""
         unit, coming = self.unit, self.coming
