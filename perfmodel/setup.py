@@ -321,9 +321,14 @@ class Setup:
         return self.sequences, self.seq // self.cp
 
     @property
+    def of_sample(self) -> int:
+        """Sequences of a sample: two of a pair."""
+        return 2 if self.objective in PAIRS else 1
+
+    @property
     def sequences(self) -> Dim:
         """Sequences of a micro-batch."""
-        return self.batch * 2 if self.objective in PAIRS else self.batch
+        return self.batch * self.of_sample
 
     @property
     def tokens(self) -> Dim:

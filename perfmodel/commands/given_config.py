@@ -28,7 +28,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     if found.model:
         defaults["model"] = found.model
     if found.method:
-        defaults |= {"method": found.method, "methods": ("full", found.method)}
+        defaults |= {"method": found.method, "methods": (found.baseline, found.method)}
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     ctx.meta[CONFIG] = found
     said = [f"{path.name} ({found.tool}): {found.method or 'no method'}"]
@@ -120,7 +120,7 @@ def on_its_model(command: Command) -> Command:
             for fallback in _fallbacks(replace(found, setup=found.setup | asked), options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):
                     if ctx.get_parameter_source(name) is from_config:
-                        options[name] = ("full", fallback.value) if name == "methods" else fallback.value
+                        options[name] = (found.baseline, fallback.value) if name == "methods" else fallback.value
                         taken.append((fallback.option, fallback.said))
             ctx.meta[CONFIG] = found.replaced(taken)
         return command(**options)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokens", type=Quantity(NUMBER, "50M or 1.2B"), help="Tokens of the data set without padding: 50M.")
 @click.option("--epochs", type=Finite(0, min_open=True), default=1.0, show_default=True, help="Passes over it.")
+@click.option("--max-steps", type=click.IntRange(1), help="Optimizer steps, in the place of --epochs.")
 @click.option(
     "--global-batch",
     type=click.IntRange(1),
@@ -84,6 +85,8 @@ def plan(
     if options["model"] is None and asked != ["biggest_model"]:
         raise click.UsageError("Missing option '--model'.")
     about = {name: options.pop(name) for name in Job.__dataclass_fields__}
+    if _typed("epochs") and not _typed("max_steps"):
+        about["max_steps"] = None  # of a training config
     counts = options.pop("gpus")
     chosen, setup = methods_of(methods, options), setup_of({**options, "gpus": max(counts)})
     if asked and len(counts) > 1:
@@ -97,7 +100,7 @@ def plan(
             show_answers(fitting)
         return
     job = Job(**about)
-    micro = click.get_current_context().get_parameter_source("batch") is not ParameterSource.DEFAULT
+    micro = _source("batch") is not ParameterSource.DEFAULT
     planner = planner_of(
         model_of(options), chosen, setup, options["device"] or None, job=job, global_batch=global_batch, micro=micro,
         gpus=counts, price=price, price_kind="spot" if spot else "on demand", deadline=deadline, node_power=node_power,
@@ -109,6 +112,14 @@ def plan(
         answer_json(found.as_dict())
     else:
         show_plan(found)
+
+
+def _source(option: str) -> ParameterSource | None:
+    return click.get_current_context().get_parameter_source(option)
+
+
+def _typed(option: str) -> bool:
+    return _source(option) is ParameterSource.COMMANDLINE
 
 
 def _outcomes(planner: "Planner", kept: "Partitions") -> "Outcomes":

@@ -21,6 +21,7 @@ class Meanings:
         differs: keys that ask for what is not modelled, and what is answered instead.
         off: values that leave a key without effect, beside nothing, false and the like.
         job: keys of the whole job, of which a step knows nothing, and the options of `perfmodel plan` that they are.
+        job_defaults: values of such keys where a file has none.
     """
 
     no_weight: tuple[str, ...]
@@ -28,6 +29,7 @@ class Meanings:
     differs: dict[str, str]
     off: dict[str, list[Any]]
     job: dict[str, str]
+    job_defaults: dict[str, Any]
 
     def has_effect(self, key: str, value: Any) -> bool:
         """Whether a key is set to something."""
@@ -35,8 +37,11 @@ class Meanings:
         return value not in NOTHING and value not in off
 
     def of_job(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the whole job that a file's values are; what is no number of that kind is left out."""
-        found = {option: values.get(key) for key, option in self.job.items()}
+        """Options of the whole job that a file's values are, or its tool's defaults; what is no number of that kind is
+        left out, and so are steps between checkpoints where a strategy saves by none."""
+        found = {option: values.get(key, self.job_defaults.get(key)) for key, option in self.job.items()}
+        if values.get("save_strategy") not in (None, "steps"):
+            found.pop("save_every", None)
         return {
             option: value
             for option, value in found.items()
@@ -52,7 +57,7 @@ class Meanings:
 def meanings_of(*names: str) -> Meanings:
     """The tables of these names as one; where two speak of a key, the first one counts."""
     tables = [read_toml(DATA / "configs" / f"{name}.toml") for name in reversed(names)]
-    merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}, "job": {}}
+    merged: dict[str, dict[str, Any]] = {"refused": {}, "differs": {}, "off": {}, "job": {}, "job_defaults": {}}
     for table in tables:
         for part, entries in merged.items():
             entries.update(table.get(part, {}))
@@ -60,7 +65,7 @@ def meanings_of(*names: str) -> Meanings:
 
 
 def judge(keys: Keys, table: Meanings) -> list[str]:
-    """Say what the keys that nobody read change; returns those without weight."""
+    """Say what the keys that nobody read change; returns those without weight, here and to the whole job."""
     rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
     for key in rest:
         if key in table.differs:
@@ -69,7 +74,7 @@ def judge(keys: Keys, table: Meanings) -> list[str]:
     unknown = [key for key in rest if not table.without_weight(key)]
     if unknown:
         keys.differ("keys that are unknown here", *unknown)
-    return [key for key in rest if key not in unknown]
+    return [key for key in rest if key not in unknown and key not in table.job]
 
 
 def refuse(keys: Keys, table: Meanings) -> None:

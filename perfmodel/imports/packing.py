@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from .axolotl_kernels import diffuses
+from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES
 from .keys import Keys
 
@@ -181,3 +182,6 @@ def _within(keys: Keys, setup: dict[str, Any], packing: str, key: str, *, one_ro
     elif packing == "flat" or (packing == "varlen" and setup["attention"] == "flash2"):
         keys.differ(UNKNOWN, key)
     setup["packing"] = packing
+
+
+MULTIPLES = {"Axolotl": multiple_of_axolotl, FACTORY: multiple_of_llama_factory, TRL: multiple_of_trl}  # by tool

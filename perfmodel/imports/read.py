@@ -12,12 +12,12 @@ from .. import methods
 from ..errors import UserError
 from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTIVES
 from ..resources import read_json
-from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, meanings, packing, peft_benchmark, trainer
+from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unknown_to, unscaled
 from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
 from .keys import NO_TRAINING, Keys
-from .meanings import Meanings
+from .meanings import Meanings, judge, meanings_of, refuse
 from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
 from .micro_batches import agreed
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
@@ -65,6 +65,7 @@ class Imported:
         of_engine: of the differences those of DeepSpeed's config, where one GPU runs its ZeRO-3.
         task: what an adapter's own config says that it is for, in PEFT's word.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
+        baseline: full fine-tuning as the tool runs it beside the same keys.
         balances: whether a loss on the loads of experts is added on models that have one.
     """
 
@@ -91,6 +92,7 @@ class Imported:
     splits: bool = False
     of_engine: tuple[str, ...] = ()
     task: str = ""
+    baseline: str = "full"
 
     def with_seq(self) -> "Imported":
         """What it says where the length of samples is given."""
@@ -222,12 +224,10 @@ TOOLS = (
     Tool(FACTORY, llama_factory.MARKS, llama_factory.read, ("llama_factory", "transformers")),
     Tool(TRL, trainer.MARKS, trainer.read, ("transformers",)),
 )
-MULTIPLE = {
-    "Axolotl": packing.multiple_of_axolotl, FACTORY: packing.multiple_of_llama_factory,
-    TRL: packing.multiple_of_trl,
-}  # fmt: skip
 FORMS = {"Axolotl": axolotl.form_of_axolotl, "LLaMA-Factory v1": llama_factory_v1.form_of_llama_factory_v1}
 PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from accelerate's config
+# LLaMA-Factory's own beside a base in 16 bit, unless it is told not to (model/adapter.py, `init_adapter`)
+BASELINES = {(FACTORY, half, False): "full:trained_dtype=fp32" for half in ("bf16", "fp16")}
 PRECISION = ("bf16", "fp16", "pure_bf16")
 BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -270,16 +270,15 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
             "need"
         )
     values = _unquoted(found.name, path, values)
-    keys, table = Keys(values, path.name, path.parts, alone=alone), meanings.meanings_of(*found.tables)
+    keys, table = Keys(values, path.name, path.parts, alone=alone), meanings_of(*found.tables)
     if found.name == "PEFT":
         return _of_adapter(found.name, path, keys, table)
-    meanings.refuse(keys, table)
+    refuse(keys, table)
     model, method, setup, notes = found.reader(keys)
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
     balances = _balances(found.name, keys, str(setup.get("objective", "sft")))
-    ignored = meanings.judge(keys, table)
-    upcasts = found.name == "Axolotl" and axolotl.upcasts(keys)
-    multiple = MULTIPLE[found.name](keys) if found.name in MULTIPLE else 1
+    ignored = judge(keys, table)
+    multiple = packing.MULTIPLES[found.name](keys) if found.name in packing.MULTIPLES else 1
     asks = partial(FORMS.get(found.name, form_of), keys)
     on_one = asks() if setup.get("engine") == ZERO_3 else AskedForm()  # DeepSpeed's config is that of one GPU, too
     setup |= agreed(setup, on_one.setup)
@@ -287,11 +286,12 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     return Imported(
         found.name, model, method, setup, ignored, notes,
         [*keys.told_differences(), *of_engine, *unscaled(setup)],
-        frozen=frozen, upcasts=upcasts, multiple=multiple, job=table.of_job(values), asks=asks, of_engine=of_engine,
-        ddp=ddp.asked(found.name, keys, setup),
+        frozen=frozen, upcasts=found.name == "Axolotl" and axolotl.upcasts(keys), multiple=multiple, asks=asks,
+        job=table.of_job(values), of_engine=of_engine, ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
         samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),
+        baseline=BASELINES.get((found.name, setup["dtype"], bool(values.get("pure_bf16"))), "full"),
     )  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     peft_benchmark.differ_in_its_loop(keys, str(values.get("peft_type", "")).upper())
     if not adapts:
         return Imported(tool, model, "full", setup, [], notes, keys.told_differences(), why_traced=only_traced)
-    made = _of_adapter(tool, adapted, Keys(values, adapted.name), meanings.meanings_of("peft"))
+    made = _of_adapter(tool, adapted, Keys(values, adapted.name), meanings_of("peft"))
     known = made.method if only_traced is None else None
     method = peft_benchmark.experiment_method(keys, known) if known else None
     why = only_traced or made.why_traced

@@ -1,8 +1,9 @@
 """Full fine-tuning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .parts.base import Method, method
+from .parts.base import Method, method, option
+from .parts.checks import float_dtype
 
 
 @method(
@@ -16,5 +17,13 @@ from .parts.base import Method, method
 class Full(Method):
     """Every weight of the model trains."""
 
+    trained_dtype: str | None = option(None, "dtype of the weights; default the base's", float_dtype)
+
     def trains(self, name: str, kind: str, layer: int | None) -> bool:
         return True
+
+    def dtype_of_trained(self, dtype: str) -> str:
+        return self.trained_dtype or dtype
+
+    def in_one_dtype(self, dtype: str) -> "Full":
+        return replace(self, trained_dtype=None)  # its masters are the engine's

@@ -74,6 +74,9 @@ class TopK(Method):
     def dtype_of_trained(self, dtype: str) -> str:
         return self.trained_dtype or dtype
 
+    def in_one_dtype(self, dtype: str) -> "TopK":
+        return replace(super().in_one_dtype(dtype), trained_dtype=None)
+
     def checkpoints(self, layer: int) -> bool:
         return self.checkpoint_frozen or self.has(layer)
 

@@ -175,7 +175,7 @@ def _optimizer_notes(built: StepWork, seconds: Mapping[str, Any], total: Any) ->
         )
     if np.any(built.paged_bytes):
         notes.append(
-            f"{units.nbytes(np.max(built.paged_bytes))} of optimizer state are paged, outside the peak: what finds no room beside it crosses "
-            "the bus twice a step, which the step time leaves out"
+            f"{units.nbytes(np.max(built.paged_bytes))} of optimizer state are paged, outside the peak: what finds no "
+            "room beside it crosses the bus twice a step, which the step time leaves out"
         )
     return notes

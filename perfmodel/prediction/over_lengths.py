@@ -47,8 +47,8 @@ def drawn(setup: Setup) -> list[tuple[float, Setup]]:
     """The kinds of micro-batches that a single setup without packing has, with their shares; else the setup itself."""
     if setup.lengths is None or setup.packing != "none":
         return [(1.0, setup)]
-    kinds = _kinds(setup, setup.lengths, setup.batch, setup.seq)
-    plain = _one_length(setup, pads=_pads(setup.lengths, setup.batch, setup.seq))
+    kinds = _kinds(setup, setup.batch, setup.seq)
+    plain = _one_length(setup, pads=_pads(setup, setup.batch, setup.seq))
     return [(share, replace(plain, seq=length)) for length, share in kinds]
 
 
@@ -56,7 +56,7 @@ def longest_drawn(setup: Setup) -> Setup:
     """The micro-batches of a single setup that are padded to the most, which decide its peak."""
     if setup.lengths is None or setup.packing != "none":
         return setup
-    plain = _one_length(setup, pads=_pads(setup.lengths, int(setup.batch), int(setup.seq)))
+    plain = _one_length(setup, pads=_pads(setup, int(setup.batch), int(setup.seq)))
     return replace(plain, seq=setup.lengths.most(setup.seq))
 
 
@@ -65,9 +65,9 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
     shape = grid_shape(setup, method)
     batch, seq = (np.broadcast_to(size, shape) for size in (setup.batch, setup.seq))
     points = [(int(b), int(s)) for b, s in zip(batch.flat, seq.flat, strict=True)]
-    pads = np.array([_pads(lengths, *point) for point in points]).reshape(shape)
+    pads = np.array([_pads(setup, *point) for point in points]).reshape(shape)
     plain = _one_length(setup, pads=decide(pads))
-    padded, shares = _table([_kinds(setup, lengths, *point) for point in points], shape)
+    padded, shares = _table([_kinds(setup, *point) for point in points], shape)
     longest = compute(replace(plain, seq=lengths.most(setup.seq)), method)
     over = over_grid(compute, replace(plain, seq=padded.astype(np.int64)), method)
 
@@ -105,13 +105,17 @@ def _one_length(setup: Setup, *, pads: bool) -> Setup:
     return replace(setup, lengths=kept, group_by_length=False, padded=setup.padded or pads)
 
 
-def _pads(lengths: Lengths, batch: int, seq: int) -> bool:
+def _pads(setup: Setup, batch: int, seq: int) -> bool:
     """Whether micro-batches have padding at all."""
-    return batch > 1 and lengths.vary(seq)
+    assert setup.lengths is not None
+    return batch * setup.of_sample > 1 and setup.lengths.vary(seq)
 
 
-def _kinds(setup: Setup, lengths: Lengths, batch: int, seq: int) -> Batches:
-    return padded_batches(lengths, batch, seq, grouped=setup.group_by_length)
+def _kinds(setup: Setup, batch: int, seq: int) -> Batches:
+    """What micro-batches of so many samples are padded to; sequences of pairs all to one length, as TRL's collator."""
+    assert setup.lengths is not None
+    sorts = setup.grad_accum if setup.group_by_length else 0
+    return padded_batches(setup.lengths, batch * setup.of_sample, seq, grouped=sorts)
 
 
 def _table(kinds: list[Batches], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

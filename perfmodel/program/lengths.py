@@ -171,18 +171,18 @@ Batches = tuple[tuple[int, float], ...]
 
 
 @lru_cache(maxsize=4096)
-def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: bool) -> Batches:
+def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: int = 0) -> Batches:
     """The lengths that micro-batches of `batch` samples are padded to, each with its share of the micro-batches.
 
     Args:
         seq: samples are cut to so many tokens.
-        grouped: whether a sampler by length sorts the samples of `MEGA_BATCHES` micro-batches and cuts them up in that
-            order.
+        grouped: micro-batches of a step, of which a sampler by length sorts `MEGA_BATCHES` times as many and cuts them
+            up in that order (transformers' `Trainer._get_train_sampler`); 0: none sorts.
     """
     cut, n = lengths.cut(seq), len(lengths.values)
     if not lengths.vary(seq):
         return ((max(1, round(float(cut[0]))), 1.0),)
-    no_longer = _sorted_maximum(n, batch) if grouped else (np.arange(n + 1) / n) ** batch
+    no_longer = _sorted_maximum(n, batch, grouped) if grouped else (np.arange(n + 1) / n) ** batch
     found: dict[int, float] = {}
     for length, share in zip(*_sliced(no_longer, cut, BATCHES), strict=True):
         key = max(1, round(float(length)))
@@ -190,13 +190,13 @@ def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: bool) -> 
     return tuple(sorted(found.items()))
 
 
-def _sorted_maximum(n: int, batch: int) -> np.ndarray:
+def _sorted_maximum(n: int, batch: int, accumulated: int) -> np.ndarray:
     """With what probability the longest sample of a sorted micro-batch is among the shortest i of n alike in share.
 
     That at least k of m draws are is the upper tail of a binomial distribution; k is m, m - batch, … for micro-batches.
     """
     batch = min(batch, MOST_SORTED)
-    m = MEGA_BATCHES * batch
+    m = MEGA_BATCHES * batch * max(1, min(accumulated, MOST_SORTED // batch))
     k = np.arange(m + 1)[:, None]
     logs = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, m + 1)))))[:, None]  # of factorials
     share = np.arange(1, n) / n

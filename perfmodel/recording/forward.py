@@ -68,4 +68,5 @@ def running(step: Step) -> tuple[Setup, Method]:
         setup, method = zero3_alone.under_zero(setup, method)
     elif several and setup.parallel == "fsdp1":
         setup = replace(setup, dtype=setup.computes_in)  # what is gathered, under autocast too
+        method = method.in_one_dtype(setup.dtype) if getattr(method, "trained_dtype", None) else method
     return setup, method.under(setup.stack, setup.dtype)

@@ -110,7 +110,7 @@ def test_a_last_short_step_is_counted_once_an_epoch() -> None:
         Job(samples=50, epochs=3, eval_every=4, eval_samples=9, save_every=6), Setup(batch=4, grad_accum=3)
     )
     assert (work.steps, work.short, work.last) == (15, 3, pytest.approx(2 / 12))
-    assert (work.evaluated, work.eval_batches, work.saved) == (3, 3, 2)
+    assert (work.evaluated, work.eval_batches, work.saved) == (4, 3, 3)  # the last step, too
     assert (work.tokens, work.trained_tokens) == (50 * 512, 3 * 50 * 512)
 
 
@@ -161,3 +161,29 @@ def test_each_stage_of_a_pipeline_gets_a_micro_batch(samples: int, setup: Setup,
     """One micro-batch of all samples, from which a plan without --batch starts, is refused by 1F1B."""
     found = with_global_batch(setup, samples, micro=False)
     assert (found.batch, found.grad_accum) == expected
+
+
+def test_steps_that_were_asked_for_replace_epochs() -> None:
+    """`max_steps` of the Trainer: half a pass or many, and data enough for them where nobody says how much there is."""
+    setup = Setup(batch=4, grad_accum=2)
+    work = job_counts(Job(samples=100, epochs=3, max_steps=26), setup)
+    assert (work.steps, work.short, work.epochs) == (26, 2, 2.0)
+    assert job_counts(Job(max_steps=26), setup).samples == 26 * 8
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "reward", "kto", "sft"])
+def test_tokens_of_a_data_set_count_both_of_a_pair(objective: str) -> None:
+    """20 M tokens were 40 M of pairs, at twice the dollars."""
+    for lengths in (None, "300:900"):
+        work = job_counts(Job(tokens=20e6), Setup(batch=4, seq=1024, objective=objective, lengths=lengths))
+        assert work.tokens == pytest.approx(20e6, rel=0.01)
+
+
+def test_pairs_are_padded_to_the_longest_of_all_their_sequences() -> None:
+    """TRL pads chosen and rejected answers to one length: four pairs are padded as eight samples are."""
+    pairs, alone = (
+        job_counts(Job(samples=n), Setup(batch=b, seq=1024, objective=o, lengths="300:900"))
+        for n, b, o in ((20_000, 4, "dpo"), (40_000, 8, "sft"))
+    )
+    assert pairs.computed == pytest.approx(alone.computed, rel=0.01)
+    assert pairs.tokens == pytest.approx(alone.tokens, rel=0.01)

@@ -52,9 +52,9 @@ def test_hours_recomputed_by_hand(packing: str) -> None:
     steps = 3 * (whole + (left > 0))
     training = 3 * (whole * t["total"] + (left > 0) * (t["optimizer"] + left / 12 * (t["forward"] + t["backward"])))
     batches = {"none": 3, "flat": 3, "dense": 2, "varlen": 2}[packing]  # of four rows; ten samples are five packed rows
-    evaluation = steps // 5 * batches * t["forward"] / 3
+    evaluation = -(-steps // 5) * batches * t["forward"] / 3
     adapters = 2 * 30 * 4 * ((576 + 576) + (576 + 192))  # r 4 on q and v of 30 layers; AdamW keeps twice as much
-    saved = max(1, steps // 20) * (4 * adapters / 2 + p.memory.optimizer) / 2e8
+    saved = -(-steps // 20) * (4 * adapters / 2 + p.memory.optimizer) / 2e8
     assert left
     assert found.work.steps == steps
     assert found.parts["training"] == pytest.approx(training, rel=1e-12)

@@ -219,7 +219,7 @@ def test_a_grid_has_no_anatomy() -> None:
 
 @pytest.mark.parametrize("form", ["fsdp2", "fsdp1", "zero1", "zero2", "zero3"])
 def test_copies_of_what_travels_are_none_of_the_models_own_calls(form: str) -> None:
-    """FSDP's copies into and out of its buffers stood under "norms, activations": the second largest of LoRA's gains."""
+    """FSDP's copies into and out of its buffers stood under "norms, activations": LoRA's second largest gain."""
     on = profile.load("h100-sxm")
     setup = Setup(gpus=8, checkpoint="block", seq=512, parallel=form)
     alone, several = (

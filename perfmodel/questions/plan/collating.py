@@ -64,7 +64,8 @@ def _best_fit(lengths: Counts, seq: int) -> int:
 def length_grouped(lengths: Counts, batch: int) -> Counts:
     """Lengths in the order of transformers' sampler by length, from a random one (`get_length_grouped_indices`).
 
-    Mega-batches are sorted, the longest sample first, and the longest of all comes first of all.
+    Mega-batches are sorted, the longest sample first, and the longest of all comes first of all. `batch` is that of an
+    optimizer step on a GPU, all micro-batches of it (`Trainer._get_train_sampler`).
     """
     several = max(1, min(len(lengths) // (batch * FEWEST_MEGA_BATCHES), MEGA_BATCHES)) * batch
     found = np.concatenate([np.sort(lengths[at : at + several])[::-1] for at in range(0, len(lengths), several)])

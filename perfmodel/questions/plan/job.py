@@ -1,7 +1,8 @@
 """A job: a data set, passes over it, and what comes beside its steps; counted before anything is priced.
 
 Steps are those of transformers' Trainer (`Trainer.set_initial_training_values`, `_run_epoch`): every epoch ends with
-what is left, fewer micro-batches and a short one, and a part of an epoch is as many of its first steps.
+what is left, fewer micro-batches and a short one, and a part of an epoch is as many of its first steps. The last step
+is evaluated and saved in any case (`DefaultFlowCallback.on_step_end`, 5.24).
 """
 
 import math
@@ -31,10 +32,11 @@ class Job:
             in a file, or as `tokens` make.
         tokens: tokens of the data set, padding not counted, in the place of `samples`.
         epochs: passes over it; may be a fraction.
+        max_steps: optimizer steps in the place of `epochs`; without a data set's size it has as many samples as these.
         drop_last: whether a last short micro-batch is left out (`dataloader_drop_last`).
-        eval_every: steps from one evaluation to the next; None: none.
+        eval_every: steps from one evaluation to the next, and one at the end; None: none.
         eval_samples: samples of an evaluation; where documents are packed, they are too.
-        save_every: steps from one checkpoint to the next; None: one at the end.
+        save_every: steps from one checkpoint to the next, and one at the end; None: that alone.
         disk: bytes a second to where checkpoints are written.
         startup: seconds before the first step: imports, weights, data.
     """
@@ -42,6 +44,7 @@ class Job:
     samples: int | None = None
     tokens: float | None = None
     epochs: float = 1.0
+    max_steps: int | None = None
     drop_last: bool = False
     eval_every: int | None = None
     eval_samples: int = 0
@@ -52,7 +55,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.samples is not None and self.tokens is not None:
             raise UserError("a data set is so many samples or so many tokens: give one of the two")
-        for name, least in (("samples", 1), ("tokens", 1), ("eval_every", 1), ("save_every", 1), ("eval_samples", 0)):
+        for name in ("samples", "tokens", "max_steps", "eval_every", "save_every", "eval_samples"):
+            least = 0 if name == "eval_samples" else 1
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST * LARGEST:
                 raise UserError(f"{name} must be a number from {least} to {MOST * LARGEST:.1e}, got {value}")
@@ -119,7 +123,7 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
     if not rows:
         raise UserError(f"drop_last leaves nothing: the data set has fewer rows than a micro-batch of {batch}")
     an_epoch, left = -(-rows // group), rows % group
-    steps = math.ceil(job.epochs * an_epoch)
+    steps = job.max_steps or math.ceil(job.epochs * an_epoch)
     return JobCounts(
         samples=samples,
         rows=rows,
@@ -129,9 +133,9 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
         short=steps // an_epoch if left else 0,
         last=left / group if left else 1.0,
         epochs=steps / an_epoch,
-        evaluated=steps // job.eval_every if job.eval_every else 0,
+        evaluated=-(-steps // job.eval_every) if job.eval_every else 0,
         eval_batches=-(-evaluated // (batch * int(setup.replicas))),
-        saved=max(1, steps // job.save_every) if job.save_every else 1,
+        saved=-(-steps // job.save_every) if job.save_every else 1,
     )
 
 
@@ -147,10 +151,10 @@ def _lengths(job: Job, setup: Setup) -> tuple[Counts, float]:
     """
     found = setup.lengths
     if found is None:
-        return np.full(1, int(setup.seq), np.int64), float(_samples(job, int(setup.seq)))
+        return np.full(1, int(setup.seq), np.int64), float(_samples(job, setup, int(setup.seq)))
     if found.given and job.samples is None and job.tokens is None:
         return np.array(found.given, np.int64), 1.0
-    samples = _samples(job, _mean(found, setup))
+    samples = _samples(job, setup, _mean(found, setup))
     laid = min(samples, LAID_OUT)
     values = np.array(found.given or found.values)
     drawn = np.rint(np.sort(values)[np.arange(laid) * len(values) // laid]).astype(np.int64)
@@ -158,17 +162,21 @@ def _lengths(job: Job, setup: Setup) -> tuple[Counts, float]:
 
 
 def _mean(lengths: Lengths, setup: Setup) -> float:
-    """Mean tokens of a sample; documents that a row may cut anywhere stay whole."""
+    """Mean tokens of a sequence; documents that a row may cut anywhere stay whole."""
     return float(np.mean(lengths.values) if setup.packing == "dense" else lengths.mean(setup.seq))
 
 
-def _samples(job: Job, tokens: float) -> int:
-    """Samples of a data set whose samples have so many tokens."""
+def _samples(job: Job, setup: Setup, tokens: float) -> int:
+    """Samples of a data set whose sequences have so many tokens."""
     if job.samples is not None:
         return job.samples
+    if job.tokens is None and job.max_steps is not None:
+        return job.max_steps * samples_of_step(setup)
     if job.tokens is None:
-        raise UserError("how large is the data set? give samples, tokens, or lengths with a file that holds every one")
-    found = math.ceil(job.tokens / tokens)
+        raise UserError(
+            "how large is the data set? give samples, tokens, max_steps, or lengths with a file that holds every one"
+        )
+    found = math.ceil(job.tokens / (tokens * setup.of_sample))
     if found > MOST:
         raise UserError(f"{job.tokens:.3g} tokens are {found:.3g} samples, more than {MOST:,}")
     return found
@@ -176,21 +184,21 @@ def _samples(job: Job, tokens: float) -> int:
 
 def _collated(lengths: Counts, times: float, setup: Setup) -> tuple[int, int, int]:
     """(rows of an epoch, its tokens, its tokens with padding), of lengths and how many times they come."""
-    batch, seq, packing = int(setup.batch), int(setup.seq), setup.packing
+    seq, packing = int(setup.seq), setup.packing
     cut = np.minimum(lengths, seq)
     if packing in WHOLE_ROWS:
         whole = packing == "dense"
         made = collating.wrapped_rows(lengths, seq) if whole else collating.best_fit_rows(cut, seq)
         rows = math.ceil(made * times)
         return rows, round(int((lengths if whole else cut).sum()) * times), rows * seq
-    sequences = int(setup.sequences) // batch  # of a sample: two of a pair
-    tokens = computed = int(cut.sum())
+    of_all = np.tile(cut, setup.of_sample)  # those of a pair are padded together with the others
+    tokens = computed = int(of_all.sum())
     if packing == "none" and len(cut) > 1:
-        order = np.random.default_rng(SEED).permutation(cut)
-        computed = collating.padded_tokens(
-            collating.length_grouped(order, batch) if setup.group_by_length else order, batch
-        )
-    return round(len(cut) * times), round(tokens * times) * sequences, round(computed * times) * sequences
+        order = np.random.default_rng(SEED).permutation(of_all)
+        if setup.group_by_length:
+            order = collating.length_grouped(order, int(setup.sequences) * setup.grad_accum)
+        computed = collating.padded_tokens(order, int(setup.sequences))
+    return round(len(cut) * times), round(tokens * times), round(computed * times)
 
 
 def check_single(setup: Setup) -> None:

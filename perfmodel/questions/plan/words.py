@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from ... import units
 from ..sentences import in_words
 from .inverse import Largest
-from .job import samples_of_step
+from .job import Job, JobCounts, samples_of_step
 from .planning import Plan
 from .runs import HOUR, PlannedRun, gpus_in_words
 
@@ -159,7 +159,7 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
     group = samples_of_step(setup)
     rows = "" if work.rows == work.samples else f" in {work.rows:,} rows"
     padded = "" if work.computed == work.tokens else f", {work.computed:,} with padding"
-    told = [f"{work.samples:,} samples{rows} of {work.tokens:,} tokens{padded}, {_epochs(job.epochs)}"]
+    told = [f"{work.samples:,} samples{rows} of {work.tokens:,} tokens{padded}, {_passes(job, work)}"]
     short = f", {work.short} of them with {round(work.last * group)}" if work.short else ""
     on = f" on {run.where}" if len({other.gpus for other in plan.runs}) > 1 else ""  # others make other steps
     told.append(f"{work.steps:,} steps of {group}{short}{on}")
@@ -179,8 +179,10 @@ def _left_out(plan: Plan) -> Iterator[str]:
         yield f"left out of {method}: {_listed(devices)}: {why}"
 
 
-def _epochs(epochs: float) -> str:
-    return "once" if epochs == 1 else f"{epochs:g} epochs"
+def _passes(job: Job, work: JobCounts) -> str:
+    if job.max_steps is not None:
+        return "once" if work.epochs == 1 else f"{work.epochs:.3g} times"
+    return "once" if job.epochs == 1 else f"{job.epochs:g} epochs"
 
 
 def plan_notes(plan: Plan) -> list[str]:
