@@ -123,7 +123,7 @@ def by_expert(op: Op) -> list[Product]:
 def convolution(op: Op) -> list[Product]:
     """Of an input by filters."""
     x, w = op.inputs[:2]
-    return [_convolution(w, x, op.outputs[0])]
+    return [_convolution(op, w, x, op.outputs[0])]
 
 
 def convolution_backward(op: Op) -> list[Product]:
@@ -132,9 +132,9 @@ def convolution_backward(op: Op) -> list[Product]:
     found = []
     for out in op.outputs:
         if same_shape(out.shape, x.shape):
-            found.append(_convolution(w, x, grad)._replace(layout="nn"))
+            found.append(_convolution(op, w, x, grad)._replace(layout="nn"))
         elif same_shape(out.shape, w.shape):
-            forward = _convolution(w, x, grad)
+            forward = _convolution(op, w, x, grad)
             found.append(Product("nt", forward.n, forward.k, forward.m, forward.batch))
     return found
 
@@ -144,9 +144,9 @@ def _pixels(x: Spec) -> Dim:
     return x.shape[0] * product(x.shape[2:])
 
 
-def _convolution(w: Spec, x: Spec, out: Spec) -> Product:
+def _convolution(op: Op, w: Spec, x: Spec, out: Spec) -> Product:
     """(b, c, …) by filters (c_out, c / groups, …), one product a group; transposed filters come as (c, c_out, …)."""
-    if w.shape[0] == out.shape[1]:
+    if not op.attrs.transposed:
         groups = x.shape[1] // w.shape[1]
         return Product("tn", _pixels(out), w.shape[0] // groups, prod(w.shape[1:]), groups)
     groups = out.shape[1] // w.shape[1]

@@ -51,7 +51,7 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     Raises:
         UserError: an architecture, adapter or option that is not modelled, or weights of which only some train.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters may be put into it, too
     values = base.config.to_dict()
     config = Config(values, type(base).__name__, type(base).__name__)
     architecture = traced(config) if from_trace else from_config(config)
@@ -104,7 +104,9 @@ def _method(model: Any, weights: str, *, from_trace: bool) -> Method:
         if frozen:
             raise UserError(f"{frozen} parameters are frozen and peft does not say why: give method=, e.g. 'top_k:k=4'")
         return parse("full")
-    values = model.peft_config[model.active_adapter].to_dict()
+    active = getattr(model, "active_adapter", None)  # of transformers' own models a method
+    known = model.peft_config
+    values = known[active if active in known else next(iter(known))].to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
     plain["peft_type"] = getattr(values["peft_type"], "value", values["peft_type"])
     adapters = _dtype(p for p in model.parameters() if p.requires_grad)

@@ -142,10 +142,11 @@ class StepPrediction:
         """Do it; what cannot be predicted is one line and the end: no training must stop because of its commentary."""
         try:
             what()
-        except UserError as error:
+        except Exception as error:  # a model may be anything
             self.watch, self.active = None, False
             self._unhook()
-            self.show(f"perfmodel: no prediction: {error}")
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.show(f"perfmodel: no prediction: {kind}{error}")
 
     def _before(self, seq: int) -> None:
         """Read the run, and warn if its step will not fit; ranks that may share weights are not judged."""

@@ -20,6 +20,7 @@ class Attrs(NamedTuple):
         causal: whether attention is masked causally.
         window: how many keys a query sees at most, where a fused kernel skips the others.
         strided: whether operands are broadcast, permuted or sliced.
+        transposed: whether a convolution is the gradient of one, its filters (c, c_out, …).
         dims: what a sum or a transform runs over, counted from the front; None: everything.
         scaled, half: whether a Fourier transform normalises, and gives half the spectrum.
         accumulate: whether values with the same index are added.
@@ -42,6 +43,7 @@ class Attrs(NamedTuple):
     causal: bool = False
     window: int | None = None
     strided: bool = False
+    transposed: bool = False
     dims: tuple[int, ...] | None = None
     scaled: bool = False
     half: bool = False

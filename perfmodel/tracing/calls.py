@@ -345,6 +345,8 @@ def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> A
         return Attrs(causal=given["causal"], window=None if given["window"] == NO_WINDOW else given["window"])
     if "scaled_dot_product" in name:
         return Attrs(causal=bool(_by_name(func, arguments).get("is_causal", False)))
+    if name.startswith("convolution"):
+        return Attrs(transposed=True) if _by_name(func, arguments)["transposed"] else PLAIN
     if name.startswith("_fft"):
         given = _by_name(func, arguments)
         dims = _places(inputs[0].dim(), given["dim"])

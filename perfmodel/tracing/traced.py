@@ -7,10 +7,13 @@ parameters. The ops are those of the CPU's dispatch; for a GPU, dropout and atte
 What the CPU's dispatch does not show is a copy between host and GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from ..architectures import Config, model_names
 from ..devices.profile import DeviceProfile
@@ -152,6 +155,17 @@ def capture_outputs(model: Any) -> None:
             maybe_install_capturing_hooks(module)
 
 
+@contextmanager
+def _without_onednn(on_gpu: bool) -> Iterator[None]:
+    """oneDNN's own layers (an LSTM's) are a CPU's, and say nothing of the products that a GPU runs in their place."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(before and not on_gpu)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 def trace(
     model: Any,
     make: MakeLoss,
@@ -187,7 +201,7 @@ def trace(
     model.train()
     places = places_of(model, bare, rows, names)
     try:
-        with mode:
+        with mode, _without_onednn(capability is not None):
             at = _At(model, bare, make, setup, blocks, places, capability)
             made = whole(
                 rows, partial(at.several, *sizes) if sizes else partial(at.scanned, scans) if scans else at.once

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 import torch
 from helpers import config_of
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from perfmodel import UserError
@@ -54,13 +54,14 @@ class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def train(
-    folder: Path, callback: StepPrediction, samples: Samples, *, lora: bool = False, steps: int = 9,
+    folder: Path, callback: StepPrediction, samples: Samples, *, lora: bool | str = False, steps: int = 9,
     logger: TrainerCallback | None = None, **arguments: Any,
 ) -> list[str]:  # fmt: skip
     """What the callback printed in a real run, and logged where there is a logger."""
     model: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
+        model = {True: get_peft_model, "injected": lambda m, c: inject_adapter_in_model(c, m)}[lora](model, adapters)
     printed: list[str] = []
     callback.show = printed.append
     options = {"per_device_train_batch_size": 4, "logging_steps": 3, **arguments}
@@ -80,9 +81,9 @@ def found(callback: StepPrediction) -> Findings:
     return callback.found
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bool) -> None:
-    """Model, method and setup need no retyping; the causes sum to the gap."""
+@pytest.mark.parametrize("lora", [False, True, "injected"])
+def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bool | str) -> None:
+    """Adapters may be in the model itself. Model, method and setup need no retyping; the causes sum to the gap."""
     callback = StepPrediction(warm_up=2, steps=5)
     (text,) = train(tmp_path, callback, Samples(), lora=lora, gradient_accumulation_steps=2, optim="adamw_torch")
     p = found(callback).planned
@@ -223,6 +224,13 @@ def test_what_cannot_be_predicted_is_one_line_and_the_run_goes_on(tmp_path: Path
     assert text.startswith("perfmodel: no prediction: unknown device 'no-such-device'")
     assert len(text.splitlines()) == 1
     assert callback.found is None
+
+
+def test_what_fails_here_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be anything, and so may what reading it raises."""
+    monkeypatch.setattr("perfmodel.integrations.trainer.trainer_program", lambda *_, **__: 1 / 0)
+    (text,) = train(tmp_path, StepPrediction(warm_up=1, steps=2), Samples(), steps=3)
+    assert text == "perfmodel: no prediction: ZeroDivisionError: division by zero"
 
 
 def test_a_run_shorter_than_the_window_is_told_at_its_end(tmp_path: Path) -> None:
