@@ -9,6 +9,7 @@ from ..devices.device import Device, profile_of
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
 from ..methods import Method
+from ..prediction.over_lengths import drawn
 from ..prediction.predict import Model, Prediction, predict, resolve, with_options
 from ..setup import Setup
 from ..shown import Shown
@@ -78,8 +79,13 @@ class Explanation(Shown):
         bars = [Bar(part, self.before.parts[part], self.after.parts[part]) for part in PARTS]
         return sorted((bar for bar in bars if bar.before or bar.after), key=lambda bar: -abs(bar.difference))
 
+    @property
+    def of_longest(self) -> str:
+        """Of which of several kinds of micro-batches the kernels are; empty where they are those of the step."""
+        return "" if len(drawn(self.a.setup)) == 1 else ", of its longest micro-batch"
+
     def kernels(self, of: str) -> list[RooflineKernel]:
-        """The kernels of step "a" or "b" for the roofline."""
+        """The kernels of step "a" or "b" for the roofline (`of_longest`)."""
         return longest_kernels(self.a if of == "a" else self.b)
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,6 +104,7 @@ class Explanation(Shown):
                 name: {phase: figures.as_dict() for phase, figures in apart.phases.items()}
                 for name, apart in (("a", self.before), ("b", self.after))
             },
+            "kernels_of": "longest micro-batch" if self.of_longest else "step",
             "kernels": {of: [k.as_dict() for k in self.kernels(of)[:KERNELS_IN_JSON]] for of in ("a", "b")},
             "crossovers": [c.as_dict() for c in self.crossovers],
         }  # fmt: skip

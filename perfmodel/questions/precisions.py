@@ -4,14 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 from .. import units
+from ..architectures import Architecture
 from ..devices import host as hosts
 from ..devices.device import profile_of
 from ..errors import UserError
+from ..methods import Method, parse
+from ..methods.parts.targeted import ALL_LINEAR, Targeted
 from ..prediction.predict import Model, Prediction, architecture_of, predict
 from ..setup import Setup
 from ..values import immutable
 from .sentences import in_words, named_notes
 
+QUERIES_AND_VALUES = ("q_proj", "v_proj")
 Precisions = dict[str, tuple[dict[str, Any], tuple[str, ...]]]  # setup and methods of each
 
 
@@ -63,7 +67,7 @@ class Estimate:
         fit = [row for row in self.rows if row.prediction.fits]
         if not fit:
             least = min(self.rows, key=lambda row: row.prediction.memory.peak)
-            return f"None of it fits on {device}: {_told(least)} takes least, {_peak(least)}."
+            return f"None of these fits on {device}: {_told(least)} takes least, {_peak(least)}."
         best = min(fit, key=lambda row: row.prediction.time.phases["total"])
         step = units.seconds(best.prediction.time.phases["total"])
         return f"Fastest of what fits on {device}: {_told(best)}, {step} a step, {_peak(best)}."
@@ -85,6 +89,8 @@ def _peak(row: Estimated) -> str:
 def estimated(model: Model, setup: Setup, device: str, *, host: str = "default") -> Estimate:
     """Predict a step of every method in every precision (`precisions`); dtype and autocast of the setup do not count.
 
+    Adapters of a model that PEFT has no default targets for are on queries and values, as of most that it knows.
+
     Raises:
         UserError: what `predict` refuses in all of them.
     """
@@ -92,14 +98,23 @@ def estimated(model: Model, setup: Setup, device: str, *, host: str = "default")
     by = hosts.host_of(host, on)
     rows, left_out = [], []
     for precision, (fields, methods) in precisions(on.hardware.half).items():
-        for method in methods:
+        for name in methods:
             try:
-                p = predict(architecture, method, replace(setup, **fields), on, host=by)
+                p = predict(
+                    architecture, _with_targets(parse(name), architecture), replace(setup, **fields), on, host=by
+                )
             except UserError as error:
                 refused = error
-                left_out.append(f"{method} in {precision} is left out: {error}")
+                left_out.append(f"{name} in {precision} is left out: {error}")
             else:
                 rows.append(Estimated(precision, p))
     if not rows:
         raise refused
     return Estimate(on.capacity, rows, left_out)
+
+
+def _with_targets(method: Method, architecture: Architecture) -> Method:
+    if not isinstance(method, Targeted) or architecture.traits.targets.of(method.family) is not None:
+        return method
+    known = {name.rsplit(".", 1)[-1] for name in architecture.linear_names()}
+    return replace(method, targets=QUERIES_AND_VALUES if known.issuperset(QUERIES_AND_VALUES) else (ALL_LINEAR,))

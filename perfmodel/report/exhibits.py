@@ -57,7 +57,7 @@ def waterfalls(explained: list[Explanation]) -> dict[str, Any]:
 def limit_exhibits(explained: list[Explanation], chosen: Explanation) -> dict[str, Any]:
     """The phases of every method, and the rooflines of the baseline and of a chosen method."""
     steps = [(explained[0].labels[0], explained[0].before), *((e.labels[1], e.after) for e in explained)]
-    roofs = [_roofline(chosen, "a", chosen.labels[0]), _roofline(chosen, "b", chosen.labels[1])]
+    roofs = [_roofline(chosen, of, label + chosen.of_longest) for of, label in zip("ab", chosen.labels, strict=True)]
     return {"phases": _phases(steps), "roofs": roofs, "roof_told": ROOF_TOLD}
 
 

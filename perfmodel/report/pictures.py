@@ -40,7 +40,7 @@ def draw_explanation(e: Explanation) -> str:
     page.place(fall, MARGIN, at + GAP)
     at += GAP + fall.height + GAP
     for of, label in zip("ab", e.labels, strict=True):
-        at = _roofline(page, e, of, label, at + LINE) + GAP
+        at = _roofline(page, e, of, label + e.of_longest, at + LINE) + GAP
     page.height = at
     page.shapes.insert(0, f'<rect width="{page.width:g}" height="{page.height:g}" class="f-ground"/>')
     return page.file(charts_on_light_ground())

@@ -210,7 +210,7 @@ def test_compare_prints_the_promised_json() -> None:
 def test_explain_prints_the_promised_json() -> None:
     """Both predictions, the waterfall between them, what limits each phase, where the verdict turns."""
     value = value_of("explain", *MODEL, "full", "lora:r=16", "--axes", "batch+size")
-    assert set(value) == {"answer", "a", "b", "speedup", "waterfall", "phases", "kernels", "crossovers"}
+    assert set(value) == {"answer", "a", "b", "speedup", "waterfall", "phases", "kernels", "kernels_of", "crossovers"}
     a, b = value["a"], value["b"]
     check_prediction(a)
     check_prediction(b)

@@ -325,3 +325,11 @@ def test_flutter_at_the_edge_of_a_verdict_is_not_told() -> None:
     turning = replace(axis("ff==f=="), values=[64, 374, 375, 376, 377, 378, 512])
     told = crossing_in_words(turning, ("A", "B"))
     assert told == "batch 64 to 512: faster up to 374, the same from 378 on"
+
+
+@pytest.mark.parametrize(("lengths", "of"), [("300:900", "longest micro-batch"), ("300:300", "step"), (None, "step")])
+def test_kernels_of_unequal_micro_batches_are_told_to_be_those_of_the_longest(lengths: str | None, of: str) -> None:
+    """110 ms of kernels stood below a step of 71 ms."""
+    found = explain("smollm2-135m", "full", "lora", device="l40s", batch=4, seq=1024, lengths=lengths)
+    assert found.as_dict()["kernels_of"] == of
+    assert bool(found.of_longest) == (of != "step")

@@ -51,7 +51,9 @@ def test_the_answer_is_the_fastest_that_fits_or_the_smallest() -> None:
     assert min(fit, key=lambda row: row["time_s"]["total"])["precision"] == "bf16"
     assert said["answer"].startswith("Fastest of what fits on l40s (47.7 GB): LoRA r=8 on q,v (bf16), ")
     none = asked("llama-3.1-70b", "--device", "rtx-4090")["answer"]
-    assert none.startswith("None of it fits on rtx-4090 (25.3 GB): QLoRA r=8 on q,v (4-bit base, bf16) takes least, ")
+    assert none.startswith(
+        "None of these fits on rtx-4090 (25.3 GB): QLoRA r=8 on q,v (4-bit base, bf16) takes least, "
+    )
     text = CliRunner().invoke(main, ["estimate", "llama-3-8b"], env={"COLUMNS": "80"}).stdout
     table = text[text.index("precision") :].splitlines()
     assert [line.split("  ")[0] for line in table[1 : 1 + len(said["rows"])]] == [r["precision"] for r in said["rows"]]
@@ -84,3 +86,10 @@ def test_a_model_without_a_built_in_form_is_traced(tmp_path: Path) -> None:
     config = {**SMALL["llama"], "model_type": "helium", "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "traced" in " ".join(asked(str(tmp_path), "--seq", "16")["rows"][0]["notes"])
+
+
+def test_adapters_without_default_targets_are_on_queries_and_values() -> None:
+    """A mixture's LoRA and QLoRA were left out, and full fine-tuning "takes least" of what was answered."""
+    found = estimated("qwen3-30b-a3b", Setup(), "h100-sxm")
+    assert not found.left_out
+    assert found.answer.startswith("Fastest of what fits on h100-sxm")

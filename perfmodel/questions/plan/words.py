@@ -41,7 +41,9 @@ def energy(joules: float, beside: float | None = None) -> str:
 def plan_answer(plan: Plan) -> str:
     """The answer in a few sentences."""
     if not plan.runs:
-        none = [f"{gpus_in_words(device, n)} with {method} {why}" for (device, n, method), why in plan.left_out.items()]
+        none = [
+            f"{gpus_in_words(device, n)} with {method}: {why}" for (device, n, method), why in plan.left_out.items()
+        ]
         return f"Nothing fits: {_listed(none)}."
     if len(plan.runs) == 1:
         return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
