@@ -1,6 +1,7 @@
 """The choices as something to take away: a command line, and a training config."""
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -10,7 +11,8 @@ from ..imports import read_alone
 from ..methods import parse
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
-from .choices import Choices, chosen_fields
+from ..setup import Setup
+from .choices import Choices, chosen_fields, setup_fields
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-fused": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit",
@@ -59,7 +61,6 @@ def _of_trl(c: Choices) -> dict[str, Any]:
         "gradient_accumulation_steps": s.grad_accum,
         "max_length": s.seq,
         "num_train_epochs": c.epochs,
-        "optim": OPTIMIZERS.get(s.optimizer, s.optimizer),
         "gradient_checkpointing": s.checkpoint != "none",
         "gradient_checkpointing_kwargs": {"use_reentrant": s.checkpoint == "block-reentrant"},
         "attn_implementation": {"flash2": "flash_attention_2"}.get(s.attention, s.attention),
@@ -67,6 +68,7 @@ def _of_trl(c: Choices) -> dict[str, Any]:
         "torch_compile": s.compile != "none",
         "max_grad_norm": 1.0 if s.clip_grad else 0.0,
     }
+    found |= {"optim": OPTIMIZERS[s.optimizer]} if s.optimizer in OPTIMIZERS else {}
     if isinstance(method, (Lora, QuantisedLora)):
         found |= {"use_peft": True, "lora_r": method.r, "lora_dropout": method.dropout}
         found |= {"lora_target_modules": list(method.targets)} if method.targets else {}
@@ -81,10 +83,10 @@ def _unsaid(c: Choices, text: str) -> list[str]:
         found = read_alone("config.yaml", text)
     except UserError as error:
         return [str(error)]
-    told = chosen_fields(c.setup)
-    usual = {name: str(value).lower() for name, value in found.setup.items() if value is not None}
-    other = [f"{name}={value}" for name, value in told.items() if usual.get(name, value) != value]
-    other += [f"{name}={value}" for name, value in told.items() if name not in usual and name not in ("batch", "seq")]
+    read = replace(Setup(), **{name: value for name, value in found.setup.items() if value is not None})
+    ours, theirs = chosen_fields(c.setup), chosen_fields(read)
+    usual = {name: str(value).lower() for name, value in setup_fields().items()}
+    other = [f"{n}={ours.get(n, usual[n])}" for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
     method = c.methods[1]
     lines = [] if parse(found.method or "full") == parse(method) else [f"read as {found.method}, not as {method}"]
     return [*lines, *([f"not said here: {' '.join(other)}"] if other else [])]

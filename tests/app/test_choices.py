@@ -66,14 +66,21 @@ def test_the_config_says_what_was_chosen_or_what_it_does_not_say(name: str, setu
     assert found.setup["batch"] == setup.batch
     assert found.setup["checkpoint"] == setup.checkpoint
     if name.startswith("qlora"):  # TRL has its adapters in bf16, without nested constants: that is said
-        assert comments == [f"# read as {found.method}, not as {name}"]
-    else:
-        assert (found.method, comments) == (name, [])
+        assert comments == [f"# read as {found.method}, not as {name}", "# not said here: kernels=torch"]
+    else:  # TRL fuses its head, and no key of a file keeps it from that
+        assert (found.method, comments) == (name, ["# not said here: kernels=torch"])
 
 
 def test_what_a_config_cannot_say_is_said() -> None:
     text = as_config(Choices(methods=("full", "paca:r=8"), setup=Setup(batch=1, seq=64, lengths="400:1200")))
-    assert text.startswith("# read as full, not as paca:r=8\n# not said here: lengths=400:1200\n")
+    assert text.startswith("# read as full, not as paca:r=8\n# not said here: lengths=400:1200 kernels=torch\n")
+
+
+def test_an_optimizer_that_transformers_has_no_name_for_is_said() -> None:
+    """`optim: muon` ends transformers' own reading of the file."""
+    text = as_config(Choices(methods=("full", "full"), setup=Setup(batch=1, seq=64, optimizer="muon")))
+    assert "optim" not in text.partition("model_name_or_path")[2]
+    assert "optimizer=muon" in text.splitlines()[0]
 
 
 @pytest.mark.parametrize(
