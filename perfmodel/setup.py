@@ -205,7 +205,7 @@ class Setup:
         if self.amp is not None:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
-                raise UserError(f"amp {self.amp} goes with fp32 or {self.amp} weights, got dtype {self.dtype}")
+                raise UserError(f"amp {self.amp} goes with dtype fp32 or {self.amp}, got {self.dtype}")
         one_of("fsdp_units", self.fsdp_units, FSDP_UNITS)
         if self.reduce_dtype is not None:
             one_of("reduce_dtype", self.reduce_dtype, DTYPES)

@@ -12,7 +12,7 @@ from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, ONE_GROUP, check_launch
-from .micro_batches import on_each_gpu
+from .micro_batches import KEYS, on_each_gpu
 from .read import Imported
 from .values import read_values
 
@@ -82,8 +82,10 @@ class Launch:
             own.setup.pop("checkpoint", None)
         asked, compiles = found.asks(), own.setup.pop("compile", "none")
         form = asked.under(own).as_typed(parallel, cp)
-        if form.samples and gpus and "batch" not in found.setup:
-            shares, said = on_each_gpu({**form.setup, **typed}, form.samples, gpus, form.tp * form.cp)
+        sizes = {**form.setup, **typed}
+        follows = KEYS.keys() - sizes or not KEYS.keys() & typed  # what is typed wins
+        if form.samples and gpus and follows and "batch" not in found.setup:
+            shares, said = on_each_gpu(sizes, form.samples, gpus, form.tp * form.cp)
             form = replace(form, setup=shares, besides=(*form.besides, *said))
         asks = found.setup.get("compile", "none") != "none"
         if several and compiles != "none" and not asks and found.compiles(form, self.gpus):

@@ -176,7 +176,7 @@ def unpacked(model: str, found: Imported) -> str:
         return ""
     if found.tool == "LLaMA-Factory" and meant.packed == ("fp8",):
         return ""  # it dequantises such weights (model_utils/quantization.py)
-    return f"weights in {found.setup.get('dtype')}, not {'-'.join(meant.packed)}"
+    return f"weights in {found.setup.get('dtype') or Setup.dtype}, not {'-'.join(meant.packed)}"
 
 
 def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> LoraGptq | None:

@@ -25,13 +25,8 @@ def numbers(keys: Keys) -> dict[str, int]:
 
 
 def of_all(keys: Keys) -> int | None:
-    """Samples of a step on all GPUs together, where they say how many each of them has.
-
-    Beside both other numbers they are their product, which `numbers` has already.
-    """
-    if keys.get(OF_ALL) in (None, "auto") or len(numbers(keys)) == len(KEYS):
-        return None
-    return keys.count(OF_ALL, 1)
+    """Samples of a step on all GPUs together, where they are given."""
+    return None if keys.get(OF_ALL) in (None, "auto") else keys.count(OF_ALL, 1)
 
 
 def shared(setup: Mapping[str, Any], samples: int, gpus: int) -> dict[str, Any]:
@@ -42,12 +37,23 @@ def shared(setup: Mapping[str, Any], samples: int, gpus: int) -> dict[str, Any]:
     """
     found = {name: setup[name] for name in KEYS if isinstance(setup.get(name), int)}
     if len(found) == len(KEYS):
+        _check(found, samples, gpus)
         return dict(setup)
     each, rest = divmod(samples, gpus * next(iter(found.values()), 1))
     if rest or not each:
         of_each = f", {' and '.join(f'{KEYS[name]} {n}' for name, n in found.items())}" if found else ""
         raise UserError(f"{OF_ALL} {samples} cannot be shared by {gpus} GPUs{of_each}: give a multiple")
     return {"grad_accum": 1, **setup, "grad_accum" if "batch" in found else "batch": each}
+
+
+def _check(found: Mapping[str, int], samples: int, gpus: int) -> None:
+    """Raise `UserError` where all three numbers are there and differ (`_batch_assertion`)."""
+    made = found["batch"] * found["grad_accum"] * gpus
+    if made != samples:
+        raise UserError(
+            f"{OF_ALL} {samples} is not {KEYS['batch']} {found['batch']} x {KEYS['grad_accum']} {found['grad_accum']} "
+            f"x {gpus} GPUs: give {made}, or leave one of them out"
+        )
 
 
 def on_each_gpu(

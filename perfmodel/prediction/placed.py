@@ -127,12 +127,16 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
 
 def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
     """The node, and how it was chosen where nobody named it."""
-    name = setup.node or _of_gpu().get(on.slug)
+    if setup.node:
+        node = Node.load(setup.node)
+        of = node.file.gpu
+        return node, [] if of == on.slug else [f"links of {node.file.slug}, a node of {of}"]
+    name = _of_gpu().get(on.slug)
     if name is None:
         name = USUAL["sxm" if "sxm" in on.slug else "pcie"]
         notes = [f"no node of {on.slug} is known: links as in {name} (--node NAME, see `perfmodel nodes`)"]
     else:
-        notes = [] if setup.node else [f"the GPUs stand in {name} (--node)"]
+        notes = [f"the GPUs stand in {name} (--node)"]
     return Node.load(name), notes
 
 

@@ -43,6 +43,8 @@ def answered(folder: Path, config: Any, launch: Any, *typed: str) -> Any:
         (None, {**ZERO_2, "train_batch_size": 32}, ("--gpus", "2"), 16, 1),
         (None, {**ZERO_2, "train_batch_size": 32}, ("--gpus", "2", "--batch", "2"), 2, 8),
         (None, {**ZERO_2, "train_batch_size": 32, "gradient_accumulation_steps": 4}, ("--gpus", "4"), 2, 4),
+        (None, {**SIZED, "train_batch_size": 256}, ("--gpus", "2"), 8, 16),
+        (None, {**SIZED, "train_batch_size": 256}, ("--gpus", "4", "--batch", "2"), 2, 16),
         (None, SHORT_OF_FOUR, (), 1, 4),
         ({**FACTORY, "gradient_accumulation_steps": 4}, SHORT_OF_FOUR, (), 8, 4),
         ({**FACTORY, "gradient_accumulation_steps": 2}, SHORT_OF_FOUR, ("--grad-accum", "3"), 8, 3),
@@ -78,6 +80,11 @@ def test_deepspeeds_numbers_of_samples_count_where_no_others_do(
         (
             None, {**ZERO_2, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8},
             "train_batch_size 16 cannot be shared by 4 GPUs, train_micro_batch_size_per_gpu 8: give a multiple",
+        ),
+        (
+            None, {**SIZED, "train_batch_size": 256},
+            "train_batch_size 256 is not train_micro_batch_size_per_gpu 8 x gradient_accumulation_steps 16 x 4 GPUs: "
+            "give 512, or leave one of them out",
         ),
         (None, {**ZERO_2, "train_micro_batch_size_per_gpu": "many"}, "must be a positive integer, got 'many'"),
     ],

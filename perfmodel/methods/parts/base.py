@@ -332,7 +332,8 @@ def _convert(where: str, text: str, hint: Any) -> Any:
             return float(text)
         return text if "str" in str(hint) else int(text)
     except ValueError:
-        raise UserError(f"{where} must be a number, got {text!r}") from None
+        kind = "number" if hint is float else "whole number"
+        raise UserError(f"{where} must be a {kind}, got {text!r}") from None
 
 
 def _indices(where: str, text: str) -> tuple[int, ...]:
@@ -343,8 +344,8 @@ def _indices(where: str, text: str) -> tuple[int, ...]:
             first, last = int(low), int(high) if dash else int(low)
         except ValueError:
             raise UserError(f"{where} takes layer numbers such as 0-7+12, got {text!r}") from None
-        if last - first > 10_000:
-            raise UserError(f"{where}: the range {part} is too long")
+        if not first <= last <= first + 10_000:
+            raise UserError(f"{where}: the range {part} {'is too long' if last > first else 'ends before it begins'}")
         found.extend(range(first, last + 1))
     return tuple(sorted(set(found)))
 

@@ -15,7 +15,8 @@ EVENT = Attrs(host=True)
 SENT = Run(COMMUNICATION, after=(COMPUTE,))
 ACROSS = "communication across"  # the stream of NCCL's other communicator, between groups of GPUs
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def travelling(run: Callable[P, R]) -> Callable[P, R]:
