@@ -78,9 +78,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "seq 0": (predict_with("--seq", "0"), "seq must be from 1"),
     "grad-accum 0": (predict_with("--grad-accum", "0"), "grad_accum must be from 1"),
     "rank 0": (predict_with("--method", "lora:r=0"), "r must be from 1"),
-    "rank -1": (predict_with("--method", "lora:r=-1"), "r must be from 1"),
     "half a rank": (predict_with("--method", "lora:r=1.5"), "r must be a whole number"),
-    "layers from last to first": (predict_with("--method", "lora:layers=3-1"), "3-1 ends before it begins"),
     "rank above the width": (predict_with("--method", "lora:r=769"), "exceeds the width 768"),
     "target that matches nothing": (predict_with("--method", "lora:targets=q_proj"), "matches no linear layer"),
     "target that is a part of a name": (predict_with("--method", "lora:targets=attn"), "matches no linear layer"),
@@ -114,7 +112,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "missing device file": (predict_with(device="nowhere.toml"), "nowhere.toml"),
     "broken host file": (predict_with("--host", "broken.toml"), "broken.toml"),
     "one method to compare": (("compare", *MODEL, "--methods", "full"), "at least two"),
-    "mistake in a compared method": (("compare", *MODEL, "--methods", "full", "lora:r=0"), "r must be from 1"),
+    "mistake in a compared method": (("compare", *MODEL, "--methods", "full", "lora:r=-1"), "r must be from 1"),
     "no value after --methods": (("compare", *MODEL, "--methods"), "--methods"),
 }
 
