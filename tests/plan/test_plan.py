@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -353,12 +354,17 @@ def test_what_two_methods_come_to_stands_once() -> None:
     assert [(run.asked, run.method) for run in alone.runs] == [("lora:r=4", "qlora:r=4")]
 
 
-def test_a_gpu_without_bf16_units_runs_in_fp16(tmp_path: Any) -> None:
-    """A T4 was planned in bf16, which PyTorch emulates there: three times the hours; partitions say the same."""
+def test_a_gpu_without_bf16_units_runs_in_fp16() -> None:
+    """A T4 was planned in bf16, which PyTorch emulates there: three times the hours."""
     found = plan(MODEL, "lora", device=["t4", "l40s"], samples=1000, today=date(2026, 11, 29))
     dtypes = {run.device: run.prediction.setup.dtype for run in found.runs}
     assert dtypes == {"t4": "fp16", "l40s": "bf16"}
     assert "t4: no bf16 units, so in fp16" in words.plan_notes(found)
+
+
+def test_partitions_keep_what_ran_in_fp16(tmp_path: Path) -> None:
+    """What a run gave up is looked up again among what there was to give up for its own device."""
+    pytest.importorskip("pyarrow")
     given = ["plan", "--model", MODEL, "--methods", "lora", "--device", "t4", "--samples", "1000", "--json"]
     alone, kept = (
         CliRunner().invoke(main, [*given, *more]).stdout for more in ((), ("--partitions", str(tmp_path / "kept")))
