@@ -103,10 +103,11 @@ class GpuNode:
         if dtype not in ITEMSIZE:
             raise UserError(f"dtype {dtype!r} is unknown: {nearest(dtype, ITEMSIZE)}")
         message, group, over = self._group(kind, message_bytes, gpus, nodes)
+        _together(message_bytes=message, gpus=group, nodes=over, beside=(side := _numbers("beside", beside, 1)))
         found = price.collective_seconds(
             kind, message, group, over, links=self.file.links, parameters=self.file.blocks[kind].parameters,
             between=self.file.blocks[BETWEEN].parameters if BETWEEN in self.file.blocks else None,
-            reduces=dtype in SWITCH_ADDS, beside=(side := _numbers("beside", beside, 1)),
+            reduces=dtype in SWITCH_ADDS, beside=side,
         )  # fmt: skip
         shapes = (each.shape for each in (message, group, over, side))
         return _plain(np.broadcast_to(found, np.broadcast_shapes(*shapes)))
@@ -124,21 +125,27 @@ class GpuNode:
             raise UserError(f"collective {kind!r} is unknown: {nearest(kind, price.KINDS)}")
         message, over = _numbers("message_bytes", message_bytes, 0), _numbers("nodes", nodes, 1)
         group = _numbers("gpus", over * self.gpus if gpus is None else gpus, 1)
+        if np.any(over % 1):
+            raise UserError(f"nodes must be whole numbers, got {nodes!r}")
+        _together(message_bytes=message, gpus=group, nodes=over)
+        self.check_network(over)
         each = group / over
+        if np.any(many := each > self.gpus):
+            most, on = (int(np.extract(many, x)[0]) for x in np.broadcast_arrays(group, over))
+            enough = next(n for n in range(-(-most // self.gpus), most + 1) if most % n == 0)
+            whose = f"{'a' if on == 1 else f'each of {on}'} {self.file.slug} of {self.gpus}"
+            raise UserError(f"{most} GPUs are more than {whose} holds: nodes={enough} would do")
         if np.any(each % 1):
             raise UserError(f"gpus must spread evenly over the nodes, got {gpus!r} over {nodes!r}")
-        if np.any(each > self.gpus):
-            most = int(np.max(group))
-            enough = -(-most // self.gpus)
-            raise UserError(
-                f"{most} GPUs are more than a {self.file.slug} of {self.gpus} holds: nodes={enough} would do"
-            )
-        if np.any(over > 1) and self.file.links.nics is None:
+        return message, group, over
+
+    def check_network(self, nodes: Any) -> None:
+        """Raise `UserError` where nodes without network cards are several."""
+        if np.any(np.greater(nodes, 1)) and self.file.links.nics is None:
             raise UserError(
                 f"{self.file.slug} has no network cards, so a job has at most its {self.gpus} GPUs: use --gpus "
                 f"{self.gpus}, another --node, or give its file a table [nics]"
             )
-        return message, group, over
 
 
 Node = GpuNode  # its name in the face of the package; in the house a Node is a step of autograd, as in PyTorch
@@ -146,9 +153,18 @@ Node = GpuNode  # its name in the face of the package; in the house a Node is a 
 
 def _numbers(what: str, value: Any, least: int) -> Array:
     array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.number) or not np.all(np.greater_equal(array, least)):
+    if not np.issubdtype(array.dtype, np.number) or not np.all((array >= least) & np.isfinite(array)):
         raise UserError(f"{what} must be from {least}, got {value!r}")
     return array.astype(np.float64)
+
+
+def _together(**arrays: Array) -> None:
+    """Raise `UserError` where shapes do not broadcast."""
+    try:
+        np.broadcast_shapes(*(array.shape for array in arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items() if array.ndim)
+        raise UserError(f"shapes do not go together: {shapes}") from None
 
 
 def _plain(found: Array) -> Any:

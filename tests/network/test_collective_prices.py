@@ -1,8 +1,11 @@
 """Prices by hand: one node of round figures, every term of the formula alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from perfmodel.errors import UserError
 from perfmodel.network import price
 from perfmodel.network.node import BYTES_OF_A_CHANNEL, Node
 from perfmodel.network.parameters import Between, CollectiveParameters, InSwitch, Nics, Protocol
@@ -122,3 +125,20 @@ def test_small_messages_take_few_channels() -> None:
     node = Node.load("dgx-h100")
     for size, channels in ((0, 1), (1, 1), (BYTES_OF_A_CHANNEL, 1), (BYTES_OF_A_CHANNEL + 1, 2), (2**40, 24)):
         assert node.collective_work("all_reduce", size, 8).channels == channels
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"gpus": 9}, "9 GPUs are more than a dgx-h100 of 8 holds: nodes=3 would do"),
+        ({"gpus": [8, 17], "nodes": [1, 2]}, "17 GPUs are more than each of 2 dgx-h100 of 8 holds: nodes=17 would do"),
+        ({"gpus": 9, "nodes": 2}, "gpus must spread evenly over the nodes, got 9 over 2"),
+        ({"gpus": 12, "nodes": 1.5}, "nodes must be whole numbers, got 1.5"),
+        ({"gpus": float("nan")}, "gpus must be from 1, got nan"),
+        ({"gpus": [2, 4], "nodes": [1, 1, 1]}, r"shapes do not go together: gpus \(2,\), nodes \(3,\)"),
+        ({"gpus": [2, 4], "beside": [1, 1, 1]}, r"shapes do not go together: gpus \(2,\), beside \(3,\)"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused_with_what_would_do(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Node.load("dgx-h100").collective("all_reduce", SIZE, **asked)
