@@ -105,21 +105,33 @@ def exchanged(
             nbytes[kind] = nbytes[kind] + message_bytes(op) * times
             calls[kind] += times
     taking["total"] = sum(taking[phase] for phase in PHASES)
-    exposed = _longer(built, phases, quiet)
-    offloading = _longer(built, phases, unhosted) if built.setup.offload != "none" else NO_TIME
-    hidden = {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in taking}
-    return Communication(exposed, hidden, nbytes, calls, offloading)
+    exposed, offloading = longer(phases, composed(built.groups, quiet)), NO_TIME
+    if built.setup.offload != "none":
+        offloading = longer(phases, composed(built.groups, unhosted))
+    return Communication(exposed, hidden(taking, exposed), nbytes, calls, offloading)
+
+
+def hidden(taking: Phases, exposed: Phases) -> Phases:
+    """Of what collectives take by themselves what the step is not longer for, by phase.
+
+    A phase may be longer than its collectives take, for those begun in the one before it, or those of other ranks.
+    """
+    total = np.maximum(0.0, taking["total"] - exposed["total"])
+    return _shared_out(total, {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in PHASES})
+
+
+def _shared_out(total: Any, to: Phases) -> Phases:
+    """A total and the phases that it is of, as `to` has them."""
+    whole = sum(to.values())
+    share = total / np.where(whole > 0.0, whole, 1.0)
+    return {**{phase: seconds * share for phase, seconds in to.items()}, "total": total}
 
 
 def _clocks(part: Part, seconds: Seconds, on: DeviceProfile, by: Host) -> timeline.Clocks:
     return part_costs.clocks(PartWork.of(part), seconds, on.kind, by)[0]
 
 
-def _longer(built: Step, phases: Phases, without: Sequence[timeline.Clocks]) -> Phases:
-    """By how much a step is longer than with other clocks of its parts, shared out to the phases that are."""
-    shorter = composed(built.groups, without)
-    total = np.maximum(0.0, phases["total"] - shorter["total"])
-    longer = {phase: np.maximum(0.0, phases[phase] - shorter[phase]) for phase in PHASES}
-    whole = sum(longer.values())  # more than the total where the host is ahead of one phase and waits in the next
-    share = total / np.where(whole > 0.0, whole, 1.0)
-    return {**{phase: seconds * share for phase, seconds in longer.items()}, "total": total}
+def longer(phases: Phases, shorter: Phases) -> Phases:
+    """By how much a step is longer than another one, shared out to the phases that are."""
+    total = np.maximum(0.0, phases["total"] - shorter["total"])  # less than the sum where one phase waits for another
+    return _shared_out(total, {phase: np.maximum(0.0, phases[phase] - shorter[phase]) for phase in PHASES})

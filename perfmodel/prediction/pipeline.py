@@ -27,7 +27,7 @@ from ..recording.pipeline import RankStep
 from ..recording.reuse import Shared
 from ..values import immutable
 from . import intervals, memory, part_costs, timeline
-from .communication import ALONE, Communication, Phases
+from .communication import ALONE, Communication, Phases, hidden, longer
 from .timeline import Clocks, Seconds, later
 from .times import Time
 from .work import PartWork
@@ -319,9 +319,8 @@ def _exchanged(
         for done in (*action.sends, *action.receives) if isinstance(action, Post) else ():
             taking[done.way] = taking[done.way] + takes(done)
     taking["total"] = sum(taking[phase] for phase in PHASES)
-    exposed = {phase: np.maximum(0.0, phases[phase] - quiet[phase]) for phase in taking}
-    hidden = {phase: np.maximum(0.0, taking[phase] - exposed[phase]) for phase in taking}
-    return Communication(exposed, hidden, nbytes, calls, ALONE.offloading)
+    exposed = longer(phases, quiet)
+    return Communication(exposed, hidden(taking, exposed), nbytes, calls, ALONE.offloading)
 
 
 def _works(ours: RankStep, priced: PricedParts) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from perfmodel.prediction.placed import Placed
 from perfmodel.prediction.predict import Prediction, architecture_of, method_of
 from perfmodel.prediction.timeline import advance_clock
 from perfmodel.prediction.work import StepWork
+from perfmodel.program.part import PHASES
 from perfmodel.program.streams import COMPUTE
 from perfmodel.recording import pipeline
 from perfmodel.recording.parallel.schedules import BACKWARD, FORWARD, Pass, Post, Schedule, Wait
@@ -214,6 +215,10 @@ def test_slower_links_never_help_a_step(job: Job) -> None:
     assert totals == sorted(totals)
     sent = slow.time.communication
     assert 0 <= sent.exposed["total"] <= slow.time.phases["total"]
+    for p in (usual, slow):
+        said = p.time.communication
+        for seconds in (said.exposed, said.hidden):
+            assert sum(seconds[phase] for phase in PHASES) == pytest.approx(seconds["total"], abs=1e-12)
     assert sum(slow.time.components.values()) == pytest.approx(slow.time.phases["total"])
     assert usual.pipeline is not None
     assert 0 <= usual.pipeline.bubble < usual.time.phases["total"]
