@@ -211,6 +211,9 @@ class Setup:
             one_of("reduce_dtype", self.reduce_dtype, DTYPES)
         if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise UserError(f"{name} is True or False, got {getattr(self, name)!r}")
         exponent_of(self.routing)
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
             accumulates = "grad_accum 1" if self.grad_accum > 1 else "compile none"
@@ -362,6 +365,9 @@ class Setup:
         """The setup as plain values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**plain, "lengths": self.lengths.spec if self.lengths else None, "stack": self.stack.as_dict()}
+
+
+FLAGS = tuple(f.name for f in fields(Setup) if f.type is bool)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

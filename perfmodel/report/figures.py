@@ -164,7 +164,8 @@ def setup_line(s: Setup, *, precision: bool = True) -> str:
     told += [f"gradients reduced in {s.reduce_dtype}"] if several and s.reduce_dtype is not None else []
     told += ["exchanged each micro-batch"] if several and s.sync_each_batch and s.grad_accum > 1 else []
     told += ["messages beside compute"] if several and s.overlap else []
-    told += [f"shards in groups of {s.shard_group}"] if several and s.shard_group is not None else []
+    in_groups = s.shard_group is not None and np.any(s.replicas * s.cp > s.shard_group)
+    told += [f"shards in groups of {s.shard_group}"] if in_groups else []
     told += [f"{OFFLOADED[s.offload]} offloaded"] if s.offload != usual.offload else []
     told += [f"DDP {s.ddp}"] if several and s.ddp != usual.ddp else []
     told += [f"tensor parallel {s.tp}" + ", sequence parallel" * s.sequence_parallel] if s.tp > 1 else []
