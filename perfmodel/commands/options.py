@@ -325,6 +325,14 @@ def setup_of(options: dict[str, Any]) -> Any:
     return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
 
 
+def setup_of_counts(options: dict[str, Any], counts: Sequence[int]) -> Any:
+    """The same of the first number of GPUs that can have it, of several."""
+    from ..questions.counts import possible
+
+    setups, _ = possible(lambda count: setup_of({**options, "gpus": int(count)}), counts)
+    return next(iter(setups.values()))
+
+
 def model_of(options: dict[str, Any]) -> Any:
     """The model of a command's options: by its name, or traced, where that is asked for or nothing else can answer."""
     if not is_traced(options):

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from ..errors import UserError
 from .given_config import answer_json
-from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of
+from .options import Finite, Lists, methods_of, methods_option, model_of, plan_options, setup_of_counts
 from .parted import partitions_asked
 from .quantity import BYTES, NUMBER, Quantity
 
@@ -88,7 +88,7 @@ def plan(
     if _typed("epochs") and not _typed("max_steps"):
         about["max_steps"] = None  # of a training config
     counts = options.pop("gpus")
-    chosen, setup = methods_of(methods, options), setup_of({**options, "gpus": max(counts)})
+    chosen, setup = methods_of(methods, options), setup_of_counts(options, counts)
     if asked and len(counts) > 1:
         raise UserError(f"{asked[0].replace('_', ' ')}: give one number of GPUs, not {len(counts)}")
     if asked:

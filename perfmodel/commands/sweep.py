@@ -8,7 +8,7 @@ import click
 
 from ..errors import UserError
 from .given_config import answer_json
-from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of
+from .options import GridAxis, Lists, grid_options, methods_of, methods_option, model_of, setup_of_counts
 from .parted import partitions_asked
 
 PRINTED = 100_000  # rows that go to the terminal as JSON; more belong in a file
@@ -49,7 +49,7 @@ def sweep(
     from ..questions.sweeps import sweep as plan
 
     axes = {name: options.pop(name) for name in ("batch", "seq", "gpus", "device")}
-    setup = setup_of({**options, "gpus": int(axes["gpus"][0])})  # which a cut of layers or stages has to divide
+    setup = setup_of_counts(options, axes["gpus"])
     planned = plan(
         model_of(options), methods_of(methods, options), setup, axes["device"], host=options["host"],
         batch=axes["batch"], seq=axes["seq"], rank=rank, k=k, gpus=axes["gpus"],

@@ -101,18 +101,18 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
             spread evenly over nodes that were asked for.
     """
     node, notes = _of_cpu(setup, on) if on.kind == "cpu" else _of_gpus(setup, on)
-    alone = bool(np.all(np.equal(setup.gpus, 1)))  # it offloads, and its node is the host that it does to
+    gpus = np.asarray(setup.gpus)
+    nodes: Any = -(-gpus // node.gpus) if setup.nodes is None else setup.nodes
+    node.check_network(nodes)
+    per_node: Any = -(-gpus // nodes)
+    uneven = per_node * nodes != gpus
+    if setup.nodes is not None and np.any(uneven | (per_node > node.gpus)):
+        raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
+    alone = bool(np.all(gpus == 1))  # it offloads, and its node is the host that it does to
     notes = [] if alone else notes + node.notes
-    if setup.nodes is not None:
-        per_node: Any = np.asarray(setup.gpus) / setup.nodes
-        if np.any(per_node % 1) or np.any(per_node > node.gpus):
-            raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
-    else:
-        fewest = -(-np.asarray(setup.gpus) // node.gpus)
-        per_node = -(-np.asarray(setup.gpus) // fewest)
-        if not alone and np.any(uneven := per_node * fewest != setup.gpus):
-            gpus, nodes, each = (int(np.extract(uneven, a)[0]) for a in (setup.gpus, fewest, per_node))
-            notes = [*notes, f"{gpus} GPUs do not fill {nodes} nodes evenly: they exchange as with {each} on each"]
+    if not alone and np.any(uneven):
+        some, on_nodes, each = (int(np.extract(uneven, a)[0]) for a in (gpus, nodes, per_node))
+        notes = [*notes, f"{some} GPUs do not fill {on_nodes} nodes evenly: they exchange as with {each} on each"]
     groups: dict[str, Any] = {
         "tp": setup.tp,
         "cp": setup.tp * setup.cp,

@@ -25,6 +25,7 @@ from ..prediction.predict import Model, Prediction, architecture_of, method_of, 
 from ..setup import Setup, positive
 from ..shown import Shown, frame
 from ..values import immutable
+from .counts import Refused, possible
 from .speedup import verdict
 
 Columns = dict[str, np.ndarray]
@@ -40,6 +41,7 @@ class Sweep(Shown):
     Attributes:
         batch, seq, rank: values of the axes; rank is empty where the methods keep theirs.
         gpus: values of the axis of GPUs, of which each is predicted apart.
+        refused: numbers of GPUs that were asked for and are left out.
         methods: bound methods, the baseline first; `k` values are methods of their own.
     """
 
@@ -52,6 +54,7 @@ class Sweep(Shown):
     seq: np.ndarray
     rank: np.ndarray
     gpus: np.ndarray
+    refused: Refused
 
     def __len__(self) -> int:
         """Rows of the whole sweep."""
@@ -242,18 +245,34 @@ def sweep(
     for m in bound:
         if len(ranks) and has_rank(m):
             with_rank(m, ranks).bind(architecture)
-    base = with_options(setup, options)
+    devices = _distinct([profile_of(d) for d in names])
+    if gpus is None:
+        gpus = 1 if setup is None else setup.gpus
+    setups, refused = possible(partial(_with_gpus, setup, options, devices), _axis("gpus", gpus).tolist())
+    base = next(iter(setups.values()))
     return Sweep(
         model=architecture.name,
         methods=bound,
-        devices=_distinct([profile_of(d) for d in names]),
+        devices=devices,
         setup=base,
         host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
         batch=_axis("batch", base.batch if batch is None else batch),
         seq=_axis("seq", base.seq if seq is None else seq),
         rank=ranks,
-        gpus=_axis("gpus", base.gpus if gpus is None else gpus),
+        gpus=_axis("gpus", setups),
+        refused=refused,
     )
+
+
+def _with_gpus(setup: Setup | None, options: dict[str, Any], devices: Devices, gpus: int) -> Setup:
+    """The setup of so many GPUs, which the nodes of each device hold."""
+    found = with_options(setup, {**options, "gpus": gpus})
+    if gpus > 1:
+        from ..prediction.placed import placed  # few ask for several
+
+        for on in devices:
+            placed(found, on)
+    return found
 
 
 def has_rank(method: Method) -> bool:

@@ -69,21 +69,30 @@ class SweepSummary:
 
 @dataclass
 class FinishedSweep:
-    """A sweep that ran: the summary of each device and method, and what was kept of its rows."""
+    """A sweep that ran.
+
+    Attributes:
+        summaries: of each device and method.
+        speedups, kept: what was kept of its rows.
+        output: the file that they went to.
+        left_out: numbers of GPUs that the job cannot have, and why.
+    """
 
     baseline: str
     summaries: dict[Key, SweepSummary] = field(default_factory=dict)
     speedups: dict[Key, list[Columns]] = field(default_factory=dict)
     kept: list[Columns] = field(default_factory=list)
     output: Path | None = None
+    left_out: dict[int, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `sweep`: the rows, unless they went to a file."""
         summary = [{"device": d, "method": m, **s.as_dict()} for (d, m), s in self.summaries.items()]
+        left_out = [{"gpus": gpus, "why": why} for gpus, why in self.left_out.items()]
+        told = {"baseline": self.baseline, "summary": summary, "left_out": left_out}
         if self.output:
-            return {"baseline": self.baseline, "output": str(self.output), "summary": summary}
-        rows = [row for columns in self.kept for row in records(columns)]
-        return {"baseline": self.baseline, "summary": summary, "rows": rows}
+            return {**told, "output": str(self.output)}
+        return {**told, "rows": [row for columns in self.kept for row in records(columns)]}
 
 
 def run_sweep(
@@ -99,7 +108,8 @@ def run_sweep(
     Raises:
         UserError: a file that cannot be written, or a setup that is refused.
     """
-    outcome = FinishedSweep(planned.methods[0].spec(), output=output)
+    left_out = {gpus: str(why) for gpus, why in planned.refused.items()}
+    outcome = FinishedSweep(planned.methods[0].spec(), output=output, left_out=left_out)
     keep_speedups = keep_speedups or _fits_terminal(planned)
     with ExitStack() as stack:
         write = stack.enter_context(rows_to(output)) if output else None
@@ -173,7 +183,8 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
         show(f"{len(planned):,} rows in {outcome.output}")
     setup = replace(planned.setup, gpus=int(planned.gpus.max()))
     known = [(m.spec(), notes_before(planned.architecture, m, setup)) for m in planned.methods]
-    notes(named_notes(known))
+    left_out = [f"left out: {n} GPU{'s' * (n > 1)}: {why}" for n, why in outcome.left_out.items()]
+    notes([*left_out, *named_notes(known)])
 
 
 def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:

@@ -174,6 +174,19 @@ def test_several_numbers_of_gpus_are_planned_as_each_alone(global_batch: int | N
     assert {s.batch * s.grad_accum * gpus for s, gpus in sizes} == ({16} if global_batch else {1, 2, 8})
 
 
+def test_a_number_of_gpus_that_does_not_go_is_left_out_and_said() -> None:
+    """Of several numbers one that the batch, the cut or the node does not allow takes no answer from the others."""
+    asked: dict[str, Any] = {"device": ["rtx-4090", "h100-sxm"], "samples": 1000, "seq": 128, "tp": 2}
+    found = plan("llama-3.2-1b", "lora:r=4", **asked, global_batch=4, gpus=(1, 4, 6, 16))
+    assert {(run.device, run.gpus) for run in found.runs} == {("rtx-4090", 4), ("h100-sxm", 4)}
+    why = {(device, gpus): words for (device, gpus, _), words in found.left_out.items()}
+    assert {gpus for _, gpus in why} == {1, 6, 16}
+    assert why["h100-sxm", 1] == "tp 2 does not divide the 1 GPUs of the job"
+    assert why["rtx-4090", 16] == why["h100-sxm", 16] == "global batch 4 does not divide among 8 GPUs"
+    with pytest.raises(UserError, match="tp 2 does not divide the 1 GPUs"):
+        plan("llama-3.2-1b", "lora:r=4", **asked, gpus=(1, 3))
+
+
 def test_ties_unknown_prices_and_a_deadline_are_said() -> None:
     """Who is not told that two are alike, or that a price is missing, decides on nothing."""
     l40s = profile.load("l40s")

@@ -257,3 +257,19 @@ def test_axes_are_named_once_and_hatching_moves_no_border(monkeypatch: pytest.Mo
         mesh = axes.collections[0].get_coordinates()
         assert axes.get_xlim() == pytest.approx((mesh[..., 0].min(), mesh[..., 0].max()))
         assert axes.get_ylim() == pytest.approx((mesh[..., 1].min(), mesh[..., 1].max()))
+
+
+def test_numbers_of_gpus_that_do_not_go_are_left_out_and_said(tmp_path: Path) -> None:
+    """A range of GPUs holds numbers that a cut does not divide, and more than a node without network cards has."""
+    grid = sweep("llama-3.2-1b", ["full", "lora"], device="rtx-4090", gpus=range(1, 17), tp=4, nodes=None)
+    assert grid.gpus.tolist() == [4, 8]
+    assert set(grid.refused) == {*range(1, 17)} - {4, 8}
+    assert "no network cards" in str(grid.refused[16])
+    with pytest.raises(UserError, match="tp 4 does not divide the 1 GPUs of the job"):
+        sweep("llama-3.2-1b", ["full", "lora"], device="h100-sxm", gpus=(1, 2), tp=4)
+    asked = ["sweep", "--model", "llama-3.2-1b", "--device", "h100-sxm", "--tp", "2", "--gpus", "1-4*2", "--seq", "64"]
+    told = CliRunner().invoke(main, [*asked, "--output", str(tmp_path / "rows.csv")])
+    assert "note: left out: 1 GPU: tp 2 does not divide the 1 GPUs of the job" in told.stdout
+    plain = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout)
+    assert {row["gpus"] for row in plain["rows"]} == {2, 4}
+    assert plain["left_out"] == [{"gpus": 1, "why": "tp 2 does not divide the 1 GPUs of the job"}]

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
+
+import numpy as np
 
 from ... import units
 from ...devices import profile
@@ -20,6 +22,7 @@ from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
 from ...today import today as date_of_today
+from ..counts import Refused, possible
 from ..knobs import in_half_of
 from . import job as jobs
 from .fitting import Concession, Fitting
@@ -161,21 +164,24 @@ def planner_of(
     _check(deadline=deadline, node_power=node_power, grid_co2=grid_co2)
     if micro is None:
         micro = setup is not None or any(name in options for name in TYPED)
-    asked = with_options(setup, options)
-    counts = [asked.gpus] if gpus is None else [gpus] if isinstance(gpus, int) else gpus
-    alike = [replace(asked, gpus=count) for count in dict.fromkeys(counts)]
-    for each in alike:
+    if gpus is None:
+        gpus = 1 if setup is None else setup.gpus
+
+    def of_gpus(count: int) -> Setup:
+        each = with_options(setup, {**options, "gpus": count})
         jobs.check_single(each)
-    setups = tuple([jobs.with_global_batch(each, global_batch, micro=micro) for each in alike])
+        return jobs.with_global_batch(each, global_batch, micro=micro)
+
+    setups, refused = possible(of_gpus, np.ravel(gpus).tolist())
     architecture = architecture_of(model)
     given = [methods] if isinstance(methods, (str, Method)) else list(methods)
     bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
     typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
     planner = Planner(
-        Fitting(architecture, host), job, setups, tuple(planned_devices(device)), tuple(bound), price_kind, typed,
-        node_power, deadline, grid_co2, today or date_of_today(),
+        Fitting(architecture, host), job, tuple(setups.values()), tuple(planned_devices(device)), tuple(bound),
+        price_kind, typed, node_power, deadline, grid_co2, today or date_of_today(), refused,
     )  # fmt: skip
-    for each in setups:  # a job that cannot be counted is refused before anything is predicted
+    for each in planner.setups:  # a job that cannot be counted is refused before anything is predicted
         planner.work(each)
     return planner
 
@@ -212,6 +218,7 @@ class Planner:
 
     Attributes:
         setups: one for each number of GPUs.
+        refused: numbers of GPUs that are none of the setups.
     """
 
     fitting: Fitting
@@ -225,6 +232,7 @@ class Planner:
     deadline: float | None
     grid_co2: float | None
     today: date
+    refused: Refused
 
     def __post_init__(self) -> None:
         self.counted: dict[tuple[Any, ...], JobCounts] = {}
@@ -260,6 +268,8 @@ class Planner:
         refused = [outcome for outcome in found.values() if isinstance(outcome, UserError)]
         if refused and len(refused) == len(found):
             raise refused[0]
+        places = product(self.refused, self.devices, self.methods)
+        found |= {(on.slug, gpus, m.spec()): self.refused[gpus] for gpus, on, m in places}
         found = {key: self._once(outcome) for key, outcome in found.items()}
         runs = [outcome for outcome in found.values() if isinstance(outcome, PlannedRun)]
         return Plan(
