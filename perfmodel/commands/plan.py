@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 @click.option("--eval-every", type=click.IntRange(1), help="Steps from one evaluation to the next; default none.")
 @click.option("--eval-samples", type=click.IntRange(0), default=0, show_default=True, help="Samples of an evaluation.")
 @click.option(
-    "--save-every", type=click.IntRange(1), help="Steps from one checkpoint to the next; default one at the end."
+    "--save-every",
+    type=Finite(0, min_open=True),
+    help="Steps from one checkpoint to the next, or a share of all: 0.1; default one at the end.",
 )
+@click.option("--save-only-model", is_flag=True, help="Checkpoints without the optimizer's states.")
 @click.option(
     "--disk",
     type=Quantity(BYTES, "500MB or 2GB"),

@@ -99,7 +99,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     in_tf32 = keys.get("tf32") if "tf32" in keys.values else AUTO
     if in_tf32 and amp is None and (dtype is None or adapter is not None):  # PEFT's adapters are in fp32
         keys.differ("fp32 products without TF32", *(["tf32"] if "tf32" in keys else []))
-    runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys)
+    runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys, by_config=True)
     method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
         "engine": runs_on,

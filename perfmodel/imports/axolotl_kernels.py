@@ -5,15 +5,16 @@ import re
 from ..errors import UserError
 from ..methods.lora import TOGETHER
 from ..methods.parts.targeted import ALL_LINEAR, is_pattern
-from .fields import ALL_FUSED, ALL_OF_LIGER, FLASH, FLASH_2_FOR_3, FUSES
+from .fields import ALL_FUSED, ALL_OF_LIGER, FLASH, FLASH_2_FOR_3, FUSES, SDPA_FOR_FLEX
 from .keys import Keys
 
 GEMMA_4 = re.compile(r"gemma-?4", re.IGNORECASE)
 GEMMA_4_FUSED = "without the fused kernel around attention"  # on by itself there (`_apply_model_specific_patches`)
+NO_PLUGIN = "PyTorch's kernels: Axolotl reads liger_* with its LigerPlugin alone"
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 OTHERS_OF_LIGER = ("liger_layer_norm", "liger_rms_norm_gated", "liger_cross_entropy")
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "fp8": None, "sage": None, **FLASH}
-ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": "sdpa, not flex attention"}
+ATTENTION_INSTEAD = {"xformers": "attention of PyTorch, not xformers'", "flex_attention": SDPA_FOR_FLEX}
 SWITCHES = {  # older switches and the implementation that each stands for (LEGACY_ATTN_FLAG_TO_IMPL)
     "xformers_attention": "xformers", "sage_attention": "sage", "flex_attention": "flex_attention",
     "flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager",
@@ -107,6 +108,8 @@ def kernels_of_axolotl(keys: Keys) -> str:
     if "LigerPlugin" not in names or not on:
         if "LigerPlugin" in names and beside:
             keys.differ("without Liger's kernels", *beside)
+        elif on or beside:
+            keys.differ(NO_PLUGIN, *on, *beside)
         return "cce" if cut else "torch"
     if len(on) < len(whole):
         missing = [key for key in whole if key not in on]

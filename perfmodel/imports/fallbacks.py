@@ -13,15 +13,18 @@ from ..architectures.base import Architecture
 from ..architectures.names import bundled_for
 from ..errors import UserError
 from ..methods.lora import FUSED_BY, Lora
+from ..methods.lora_8bit import Lora8bit
 from ..methods.lora_gptq import LoraGptq
 from ..methods.parts.quantised import QuantisedLora
 from ..methods.parts.targeted import ALL_LINEAR, Targeted, unmatched
+from ..methods.qlora import QLora
 from ..recording.checks import OF_OWN_LOSS, check_own_loss
 from ..recording.converted import check_converted
 from ..recording.parallel.form import BESIDE_HALVES, COMPILED, COMPILED_METHODS, CUT, check_halves
 from ..recording.pipeline import METHODS as STAGED
 from ..setup import Setup
-from .fields import DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
+from .ddp import TRL
+from .fields import CASTING, DTYPES, NOT_FP8, NOT_QAT, ON_GPTQ
 from .llama_factory_v1 import OWN_LOSS
 from .mesh import UNCUT, UNFUSED_HEAD
 from .read import Imported
@@ -37,6 +40,8 @@ OWN_LOSSES = {
     "cce": (UNCUT, "Liger's loss, not cut cross entropy"), "trl": (UNFUSED_HEAD, "Liger's loss, not TRL's fused head"),
 }  # fmt: skip
 READS_SHARD = "PyTorch's kernels: under accelerate's FSDP2 a fused loss finds the head of an adapted model in shards"
+BY_BITSANDBYTES = "bnb"  # in names of repositories
+ON_PACKED = ("lora", "rslora", "qlora", "lora_8bit")  # methods that find the base as its repository packs it
 WORDS_OF_BITS = {"2bit": 2, "3bit": 3, "8bit": 8, "8bits": 8, "int8": 8}  # in names of repositories; else 4
 # Of a model whose linear layers are of a class of its own (`check_replaced`)
 NOT_QUANTISED = "no layer in few bits: transformers passes over those of the model's own class"
@@ -172,22 +177,30 @@ def unpacked(model: str, found: Imported) -> str:
     meant = bundled_for(model)
     if meant is None or not meant.packed:
         return ""
-    if found.method is not None and isinstance(methods.parse(found.method), QuantisedLora):
-        return ""
+    method = methods.parse(found.method or "full")
+    if isinstance(method, QuantisedLora):
+        return "" if BY_BITSANDBYTES in meant.packed else f"{method.title}, not on {'-'.join(meant.packed)} weights"
     if found.tool == "LLaMA-Factory" and meant.packed == ("fp8",):
         return ""  # it dequantises such weights (model_utils/quantization.py)
     return f"weights in {found.setup.get('dtype') or Setup.dtype}, not {'-'.join(meant.packed)}"
 
 
-def _on_gptq(model: str, method: methods.Method, architecture: Architecture) -> LoraGptq | None:
-    """PEFT's LoRA on a base that its repository's name says GPTQ made; how, its config says, of which there is none."""
-    meant = bundled_for(model)
-    if meant is None or "gptq" not in meant.packed or architecture.stacked_names():
-        return None
-    if not isinstance(method, Lora) or method.name != "lora":
+def _on_packed(found: Imported, method: methods.Method, architecture: Architecture) -> Lora | None:
+    """PEFT's LoRA on a base that its repository's name says GPTQ or bitsandbytes made: whatever bits a file asks for,
+    the checkpoint's own config counts (transformers/quantizers/auto.py, `merge_quantization_configs`)."""
+    meant = bundled_for(found.model or "")
+    if meant is None or not isinstance(method, Lora) or method.name not in ON_PACKED:
         return None
     bits = next((WORDS_OF_BITS[word] for word in meant.packed if word in WORDS_OF_BITS), 4)
-    return LoraGptq(**_shared(method) | {"implementation": "peft"}, bits=bits)
+    shared = _shared(method)
+    if "gptq" in meant.packed and not architecture.stacked_names():
+        return LoraGptq(**shared | {"implementation": "peft"}, bits=bits)
+    made: type[QLora] | type[Lora8bit] = QLora if bits == 4 else Lora8bit
+    if BY_BITSANDBYTES not in meant.packed or isinstance(method, made):
+        return None
+    if found.tool == TRL and found.setup.get("objective", "sft") in CASTING and method.adapter_dtype is None:
+        shared["adapter_dtype"] = "bf16"
+    return made(**shared | {"implementation": method.implementation if made is QLora else "peft"})
 
 
 def _not_fused(found: Imported, method: Lora, architecture: Architecture) -> str:
@@ -268,10 +281,14 @@ def beside_packed(method: Lora) -> tuple[Lora, str]:
 
 def _of_method(found: Imported, method: methods.Method, architecture: Architecture) -> Iterator[Fallback]:
     said = ""
-    packed = _on_gptq(found.model or "", method, architecture)
+    packed = _on_packed(found, method, architecture)
     if packed and isinstance(method, Lora):
-        fused = "" if method.implementation == "peft" else f"; peft's adapters, not {FUSED_BY[method.implementation]}'s"
-        method, said = packed, ON_GPTQ.format(packed.bits, packed.group_size) + fused
+        unlike = method.implementation != packed.implementation
+        told = [ON_GPTQ.format(packed.bits, packed.group_size)] if isinstance(packed, LoraGptq) else []
+        told += [f"peft's adapters, not {FUSED_BY[method.implementation]}'s"] if unlike else []
+        method, said = packed, "; ".join(told)
+        if not said:
+            yield Fallback("method", method.spec())
     elif in_place := unpacked(found.model or "", found):
         yield Fallback("model", found.model, in_place)
     if experts := in_16_bit(found, stacked=bool(architecture.stacked_names())):

@@ -7,7 +7,7 @@ from typing import Any
 from .. import optimizers
 from ..errors import UserError
 from ..setup import PAIRS
-from .forms import accumulation, fsdp_options, zero_of
+from .forms import AskedForm, accumulation, form_of, fsdp_options, zero_of
 from .keys import NOTHING, Keys
 
 # transformers/training_args.py, OptimizerNames; bitsandbytes' names with and without "bnb" mean the same
@@ -47,9 +47,12 @@ EMBEDDING_STATES = "states of the embedding in fp32, as transformers keeps them,
 FLASH = {
     "flash_attention_2": "flash2", "flash_attention_3": "flash2", "kernels-community/flash-attn2": "flash2",
     "kernels-community/flash-attn": "flash2", "kernels-community/flash-attn3": "flash2",
-    "kernels-community/vllm-flash-attn3": "flash2",
+    "kernels-community/vllm-flash-attn3": "flash2", "flash_attention_4": "flash2",
+    "kernels-community/flash-attn4": "flash2",
 }  # fmt: skip
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", **FLASH}
+FLEX = {"flex_attention": "sdpa"}
+SDPA_FOR_FLEX = "sdpa, not flex attention"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COMPILE = {
     "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune-no-cudagraphs": "default",
@@ -59,7 +62,7 @@ ACROSS_SAMPLES = "attention across packed samples"
 NOT_FP8 = "products in bf16, not in fp8"
 NOT_QAT = "without fake quantisation"
 NOT_TUNED = "products on cuBLAS, not on the fastest of several kernels"  # Inductor's `max_autotune`
-FLASH_2_FOR_3 = "flash-attn 2, not 3"
+FLASH_2_FOR_3, FLASH_2_FOR_4 = "flash-attn 2, not 3", "flash-attn 2, not 4"
 ONE_GPU = "one GPU"  # what is said of a program of several begins with it
 UNDER_ZERO_3 = f"{ONE_GPU} under ZeRO-3"
 # What the scaler of losses under fp16 does (torch/amp/grad_scaler.py): another pass over all gradients, and a sync
@@ -82,6 +85,7 @@ OWN_EXPERTS = re.compile(
 PLAIN_CODE = "transformers' own code of the model"
 PLAIN_EXPERTS = f"{PLAIN_CODE}, whose experts are stacked"
 STACKED = f"{PLAIN_EXPERTS} and stay in 16 bit"
+ONE_RATE = "adapters updated as one group, not as LoRA+'s two"
 TORCHS_FUSED = "PyTorch's fused AdamW, with moments in the dtype of the weights, not apex's, whose are in fp32"
 TORCHS_MUON = "PyTorch's Muon, with AdamW for what is no matrix of a block"
 
@@ -99,12 +103,36 @@ def engine(keys: Keys, *, zero3: bool = True) -> str:
     return "torch"
 
 
-def fsdp(keys: Keys) -> bool:
-    """Say that FSDP is left out, where a file asks for it; returns whether it checkpoints blocks by itself."""
+def asks_for_fsdp(keys: Keys) -> bool:
+    """Whether `fsdp` switches FSDP on."""
+    return keys.get("fsdp") not in NOTHING
+
+
+def form_of_arguments(keys: Keys) -> AskedForm:
+    """The form that transformers' TrainingArguments ask for (training_args.py, `_process_fsdp_args`).
+
+    There `fsdp_config` is nothing without `fsdp`, and what offloads is its `cpu_offload`, not accelerate's key.
+
+    Raises:
+        UserError: as of `form_of`.
+    """
+    options = fsdp_options(keys) if asks_for_fsdp(keys) else {}
+    options.pop("offload_params", None)
+    return form_of(keys.but(fsdp_config=options))
+
+
+def fsdp(keys: Keys, *, by_config: bool = False) -> bool:
+    """Say that FSDP is left out, where a file asks for it; returns whether it checkpoints blocks by itself.
+
+    Args:
+        by_config: whether `fsdp_config` alone asks for it, with accelerate's names of its options.
+    """
     asked = [key for key in ("fsdp", "fsdp_config") if keys.get(key) not in NOTHING]
-    options = fsdp_options(keys)
+    asked = asked if by_config or asks_for_fsdp(keys) else []
+    options = fsdp_options(keys) if asked else {}
     if asked:
-        keys.differ(f"{ONE_GPU}, without FSDP{' and its offloading' if options.get('offload_params') else ''}", *asked)
+        offloads = options.get("offload_params" if by_config else "cpu_offload")
+        keys.differ(f"{ONE_GPU}, without FSDP{' and its offloading' if offloads else ''}", *asked)
     return bool(options.get("activation_checkpointing"))
 
 
@@ -215,10 +243,13 @@ def dtype_in_trl(bits: int | None, objective: str) -> str | None:
 
 
 def attention(keys: Keys, key: str, choices: Mapping[str, str], default: str = "sdpa") -> str:
-    """The setup's name of an implementation of attention; flash-attn 3 is answered as 2."""
-    found: str = keys.one_of(key, choices, default)
-    if found == "flash2" and "3" in str(keys.get(key)):
-        keys.differ(FLASH_2_FOR_3, key)
+    """The setup's name of an implementation of attention, which may end in @revision; flash-attn 3 and 4 are answered
+    as 2."""
+    word, _, _ = (keys.text(key) or "").partition("@")
+    found: str = keys.but(**{key: word}).one_of(key, choices, default)
+    for version, said in (("3", FLASH_2_FOR_3), ("4", FLASH_2_FOR_4)):
+        if found == "flash2" and version in word:
+            keys.differ(said, key)
     return found
 
 
@@ -293,7 +324,7 @@ def unscaled(setup: Mapping[str, Any]) -> list[str]:
 def half(keys: Keys) -> str | None:
     """The 16-bit dtype that `bf16` and `fp16` ask for."""
     keys.exclude("bf16", "fp16")
-    on = {key: keys.get(key) in (True, "auto", "full", "true") for key in ("bf16", "fp16")}
+    on = {key: keys.get(key) in ("auto", "full") or keys.flag(key) for key in ("bf16", "fp16")}
     return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
 
 
@@ -317,17 +348,21 @@ def power_iterations(method: str, start: Any) -> int | None:
 def flavour(keys: Keys, *, bits: int | None, dora: bool, rslora: bool, pissa: bool, plus: bool) -> str:
     """The method that LoRA's flags make of it, on base weights of 4 or 8 bits or on plain ones.
 
+    rsLoRA is another constant beside all of them.
+
     Raises:
         UserError: flags that are not modelled together.
     """
-    on = [name for name, flag in (("dora", dora), ("rslora", rslora), ("pissa", pissa), ("loraplus", plus)) if flag]
-    if bits is not None:
-        if set(on) - {"rslora", "pissa"}:
-            raise UserError(f"{keys.origin}: {on[0]} on {bits}-bit weights is not modelled; leave one of them out")
-        return {4: "qlora", 8: "lora_8bit"}[bits]
-    if len(on) > 1 and set(on) != {"rslora", "pissa"}:
+    on = [name for name, flag in (("dora", dora), ("pissa", pissa)) if flag]
+    if bits is not None and dora:
+        raise UserError(f"{keys.origin}: dora on {bits}-bit weights is not modelled; leave one of them out")
+    if len(on) > 1:
         raise UserError(f"{keys.origin}: {' and '.join(on)} together are not modelled; choose one")
-    return on[0] if on else "lora"
+    if plus and (on or bits is not None):
+        keys.differ(ONE_RATE)
+    if bits is not None:
+        return {4: "qlora", 8: "lora_8bit"}[bits]
+    return on[0] if on else "loraplus" if plus else "rslora" if rslora else "lora"
 
 
 def unknown_to(parallel: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from ..errors import UserError, nearest
 from ..resources import is_file, read_json
 
 NO_TRAINING = "no training config"  # of files that lie beside training configs
+WORDS = {word: on for on, words in ((True, "true t yes y 1"), (False, "false f no n 0")) for word in words.split()}
 NOTHING: tuple[Any, ...] = (None, "", False, [], {})
 
 
@@ -46,17 +47,34 @@ class Keys:
         """The same file with other values of some keys."""
         return Keys({**self.values, **values}, self.origin, self.place, alone=self.alone)
 
+    def take(self, key: str, *names: str) -> dict[str, Any]:
+        """Let entries of a mapping count in the place of the file's own keys; returns the other entries.
+
+        Raises:
+            UserError: no mapping.
+        """
+        section = self.get(key) or {}
+        if not isinstance(section, dict):
+            raise self.wrong(key, "a mapping")
+        self.values = {**self.values, **{name: section[name] for name in names if name in section}}
+        return {name: value for name, value in section.items() if name not in names}
+
     def object_in(self, name: str) -> dict[str, Any] | None:
-        """The object of a JSON file that a value names; None if it is not here, or not to be read."""
-        return None if self.alone or not is_file(name) else read_json(Path(name))
+        """The object of a JSON file that a value names, from here, from beside this file or from a folder above it, as
+        in examples of a repository; None if it is nowhere, or not to be read."""
+        if self.alone:
+            return None
+        beside = (str(folder / name) for folder in Path(*self.place).resolve().parents)
+        found = next(filter(is_file, (name, *beside)), None)
+        return None if found is None else read_json(Path(found))
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false."""
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
+        if isinstance(value, str) and value.lower() in WORDS:
+            return WORDS[value.lower()]
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
@@ -79,7 +97,7 @@ class Keys:
             return default
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.wrong(key, "a number") from None
 
     def text(self, key: str, default: str | None = None) -> str | None:
@@ -117,7 +135,8 @@ class Keys:
 
     def exclude(self, a: str, b: str) -> None:
         """Raise `UserError` if two keys that contradict each other are both on."""
-        if self.get(a) not in NOTHING and self.get(b) not in NOTHING:
+        off = (*NOTHING, *(word for word, on in WORDS.items() if not on))
+        if self.get(a) not in off and self.get(b) not in off:
             raise UserError(f"{self.origin}: {a} and {b} exclude each other: leave one of them out")
 
     def differ(self, answered: str, *keys: str) -> None:

@@ -29,13 +29,15 @@ from .fields import (
     undecayed,
     without_cache,
 )
-from .keys import NO_TRAINING, Keys
+from .keys import NO_TRAINING, NOTHING, Keys
 from .trained_for import of_llama_factory
 from .vocabulary import enlarged_by_llama_factory
 
 MARKS = ("finetuning_type", "cutoff_len", "lora_target", "stage", "template", "dataset_dir")
 ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash2", "fa3": "flash2", "disabled": "eager"}
 PROJECTING = ("galore", "apollo")  # methods whose optimizers project gradients
+OF_LORA = ("loraplus_lr_ratio", "use_rslora", "use_dora", "pissa_init")
+OF_FULL = ("use_galore", "use_apollo", "use_badam")
 TOWER = {"vision tower": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
 WITH_NEW_ROWS = ("embed_tokens", "lm_head")  # trained beside adapters where nothing is named
 # What GaLore's other optimizers are asked for by (train/trainer_utils.py, `_create_galore_optimizer`)
@@ -177,6 +179,7 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{keys.origin}: quantization_bit {bits!r} is not modelled: use 4 or 8, or leave it out")
     if bits and keys.text("quantization_method", "bnb") not in ("bnb", "bitsandbytes"):
         raise UserError(f"{keys.origin}: quantization_method: quantised base weights of this kind are not modelled")
+    _check_kind(keys, str(kind))
     if kind == "full":
         if bits:
             raise UserError(f"{keys.origin}: finetuning_type full and quantization_bit exclude each other")
@@ -209,6 +212,14 @@ def _method(keys: Keys) -> tuple[str, dict[str, Any]]:
         keys.one_of("quantization_type", {"nf4": True, "fp4": True}, True)
         options["double_quant"] = None if keys.flag("double_quantization", True) else "false"
     return name, options
+
+
+def _check_kind(keys: Keys, kind: str) -> None:
+    """Raise `UserError` for switches of another kind of tuning (hparams/finetuning_args.py, `__post_init__`)."""
+    for key in OF_LORA if kind != "lora" else OF_FULL:
+        if keys.get(key) not in NOTHING:
+            right = "lora" if key in OF_LORA else "full"
+            raise UserError(f"{keys.origin}: {key} goes with finetuning_type: {right}, not {kind}")
 
 
 def _freeze(keys: Keys, *, quantised: bool) -> tuple[str, dict[str, Any]]:

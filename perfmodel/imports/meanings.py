@@ -1,6 +1,7 @@
 """What the keys of a tool's files mean that its reader does not read: tables in data/configs/."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -9,6 +10,8 @@ from typing import Any
 from ..errors import UserError
 from ..resources import DATA, read_toml
 from .keys import NOTHING, Keys
+
+OF_SAVES = ("save_strategy", "saves_per_epoch")  # which say how often, beside a job's own options
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,41 @@ class Meanings:
 
     def of_job(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the whole job that a file's values are, or its tool's defaults; what is no number of that kind is
-        left out, and so are steps between checkpoints where a strategy saves by none."""
-        found = {option: values.get(key, self.job_defaults.get(key)) for key, option in self.job.items()}
-        if values.get("save_strategy") not in (None, "steps"):
-            found.pop("save_every", None)
+        left out."""
+        found = {option: _number(values.get(key, self.job_defaults.get(key))) for key, option in self.job.items()}
+        found["save_every"] = self._save_every(values, found)
+        parts = ("epochs", "save_every")  # which may be fractions
         return {
             option: value
             for option, value in found.items()
-            if isinstance(value, (int, float) if option == "epochs" else int) and value > 0
+            if isinstance(value, (int, float) if option in parts else int) and value > 0
         }
+
+    def _save_every(self, values: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
+        """Steps between checkpoints, or their share of all steps; None where a strategy saves by neither."""
+        strategy = values.get("save_strategy")
+        if strategy is None and values.get("save_steps") is None:
+            strategy = self.job_defaults.get("save_strategy")
+        times = _number(values.get("saves_per_epoch", 1 if strategy == "epoch" else None))  # Axolotl's
+        if times is not None:
+            epochs, steps = 1 if found["epochs"] is None else found["epochs"], found["max_steps"]
+            known = all(isinstance(number, (int, float)) for number in (times, epochs))
+            endless = steps is None or (isinstance(steps, int) and steps < 0)
+            return 1 / (times * epochs) if known and endless and times * epochs > 1 else None
+        return found.get("save_every") if strategy in (None, "steps") else None
 
     def without_weight(self, key: str) -> bool:
         """Whether a key is known to change neither speed nor memory."""
         return any(fnmatchcase(key, pattern) for pattern in self.no_weight)
+
+
+def _number(value: Any) -> Any:
+    """A value, or the number that it is in quotes."""
+    if not isinstance(value, str):
+        return value
+    with suppress(ValueError, OverflowError):
+        return int(value) if value.isdecimal() else float(value)
+    return value
 
 
 @cache
@@ -74,7 +99,7 @@ def judge(keys: Keys, table: Meanings) -> list[str]:
     unknown = [key for key in rest if not table.without_weight(key)]
     if unknown:
         keys.differ("keys that are unknown here", *unknown)
-    return [key for key in rest if key not in unknown and key not in table.job]
+    return [key for key in rest if key not in unknown and key not in (*table.job, *OF_SAVES)]
 
 
 def refuse(keys: Keys, table: Meanings) -> None:

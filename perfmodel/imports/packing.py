@@ -8,6 +8,7 @@ attention within them depends on it, the first line says what is assumed.
 import re
 from typing import Any
 
+from ..errors import UserError
 from .axolotl_kernels import diffuses
 from .ddp import FACTORY, TRL
 from .fields import ACROSS_SAMPLES
@@ -57,6 +58,8 @@ def multiple_of_llama_factory(keys: Keys) -> int:
 
 def multiple_of_trl(keys: Keys) -> int:
     """As `multiple_of_axolotl`: where the file says so alone."""
+    if keys.values.get("pad_to_multiple_of") == "auto":  # on NVIDIA's GPUs nothing (sft_config.py)
+        return 1
     return keys.count("pad_to_multiple_of", 1)
 
 
@@ -126,6 +129,8 @@ def packed_by_llama_factory(keys: Keys, setup: dict[str, Any], *, pretraining: b
     them. Neat rows have masks, or lose their padding to flash-attn. Pretraining's are cut from one text.
     """
     neat, packs = keys.flag("neat_packing"), keys.flag("packing", pretraining)
+    if neat and setup["attention"] == "flash2" and setup["batch"] > 1:
+        raise UserError(f"{keys.origin}: neat_packing with flash_attn: fa2 takes per_device_train_batch_size: 1")
     if pretraining or not (neat or packs):
         setup |= {"packing": "dense"} if packs else {}
         return []

@@ -14,21 +14,32 @@ from ..recording.parallel.form import ALONE, COMPILED, COMPILED_METHODS, OBJECTI
 from ..resources import read_json
 from . import adapter, axolotl, ddp, llama_factory, llama_factory_v1, packing, peft_benchmark, trainer
 from .ddp import FACTORY, TRL
-from .fields import ACROSS_SAMPLES, ALL_FUSED, ALL_OF_LIGER, FLASH_2_FOR_3, ONE_GPU, UNDER_ZERO_3, unknown_to, unscaled
-from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, form_of, offloadable
-from .keys import NO_TRAINING, Keys
+from .fields import (
+    ACROSS_SAMPLES,
+    ALL_FUSED,
+    ALL_OF_LIGER,
+    FLASH_2_FOR_3,
+    FLASH_2_FOR_4,
+    ONE_GPU,
+    UNDER_ZERO_3,
+    form_of_arguments,
+    unknown_to,
+    unscaled,
+)
+from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, offloadable
+from .keys import Keys
 from .meanings import Meanings, judge, meanings_of, refuse
 from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
 from .micro_batches import agreed
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 from .trained_for import cut_otherwise
-from .values import read_values, values_alone
+from .values import read_values, refuse_others, values_alone
 
 CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that has them
 
 # What is said of a setup's field that holds no more where the field has another value
 SAID_OF = {
-    "attention": (FLASH_2_FOR_3,), "engine": (UNDER_ZERO_3,), "method": (ALL_FUSED,),
+    "attention": (FLASH_2_FOR_3, FLASH_2_FOR_4), "engine": (UNDER_ZERO_3,), "method": (ALL_FUSED,),
     "kernels": (ALL_OF_LIGER, llama_factory_v1.FUSED_LOSS, trainer.LIGERS_ACCURACY),
 }  # fmt: skip
 DIFFERS = "not the file's step as it is: "
@@ -205,7 +216,8 @@ Reader = Callable[[Keys], tuple[str | None, str | None, dict[str, Any], list[str
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool: what it is called, keys that only its files have, its reader, and its tables in data/configs/."""
+    """A tool: what it is called, keys (or several at once) that only its files have, its reader, and its tables in
+    data/configs/."""
 
     name: str
     marks: tuple[str, ...]
@@ -214,7 +226,7 @@ class Tool:
 
     def owns(self, values: dict[str, Any]) -> bool:
         """Whether a file belongs to it."""
-        return any(mark in values for mark in self.marks)
+        return any(all(part in values for part in mark.split()) for mark in self.marks)
 
 
 TOOLS = (
@@ -262,7 +274,7 @@ def read_alone(name: str, text: str) -> Imported:
 
 def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     """What the values of a file say."""
-    _refuse_others(path, values)
+    refuse_others(path, values)
     found = next((tool for tool in TOOLS if tool.owns(values)), None)
     if found is None:
         raise UserError(
@@ -279,7 +291,7 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
     balances = _balances(found.name, keys, str(setup.get("objective", "sft")))
     ignored = judge(keys, table)
     multiple = packing.MULTIPLES[found.name](keys) if found.name in packing.MULTIPLES else 1
-    asks = partial(FORMS.get(found.name, form_of), keys)
+    asks = partial(FORMS.get(found.name, form_of_arguments), keys)
     on_one = asks() if setup.get("engine") == ZERO_3 else AskedForm()  # DeepSpeed's config is that of one GPU, too
     setup |= agreed(setup, on_one.setup)
     of_engine = tuple(words for words in on_one.unlike if not words.startswith(SWITCHED_OFF["overlap_comm"]))
@@ -311,7 +323,7 @@ def _balances(tool: str, keys: Keys, objective: str) -> bool:
     """
     if tool == TRL:
         asked = keys.number("router_aux_loss_coef", 0.001) != 0
-        return asked and objective in (*BALANCING, "sft") and trainer.is_of_trl(keys)
+        return asked and (objective in BALANCING or (objective == "sft" and trainer.is_of_trl(keys)))
     return tool == "Axolotl" and objective in BALANCING
 
 
@@ -375,26 +387,3 @@ def _of_experiment(path: Path, keys: Keys) -> Imported:
     of_trace = None if method else adapted  # a method that is known has its training's optimizer and dtypes in it
     differences = keys.told_differences() + (made.differences if of_trace else [])
     return Imported(tool, model, method, setup, made.ignored, notes, differences, of_trace, why)
-
-
-# Files that lie beside training configs: keys that only they have, and what they are.
-OTHERS = (
-    (("distributed_type", "compute_environment"), "accelerate's own config; give it as --accelerate"),
-    (("zero_optimization",), "DeepSpeed's own config; give it as --accelerate"),
-    (("export_dir",), "an export"),
-    (("infer_backend",), "a config of inference"),
-    (("provider", "dockerfile_commands", "gpu_count"), "a cloud job"),
-)
-
-
-def _refuse_others(path: Path, values: dict[str, Any]) -> None:
-    """Say what a file is that lies beside training configs and describes no training.
-
-    Raises:
-        UserError: it is such a file.
-    """
-    for marks, what in OTHERS:
-        if any(values.get(mark) not in (None, "") for mark in marks) and not values.get("do_train"):
-            raise UserError(f"{path}: {NO_TRAINING}: {what}")
-    if values and all(re.fullmatch("<.+>", key) for key in values):
-        raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's

@@ -1,11 +1,13 @@
 """What a training config trains for: an objective and its reference, by the keys that only its trainer has."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..errors import UserError
 from .axolotl_kernels import asked_attention
-from .fields import no_sft
+from .fields import SDPA_FOR_FLEX, no_sft
 from .keys import NOTHING, Keys
 from .packing import flattens
 
@@ -60,18 +62,25 @@ IN_16_BIT = "a reference that is not quantised"
 COPIED = "a reference without adapters, not with the copy of them that TRL keeps as it"
 # `create_model_from_path` of trl/trainer/utils.py, to which no `model_init_kwargs` of Axolotl's come
 BY_TRL = "a reference in {} with {}, not in fp32 with sdpa as TRL loads the one that it makes"
-BY_FOLDER = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")  # of examples, which keep one folder for each
+PREFERENCES = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
+BY_PLACE = (*PREFERENCES, "grpo", "rloo", "sft")  # of examples, which keep a folder or a file for each
+OF_RLOO = ("normalize_advantages", "reward_clip_range")  # (rloo_config.py)
+NOT_RLOO = "GRPO's loss and advantages, not RLOO's"
+COMPLETION = {"grpo": 512, "rloo": 512}  # tokens, since TRL 1.10 (grpo_config.py); Axolotl is beside 1.8
+DIVERGENCE = {"rloo": 0.05}  # weights by default (rloo_config.py)
 
 
 def of_trl(keys: Keys) -> dict[str, Any]:
     """Objective and reference of a config of TRL's trainers, as fields of a setup; empty for SFT.
 
-    A file does not name its trainer. Where its keys leave it open, its folder says it, or it is taken for DPO's.
+    A file does not name its trainer. Where its keys leave it open, its name or its folder says it; without a word, what
+    has keys of preferences is taken for DPO's.
     """
     words = keys.values.get("loss_type")
-    losses = [words] if isinstance(words, str) else words if isinstance(words, list) else []
+    losses = [word for word in (words if isinstance(words, list) else [words]) if isinstance(word, str)]
     asked = [key for key in OF_PREFERENCES if _has(keys, key)]
-    folder = next((part for part in reversed(keys.place) if part in BY_FOLDER), None)
+    place = trainer_named(keys.place)
+    folder = place if place in PREFERENCES else None
     if any(_has(keys, key) for key in OF_KTO) or set(losses) & set(KTO_LOSSES):
         return preference(keys, "kto")
     simple = set(losses) & set(SIMPO_LOSSES)
@@ -83,16 +92,20 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     if of_grpo == [OF_OLDER]:  # of preference trainers, too, as they once were
         of_grpo = [] if folder or set(losses) & set(DPO_LOSSES) else of_grpo
         if of_grpo:
-            keys.differ(
-                "a GRPO step: the file does not say whether GRPO or a trainer of preferences reads it", OF_OLDER
-            )
-    if of_grpo:
-        return grpo(keys, keys, keys.count("max_prompt_length", 512), adapters=keys.flag("use_peft"))
+            keys.differ(OPEN_GRPO, OF_OLDER)
+    of_rloo = [key for key in OF_RLOO if key in keys.values]
+    if of_grpo or of_rloo or place in COMPLETION:
+        name = "rloo" if of_rloo or place == "rloo" else "grpo"
+        if name == "rloo":
+            keys.differ(NOT_RLOO, *of_rloo)
+        prompt = keys.count("max_prompt_length", 512)
+        return grpo(keys, keys, prompt, adapters=keys.flag("use_peft"), name=name)
     if any(key in keys.values for key in OF_PPO[:7]):
         return _ppo(keys)
     if _has(keys, "reward_model_path"):
         raise UserError(f"{keys.origin}: reward_model_path: an RL step is not modelled")
-    if not asked and not set(losses) & set(DPO_LOSSES):
+    by_name = trainer_named(keys.place[-1:]) in PREFERENCES
+    if not (asked or set(losses) & set(DPO_LOSSES) or by_name):
         return {}
     name = folder or "dpo"
     if folder is None and not losses:
@@ -101,6 +114,13 @@ def of_trl(keys: Keys) -> dict[str, Any]:
     if name == "dpo" and _has(keys, "max_prompt_length"):  # which TRL's DPOConfig has no more
         keys.differ(NEWER_DPO, "max_prompt_length")
     return found
+
+
+def trainer_named(place: Sequence[str]) -> str | None:
+    """The trainer that a path names, its file before its folders: dpo_config.yaml, recipes/dpo/config.yaml."""
+    *folders, file = place or ("",)
+    words = (word for word in re.split("[^a-z]+", file.lower()) if word in BY_PLACE)
+    return next(chain(words, (part for part in reversed(folders) if part in BY_PLACE)), None)
 
 
 def preference(keys: Keys, name: str) -> dict[str, Any]:
@@ -124,14 +144,15 @@ def preference(keys: Keys, name: str) -> dict[str, Any]:
     return found
 
 
-def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str, Any]:
+def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool, name: str = "") -> dict[str, Any]:
     """GRPO's training step; with a weight of the divergence there is a reference.
 
     Args:
         options: the keys of GRPOConfig.
         prompt: tokens of a prompt.
+        name: of TRL's trainer, whose defaults count.
     """
-    keys.used.update((*OF_GRPO, *OF_PREFERENCES))
+    keys.used.update((*OF_GRPO, *OF_RLOO, *OF_PREFERENCES))
     keys.differ(OUTSIDE, *[key for key in OF_GRPO if key in keys.values][:1])
     if "max_prompt_length" not in keys:
         keys.differ(f"prompts of {prompt} tokens, of which no key says how long they are")
@@ -143,9 +164,9 @@ def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool) -> dict[str,
         keys.differ("with dropout", "disable_dropout")
     if options.get("loss_type") not in (None, "dapo"):
         keys.differ("GRPO's loss as dapo has it", "loss_type")
-    completion = options.count("max_completion_length", 256)
+    completion = options.count("max_completion_length", COMPLETION.get(name, 256))
     found: dict[str, Any] = {"objective": "grpo", "prompt": prompt, "seq": prompt + completion}
-    if options.number("beta"):
+    if options.number("beta", DIVERGENCE.get(name, 0.0)):
         found["reference"] = "adapter-off" if adapters else "model"
     return found
 
@@ -256,7 +277,7 @@ def _strided(keys: Keys, options: Keys, *, adapters: bool) -> dict[str, Any]:
     if blocks < 1:
         raise UserError(f"{keys.origin}: sequence_len {seq} has no room for a block of ebft; give more")
     keys.differ(OUTSIDE, "rl")
-    keys.differ("sdpa, not flex attention", "ebft")
+    keys.differ(SDPA_FOR_FLEX, "ebft")
     keys.differ(EMPTIED_TWICE, "ebft")
     keys.differ(NOT_KEPT, "ebft")
     if adapters:
@@ -292,7 +313,7 @@ def of_llama_factory(keys: Keys) -> dict[str, Any]:
             f"{keys.origin}: stage 'ppo' is not modelled: it trains a value head on the policy itself (TRL 0.9); "
             "--objective ppo answers for TRL's own trainer, with a value model beside the policy"
         )
-    if name not in BY_FOLDER:
+    if name not in PREFERENCES:
         raise no_sft(keys, f"stage {stage!r}", "use stage: sft or pt")
     keys.differ(f"{name}'s step as TRL's trainer runs it, not LLaMA-Factory's own form of it", "stage")
     if keys.get("pref_ftx"):

@@ -8,6 +8,8 @@ from . import packing
 from .fields import (
     ATTENTION,
     DTYPES,
+    FLEX,
+    SDPA_FOR_FLEX,
     accumulated,
     attention,
     by_length,
@@ -28,14 +30,27 @@ from .fields import (
     without_cache,
 )
 from .keys import Keys
+from .mesh import UNFUSED_HEAD
 from .targets import as_targets
-from .trained_for import UNFUSED_LOSS, of_trl
+from .trained_for import UNFUSED_LOSS, of_trl, trainer_named
 
 MARKS = (
     "per_device_train_batch_size", "use_peft", "gradient_accumulation_steps", "optim", "max_length", "dataset_name",
-    "dataset_mixture",
+    "dataset_mixture", "model_name_or_path datasets",
 )  # fmt: skip
-OF_TRL = ("use_peft", "max_length", "max_seq_length", "packing", "dataset_name", "dataset_mixture")
+# Keys that TRL's scripts alone have, besides those of one objective (trl/scripts/utils.py, trainer/sft_config.py)
+OF_SFT = (
+    "max_seq_length", "packing", "packing_strategy", "eval_packing", "completion_only_loss", "assistant_only_loss",
+    "dataset_text_field", "dataset_kwargs",
+)  # fmt: skip
+OF_TRL = (
+    "use_peft", "max_length", "dataset_name", "dataset_mixture", "datasets", "dataset_config", "eos_token",
+    "chat_template_path", "padding_free", "model_init_kwargs", *OF_SFT,
+)  # fmt: skip
+OPEN = "an SFT step: no key says which of TRL's trainers reads the file (--objective)"
+OF_MODEL = ("dtype", "torch_dtype", "attn_implementation")  # keys of ModelConfig that `model_init_kwargs` may hold
+NO_MATTER = {"revision", "trust_remote_code", "device_map", "use_cache", "low_cpu_mem_usage"}
+FUSES_HEAD = ("dpo", "kto", "grpo")  # objectives whose trainers have the fused head, too, since TRL 1.16
 METRICS = "the loss alone, without the accuracy and entropy that TRL takes from the logits at every step"
 LIGERS_ACCURACY = "Liger's loss alone, without the accuracy that TRL asks of it"
 LOGGED = "the loss alone, without the sums of entropies and hits that TRL logs, for which the host waits"
@@ -52,12 +67,14 @@ WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
 
 def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]:
     """Model, method, setup and notes; TrainingArguments alone name neither model nor method."""
-    is_trl = is_of_trl(keys)
-    amp = half(keys)
-    if amp is None and is_trl and keys.get("bf16") is None and keys.get("fp16") is None:
-        amp = "bf16"  # SFTConfig's own default
-    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None) or _unnamed(keys)
+    if keys.take("model_init_kwargs", *OF_MODEL).keys() - NO_MATTER:
+        keys.differ("the model's own config", "model_init_kwargs")
     objective = of_trl(keys)
+    is_trl = bool(objective) or is_of_trl(keys)
+    amp = half(keys)
+    if amp is None and is_trl and keys.get("bf16") is None:
+        amp = "bf16"  # TRL's own default, unless it is fp16
+    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None) or _unnamed(keys)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     if amp not in (None, dtype) and dtype != "fp32":
         keys.differ(f"products in {dtype}, not in {amp} under autocast")
@@ -69,11 +86,13 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
         "checkpoint": _checkpoint(keys, fsdp(keys) or (is_trl and not named_none(keys.values, OLD_CHECKPOINTS))),
-        "attention": attention(keys, "attn_implementation", ATTENTION),
+        "attention": attention(keys, "attn_implementation", {**ATTENTION, **FLEX}),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
         "kernels": _kernels(keys, fused=is_trl and not objective),
     }
+    if keys.get("attn_implementation") in FLEX:
+        keys.differ(SDPA_FOR_FLEX, "attn_implementation")
     length = keys.get("max_length") or keys.get("max_seq_length")
     if length is not None or is_trl:
         setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
@@ -87,12 +106,14 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         _loss(keys, is_trl=is_trl, kernels=setup["kernels"])
     elif setup["kernels"] == "liger":
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
+    elif objective["objective"] in FUSES_HEAD:
+        keys.differ(UNFUSED_HEAD)
     if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
         keys.differ("fp32 products without TF32", "tf32")
     template = keys.text("chat_template_path")
     if template and not template.endswith(TEMPLATES) and keys.flag("use_peft"):
         keys.differ(OF_ANOTHER, "chat_template_path")
-    notes = []
+    notes = [OPEN] if is_trl and not objective and not _names_sft(keys) else []
     if objective and keys.flag("packing"):
         keys.differ("sequences apart, not packed", "packing")
     elif "seq" in setup and not objective:
@@ -113,6 +134,13 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
 def is_of_trl(keys: Keys) -> bool:
     """Whether a file is read by a script of TRL's, not as transformers' TrainingArguments alone."""
     return any(keys.get(key) is not None for key in OF_TRL)
+
+
+def _names_sft(keys: Keys) -> bool:
+    """Whether a file says that it is SFT's: by a key, its folder or its name."""
+    losses = ("nll", "dft", "chunked_nll")
+    named = any(keys.values.get(key) is not None for key in OF_SFT) or keys.values.get("loss_type") in losses
+    return named or trainer_named(keys.place) == "sft"
 
 
 def _unnamed(keys: Keys) -> str:

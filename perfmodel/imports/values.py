@@ -1,14 +1,27 @@
-"""The keys and values that a config file holds, YAML or JSON."""
+"""The keys and values that a config file holds, YAML or JSON; files that describe no training, or another tool's."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..resources import LARGEST, json_object, mapping, parsed, read_text
+from .keys import NO_TRAINING
 
 LARGEST_YAML = 2**20  # bytes
 MOST_VALUES = 100_000  # those behind an alias count wherever it stands
+# Keys that only such a file has (several at once where a space is between them), and what it is
+BESIDE = (
+    (("distributed_type", "compute_environment"), "accelerate's own config; give it as --accelerate"),
+    (("zero_optimization", "train_micro_batch_size_per_gpu"), "DeepSpeed's own config; give it as --accelerate"),
+    (("export_dir",), "an export"),
+    (("infer_backend",), "a config of inference"),
+    (("provider", "dockerfile_commands", "gpu_count"), "a cloud job"),
+)
+OF_OTHERS = ((("train_type model", "tuner_type model"), "ms-swift"),)
+COMPONENT = "_component_"  # of torchtune's sections
+UNREAD = "a config of {}, which is not read: say its step with options, such as --model, --method, --batch and --seq"
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -53,3 +66,25 @@ def _check_size(values: Any, path: Path) -> None:
             waiting.extend(value.values() if isinstance(value, dict) else value)
             if seen + len(waiting) > MOST_VALUES:
                 raise UserError(f"{path}: more than {MOST_VALUES:,} values, so not a training config")
+
+
+def refuse_others(path: Path, values: dict[str, Any]) -> None:
+    """Say what a file is that describes no training, or that of a tool that is not read.
+
+    Raises:
+        UserError: it is such a file.
+    """
+    for marks, what in BESIDE:
+        if _has(values, marks) and not values.get("do_train"):
+            raise UserError(f"{path}: {NO_TRAINING}: {what}")
+    if values and all(re.fullmatch("<.+>", key) for key in values):
+        raise UserError(f"{path}: {NO_TRAINING}: new tokens and what they mean")  # LLaMA-Factory's
+    if any(isinstance(section, dict) and COMPONENT in section for section in values.values()):
+        raise UserError(f"{path}: {UNREAD.format('torchtune')}")
+    for marks, tool in OF_OTHERS:
+        if _has(values, marks):
+            raise UserError(f"{path}: {UNREAD.format(tool)}")
+
+
+def _has(values: dict[str, Any], marks: tuple[str, ...]) -> bool:
+    return any(all(values.get(key) not in (None, "") for key in mark.split()) for mark in marks)

@@ -171,7 +171,7 @@ def test_what_a_tool_does_otherwise_is_said() -> None:
     assert "AltUp" in traces.otherwise("gemma-3n-e2b", replace(adapted, method="qlora"))[1]
     packed = replace(adapted, setup={"dtype": "bf16"})
     assert traces.otherwise("Mapika/GLM-5.2-NVFP4", packed) == ["weights in bf16, not nvfp4"]
-    assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == []
+    assert traces.otherwise("Mapika/GLM-5.2-NVFP4", replace(packed, method="qlora")) == ["QLoRA, not on nvfp4 weights"]
     prepared = replace(packed, tool="Axolotl", upcasts=True, frozen=())
     assert traces.otherwise("trinity-nano", prepared) == ["experts in bf16, not in fp32"]
     assert traces.otherwise("llama-4-scout-17b-16e-linearized", prepared) == []

@@ -138,7 +138,7 @@ DIFFERENT: dict[str, tuple[str, str]] = {  # key: value -> what the first line s
     "sample_packing: true": ("axolotl", f"{TO_THE_END} (sample_packing)"),
     "sample_packing: true\nsdp_attention: true": ("axolotl", f"{BY_A_MASK} (sample_packing)"),
     "batch_flattening: true\nflash_attention: true": ("axolotl", f"{UNKNOWN} (batch_flattening)"),
-    "neat_packing: true\nflash_attn: fa2": ("factory", f"{UNKNOWN} (neat_packing)"),
+    "neat_packing: true\nflash_attn: fa2\nper_device_train_batch_size: 1": ("factory", f"{UNKNOWN} (neat_packing)"),
     "shrink_embeddings: true": ("axolotl", f"{UNCUT} (shrink_embeddings)"),
     "resize_token_embeddings_to_32x: true": ("axolotl", f"{NOT_ROUND} (resize_token_embeddings_to_32x)"),
     "tokens: [<|mine|>]": ("axolotl", f"{AS_IT_IS} (tokens)"),

@@ -21,7 +21,10 @@ AXOLOTL = "base_model: gpt2\nmicro_batch_size: 4\nsequence_len: 512\n"
     ("text", "job"),
     [
         (TRL, {"epochs": 3.0, "save_every": 500}),
-        (TRL + "save_strategy: epoch", {"epochs": 3.0}),
+        (TRL + "save_strategy: epoch", {"epochs": 3.0, "save_every": 1 / 3}),
+        (TRL + "save_strategy: epoch\nmax_steps: 9", {"epochs": 3.0, "max_steps": 9}),
+        (TRL + 'num_train_epochs: "5"\nsave_steps: 0.1', {"epochs": 5, "save_every": 0.1}),
+        (TRL + "save_only_model: true", {"epochs": 3.0, "save_every": 500, "save_only_model": True}),
         (TRL + "save_strategy: no\nnum_train_epochs: 2", {"epochs": 2}),
         (TRL + 'save_strategy: "no"\nsave_steps: 100\nmax_steps: 50', {"epochs": 3.0, "max_steps": 50}),
         (TRL + "max_steps: -1\nsave_steps: 20", {"epochs": 3.0, "save_every": 20}),
@@ -29,6 +32,8 @@ AXOLOTL = "base_model: gpt2\nmicro_batch_size: 4\nsequence_len: 512\n"
         (FACTORY.format("lora") + "max_steps: 7", {"epochs": 3.0, "save_every": 500, "max_steps": 7}),
         (V1, {"epochs": 3}),
         (AXOLOTL, {}),
+        (AXOLOTL + "num_epochs: 3", {"epochs": 3, "save_every": 1 / 3}),
+        (AXOLOTL + "num_epochs: 3\nsaves_per_epoch: 4", {"epochs": 3, "save_every": 1 / 12}),
         (AXOLOTL + "num_epochs: 2\nmax_steps: 30\nsave_steps: 10", {"epochs": 2, "max_steps": 30, "save_every": 10}),
     ],
 )
@@ -38,7 +43,8 @@ def test_epochs_steps_and_checkpoints_are_those_of_the_tool(text: str, job: dict
     file.write_text(text)
     found = read(file)
     assert found.job == job
-    assert not {"max_steps", "num_train_epochs", "num_epochs", "save_steps"} & set(found.ignored)
+    of_job = {"max_steps", "num_train_epochs", "num_epochs", "save_steps", "save_strategy", "saves_per_epoch"}
+    assert not of_job & set(found.ignored)
 
 
 def planned(*options: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], bool]] = {  # file -> fields of the se
     AXOLOTL + "pad_to_sequence_len: true": ({"padded": True}, False),
     AXOLOTL + "reward_model: true": ({"padded": True}, False),
     FACTORY + "neat_packing: true": ({"packing": "varlen", "batch": 2, "seq": 264}, False),
-    FACTORY + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen", "seq": 256}, True),
+    ONE + "neat_packing: true\nflash_attn: fa2": ({"packing": "varlen", "seq": 256}, True),
     FACTORY + "packing: true": ({"packing": "dense", "seq": 264}, False),
     FACTORY + "packing: true\nflash_attn: fa2": ({"packing": "dense", "seq": 264}, False),
     FACTORY + "stage: pt": ({"packing": "dense", "seq": 256}, False),

@@ -36,7 +36,9 @@ class Job:
         drop_last: whether a last short micro-batch is left out (`dataloader_drop_last`).
         eval_every: steps from one evaluation to the next, and one at the end; None: none.
         eval_samples: samples of an evaluation; where documents are packed, they are too.
-        save_every: steps from one checkpoint to the next, and one at the end; None: that alone.
+        save_every: steps from one checkpoint to the next, or below 1 a share of all, and one at the end; None: that
+            alone.
+        save_only_model: whether checkpoints hold no states of the optimizer.
         disk: bytes a second to where checkpoints are written.
         startup: seconds before the first step: imports, weights, data.
     """
@@ -48,18 +50,22 @@ class Job:
     drop_last: bool = False
     eval_every: int | None = None
     eval_samples: int = 0
-    save_every: int | None = None
+    save_every: float | None = None
+    save_only_model: bool = False
     disk: float = 1e9
     startup: float = 60.0
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.tokens is not None:
             raise UserError("a data set is so many samples or so many tokens: give one of the two")
-        for name in ("samples", "tokens", "max_steps", "eval_every", "save_every", "eval_samples"):
+        for name in ("samples", "tokens", "max_steps", "eval_every", "eval_samples"):
             least = 0 if name == "eval_samples" else 1
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST * LARGEST:
                 raise UserError(f"{name} must be a number from {least} to {MOST * LARGEST:.1e}, got {value}")
+        every = self.save_every
+        if every is not None and not (0 < every < 1 or (1 <= every <= MOST and every % 1 == 0)):
+            raise UserError(f"save_every must be a number of steps, or a share of all below 1, got {every}")
         if self.samples is not None and self.samples > MOST:
             raise UserError(f"samples must be at most {MOST:,}, got {self.samples}")
         if not 0 < self.epochs <= LARGEST:
@@ -135,8 +141,15 @@ def job_counts(job: Job, setup: Setup) -> JobCounts:
         epochs=steps / an_epoch,
         evaluated=-(-steps // job.eval_every) if job.eval_every else 0,
         eval_batches=-(-evaluated // (batch * int(setup.replicas))),
-        saved=-(-steps // job.save_every) if job.save_every else 1,
+        saved=_saved(job, steps),
     )
+
+
+def _saved(job: Job, steps: int) -> int:
+    """Checkpoints; a share of steps is rounded up (transformers/trainer_callback.py, `TrainerState.compute_steps`)."""
+    if job.save_every is None:
+        return 1
+    return math.ceil(steps / (job.save_every if job.save_every >= 1 else math.ceil(job.save_every * steps)))
 
 
 def samples_of_step(setup: Setup) -> int:

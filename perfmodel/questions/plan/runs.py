@@ -157,15 +157,15 @@ def seconds_of_job(job: Job, work: JobCounts, p: Prediction) -> dict[str, float]
         "training": (work.steps - work.short) * total + work.short * short,
         "evaluation": work.evaluated * work.eval_batches * forward / p.setup.grad_accum,
         "periodic work": sum(beside),
-        "checkpoints": work.saved * checkpoint_bytes(p) / job.disk,
+        "checkpoints": work.saved * checkpoint_bytes(p, states=not job.save_only_model) / job.disk,
         "start-up": job.startup,
     }
 
 
-def checkpoint_bytes(p: Prediction) -> int:
+def checkpoint_bytes(p: Prediction, *, states: bool = True) -> int:
     """Bytes of a checkpoint: adapters and what else trains where there are adapters, else all weights; and the
-    optimizer's state (`Trainer._save_checkpoint`, peft's `save_pretrained`)."""
+    optimizer's states, unless they are left out (`Trainer._save_checkpoint`, peft's `save_pretrained`)."""
     assert p.step is not None
     trained = [q for q in p.step.parameters if q.requires_grad]
     saved = trained if any(q.kind == "adapter" for q in trained) else p.step.parameters
-    return int(sum(q.nbytes * q.count for q in saved) + p.memory.optimizer)
+    return int(sum(q.nbytes * q.count for q in saved) + states * p.memory.optimizer)
