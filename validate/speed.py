@@ -135,7 +135,8 @@ def _on_traces() -> Iterator[Promise]:
 
 def _dragged() -> Iterator[Promise]:
     """The promises on what differs from others in one thing: a slider, and the whole catalogue."""
-    gpus = [name for name in profile.names() if profile.load(name).kind == "cuda"]
+    known = [profile.load(name) for name in profile.names()]
+    gpus = [on.slug for on in known if on.kind == "cuda" and float(on.compute_capability) >= 7.0]  # which Triton needs
     batches, ranks, devices = count(2), count(2), cycle(gpus)
     asked: dict[str, Callable[[], object]] = {
         "batch": lambda: predict(MODEL, METHOD, device=DEVICE, batch=next(batches), seq=210),

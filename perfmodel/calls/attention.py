@@ -1,6 +1,11 @@
-"""FLOPs of fused attention, a causal mask not deducted, as `torch.utils.flop_counter` counts them."""
+"""FLOPs of fused attention, a causal mask not deducted, as `torch.utils.flop_counter` counts them.
+
+It knows nothing of flash-attn's windows. A window of w is the band of 2w - 1 keys that causal tokens see a half of, so
+that as wide as a sequence it is the whole.
+"""
 
 from ..program.dims import Dim, Shape
+from ..program.lengths import band
 from ..program.op import Op, Spec
 
 
@@ -23,14 +28,12 @@ def backward(op: Op) -> Dim:
 
 def forward_heads_last(op: Op) -> Dim:
     """As `forward`, of the flash-attn package's (b, s, h, d), whose widths are one."""
-    q, k = (_heads_first(spec.shape) for spec in op.inputs[:2])
-    return one_product(q, k, 2 * q[3])
+    return 2 * _heads_last(op, *op.inputs[:2])
 
 
 def backward_heads_last(op: Op) -> Dim:
     """As `backward`, of (b, s, h, d)."""
-    q, k = (_heads_first(spec.shape) for spec in op.inputs[1:3])
-    return one_product(q, k, 5 * q[3])
+    return 5 * _heads_last(op, *op.inputs[1:3])
 
 
 def forward_documents(op: Op) -> Dim:
@@ -46,8 +49,12 @@ def backward_documents(op: Op) -> Dim:
 def _within_documents(op: Op, q: Spec) -> Dim:
     assert op.attrs.documents is not None
     tokens, heads, head_dim = q.shape
-    return 2 * heads * op.attrs.documents.pairs(tokens) * head_dim
+    return 2 * heads * op.attrs.documents.pairs(tokens, op.attrs.window) * head_dim
 
 
-def _heads_first(x: Shape) -> Shape:
-    return (x[0], x[2], x[1], x[3])
+def _heads_last(op: Op, q: Spec, k: Spec) -> Dim:
+    """One product of (b, s, h, d)."""
+    batch, rows, heads, head_dim = q.shape
+    window = op.attrs.window
+    pairs = rows * k.shape[1] if window is None else band(rows, window)
+    return 2 * batch * heads * pairs * head_dim

@@ -88,18 +88,21 @@ class Device:
             kernel: flash, efficient or cudnn [default: the one that PyTorch prefers there]; a CPU has its own.
 
         Raises:
-            UserError: a dim below 1, an unknown dtype or kernel.
+            UserError: a dim below 1, an unknown dtype or kernel, key heads that do not divide the heads.
         """
         _one_of("dtype", dtype, DTYPES)
         kernel = kernel or ("flash" if self.profile.cudnn_attention is self.profile.attention else "cudnn")
         _one_of("kernel", kernel, ATTENTION)
+        kv_heads = heads if kv_heads is None else kv_heads
+        if np.any(_positive(heads) % _positive(kv_heads)):
+            raise UserError(f"kv_heads {kv_heads} must divide heads {heads}")
         name = (ON_CPU if self.profile.kind == "cpu" else ATTENTION[kernel]) + "_backward" * backward
 
         def call(b: Any, s: Any, h: Any, d: Any, kv: Any) -> Op:
             q, k = (b, h, s, d), (b, kv, s, d)
             return _call(name, dtype, (q, q, k, k) if backward else (q, k, k), q, Attrs(causal=causal))
 
-        return self._over((batch, seq, heads, head_dim, heads if kv_heads is None else kv_heads), call)
+        return self._over((batch, seq, heads, head_dim, kv_heads), call)
 
     def pointwise(self, bytes_read: Any, bytes_written: Any, *, dtype: str = "bf16") -> Any:
         """Seconds of a pointwise kernel that reads and writes so many distinct bytes.
@@ -153,7 +156,7 @@ def _call(
 
 def _positive(dim: Any) -> np.ndarray:
     array = np.asarray(dim)
-    if not np.issubdtype(array.dtype, np.number) or not np.all(np.greater_equal(array, 1)):
+    if not np.issubdtype(array.dtype, np.number) or not np.all((array >= 1) & (array % 1 == 0)):
         raise UserError(f"dims are whole numbers from 1, got {dim!r}")
     return array.astype(np.int64)
 

@@ -24,7 +24,7 @@ from .alignment import WIDE, padding
 from .attention import attention_backward_time, attention_forward_time
 from .gemm import gemm_time
 from .gemm_parameters import LAYOUTS
-from .hardware import ITEMSIZE
+from .hardware import ITEMSIZE, Hardware
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
 from .tables import Model, Places, Priced, Sheet, Tables, summed_rows
@@ -196,18 +196,19 @@ def _gemm(
     """Matrix products of one dtype, all layouts at once; `padded`: by a compiler, where that pays; `wide`: into fp32;
     `learned`: with what measurements leave of the price.
 
-    Products of 8 bits, which were not measured, are priced as those of 16. cuBLAS splits the k of no batch in fp32: of
-    the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight) none ran a sliced or split kernel, while of
-    its single products those with few tiles did.
+    Products of 8 bits, which were not measured, are priced as those of 16 at their own rate. cuBLAS splits the k of no
+    batch in fp32: of the 9,343 that NeuSight profiled (https://github.com/sitar-lab/NeuSight) none ran a sliced or
+    split kernel, while of its single products those with few tiles did.
     """
     m, n, k, batch, layout, b_copies, accumulates = columns
     kind, of_layout = "fp16" if dtype in EIGHT else dtype, layout.astype(np.intp)
+    hardware = _in_pairs(profile.hardware, dtype) if dtype in EIGHT else profile.hardware
     learned = learned and bool(profile.residual) and dtype in HALF and not batched
 
     def price(m: Any, n: Any, k: Any, batch: Any, **other: Any) -> np.ndarray:
         parameters = replace(profile.gemm[kind], **other) if other else profile.gemm[kind]
         seconds = gemm_time(
-            m, n, k, batch, hardware=profile.hardware, parameters=parameters, dtype=kind, layout=of_layout,
+            m, n, k, batch, hardware=hardware, parameters=parameters, dtype=kind, layout=of_layout,
             accumulate=accumulates, b_copies=b_copies, output_itemsize=ITEMSIZE["fp32"] if wide else None,
         )  # fmt: skip
         return seconds * _learned(profile, m, n, k, batch, layout) if learned else seconds
@@ -220,6 +221,12 @@ def _gemm(
         copy = pointwise_time(copied, copied, hardware=profile.hardware, parameters=profile.pointwise)
         seconds = np.minimum(seconds, price(*sides) + np.where(copied > 0.0, copy, 0.0))
     return np.asarray(seconds)
+
+
+def _in_pairs(hardware: Hardware, dtype: str) -> Hardware:
+    """A device whose 16-bit rate is that of pairs of 8-bit values, which GeForce's half rate with fp32 sums is not."""
+    peak = hardware.int8_flops if dtype == "i8" else hardware.fp8_flops
+    return hardware if peak is None else replace(hardware, fp16_flops=peak / 2)
 
 
 def _learned(profile: DeviceProfile, m: Any, n: Any, k: Any, batch: Any, layout: Any) -> np.ndarray:

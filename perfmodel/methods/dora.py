@@ -25,6 +25,8 @@ from .parts.targeted import base_bias, base_weight
 class Dora(Lora):
     """LoRA that rescales every row of W + (α/r)·BA to a trained length; the norm is taken anew in every forward."""
 
+    breaks_graphs: ClassVar[bool] = True
+
     implementations: ClassVar[tuple[str, ...]] = ("peft",)
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:

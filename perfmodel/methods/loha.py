@@ -24,6 +24,8 @@ from .parts.targeted import Targeted
 class Loha(Targeted):
     """y = xWᵀ + x·((A₁B₁) ∘ (A₂B₂))ᵀ: a weight-sized update is built anew in every forward."""
 
+    breaks_graphs: ClassVar[bool] = True
+
     r: Any = option(8, "rank of both factors", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
 

@@ -25,6 +25,8 @@ from .parts.targeted import Targeted
 class Lokr(Targeted):
     """y = xWᵀ + x·(W₁ ⊗ W₂)ᵀ, W₂ of low rank: a weight-sized update is built anew in every forward."""
 
+    breaks_graphs: ClassVar[bool] = True
+
     r: Any = option(8, "rank of the factors that are decomposed", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
     factor: int = option(-1, "size of W₁, where it divides the width; -1: near the square root")

@@ -27,6 +27,8 @@ from .parts.shared import SharedWeights
 class VbLora(SharedWeights):
     """LoRA whose A and B are put together from the top-k vectors of a shared bank, chosen by trained logits."""
 
+    breaks_graphs: ClassVar[bool] = True
+
     r: Any = option(4, "rank", positive)
     vectors: Any = option(256, "vectors in the bank (num_vectors)", positive)
     length: int = option(256, "elements of a vector (vector_length); divides the widths of the layer", positive)

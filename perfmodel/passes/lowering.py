@@ -24,6 +24,8 @@ POINTWISE = frozenset((
 ARRANGING = frozenset(("part", "pad", "arrange", "rows", "pick"))
 PICKING = ("take", "rows", "pick")  # of the big operand they read what is asked for
 UNROLLED = 8  # sums of fewer elements are unrolled into pointwise code (config.unroll_reductions_threshold)
+SHORT_ROW = 8192  # elements of a row sum that one program takes where few rows are longer (the same)
+FILLING = 216  # rows that are not split, two for each multiprocessor of an A100 (the same)
 CHUNK = 128  # rows that one program of a split column sum takes (choices.reduction_split_factor, at 64 to 4096 columns)
 
 Reads = list[tuple[Value, Dim]]
@@ -157,7 +159,11 @@ def _reduced(
     if decide(length < UNROLLED):
         return b.add(name, "pointwise", reads, points, dtype)
     if not columns:
-        return b.add(name, "rows", reads, points, dtype, length=length)
+        if decide(length <= SHORT_ROW) or decide(points >= FILLING):
+            return b.add(name, "rows", reads, points, dtype, length=length)
+        chunks = -(-length // SHORT_ROW)
+        partial = b.add(name, "rows", reads, points * chunks, "fp32", length=SHORT_ROW)
+        return _reduced(b, name, _whole(partial), points, chunks, dtype)
     if decide(length <= CHUNK):
         return b.add(name, "columns", reads, points, dtype, length=length)
     chunks = -(-length // CHUNK)

@@ -24,6 +24,11 @@ MOST_NAMED = 6  # calls that a note names
 MUCH_WAITING = 0.2  # of a step for the host, from where on the answer says which host that is
 
 
+# (torch 2.13 with peft 0.21: 16 to 25 graphs of two adapted blocks, one of LoRA)
+BROKEN = "Dynamo breaks the graph in each layer of {}'s in PEFT's code: expect less of torch.compile than is answered"
+FP16_UNSCALED = "--amp fp16: without the pass that unscales gradients and looks for infinities (GradScaler)"
+
+
 def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[str]:
     """What a reader should know about a prediction and its time."""
     seconds, total = time.components, time.phases["total"]
@@ -39,6 +44,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
         notes.append(
             f"{on.slug} has no bf16 units, PyTorch emulates them: {option} {on.hardware.half} is what it is fast in"
         )
+    notes += [FP16_UNSCALED] if built.setup.amp == "fp16" else []
     if on.kind == "cpu":
         notes.append(
             "the step time is that of a malloc that keeps freed memory (jemalloc, tcmalloc, or glibc's with "
@@ -69,6 +75,7 @@ def notes_before(architecture: Architecture, method: Method, setup: Setup) -> li
         several = {"fsdp2": passes.BETWEEN_HOOKS, "ddp": passes.AT_BUCKETS}
         graphs = several.get(setup.parallel, passes.NOTE) if np.max(setup.gpus) > 1 else passes.NOTE
         notes.append(f"{graphs}, and {passes.OF_SDPA}" if setup.attention == "sdpa" else graphs)
+        notes += [BROKEN.format(method.title)] if method.breaks_graphs else []
     notes += converted.product_notes(setup)
     return notes + _head_notes(architecture, method, setup)
 

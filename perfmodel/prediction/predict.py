@@ -33,6 +33,7 @@ from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
 from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
+from .runnable import check_runs
 from .times import Time, exchange_of, time_of
 from .work import Phases, StepWork, counts
 
@@ -47,7 +48,7 @@ class Prediction(Shown):
     """What one training step costs; every number may be an array over the grid.
 
     Attributes:
-        mfu: model FLOPs utilisation: FLOPs of the step as FlopCounterMode counts them, without what a checkpoint
+        mfu: model FLOPs utilisation: FLOPs of both passes as FlopCounterMode counts them, without what a checkpoint
             recomputes, over step time and the datasheet's peak of the fastest dtype that its products run in.
         peak_dtype: that dtype.
         pipeline: its ranks, where there is one: then work, memory and `step` are of one of them, the work of the
@@ -263,11 +264,10 @@ def predict_alike(
     shared: Shared | None = None, steps: Steps | None = None,
 ) -> Prediction:  # fmt: skip
     """Predict a step whose micro-batches are all of one shape, that of the setup."""
-    _check_eight_bits(setup, on)
+    check_runs(setup, method, on)
     if setup.pp > 1:
         return _of_pipeline(architecture, setup, method, on, by)
     shared = None if grid_shape(setup, method) else shared
-    _check_offload(setup, on)
     if np.any(np.greater(setup.gpus, 1)) or setup.offload != "none":
         from .placed import placed  # few ask for several
 
@@ -298,7 +298,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
         trainable=sum(step.trainable for step in steps), active=sum(step.active for step in steps),
     )  # fmt: skip
     figures = _figures(work, found.time, on)
-    flops = sum(w.counted["flops"]["total"] - w.counted["recomputed"]["total"] for w in works) / len(works)
+    flops = sum(w.of_model for w in works) / len(works)
     return Prediction(
         device=on.slug,
         **{**figures, "mfu": flops / max(map(on.peak, work.dtypes)) / found.time.phases["total"]},
@@ -314,7 +314,7 @@ def _side_by_side(
 ) -> Prediction:
     """The same on each of several devices that run the same program, one GPU each; without what is said of one."""
     for on in devices:
-        _check_eight_bits(setup, on)
+        check_runs(setup, method, on)
     first = devices[0]
     known = REMEMBERED.find(Asked(architecture, method, setup, first.kind, _capability(first)))
     devices = tuple([on.under(known.work.setup.stack) for on in devices])
@@ -326,19 +326,6 @@ def _side_by_side(
 
 def _capability(on: DeviceProfile) -> str:
     return on.compute_capability or "8.0"
-
-
-def _check_eight_bits(setup: Setup, on: DeviceProfile) -> None:
-    """Refuse products of 8 bits on a device that has no use for them."""
-    if setup.fp8 != "none" and on.hardware.fp8_flops is None:
-        raise UserError(f"fp8 {setup.fp8}: {on.slug} has no float8 peak in its datasheet (fp8_flops); leave fp8 out")
-    if setup.int8 != "none" and (on.hardware.int8_flops or 0) <= (on.hardware.bf16_flops or 0):
-        raise UserError(f"int8 {setup.int8}: {on.slug} has no int8 peak beyond bf16's in its datasheet; leave int8 out")
-
-
-def _check_offload(setup: Setup, on: DeviceProfile) -> None:
-    if setup.offload != "none" and on.kind == "cpu":
-        raise UserError(f"offload {setup.offload}: {on.slug} is a CPU, whose memory is the host's; leave offload out")
 
 
 def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = None) -> Prediction:
@@ -378,7 +365,6 @@ def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host,
 def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[str, Any]:
     """The fields of a prediction that hold its figures, and what they are of."""
     held, counted = work.memory, work.counted
-    flops, recomputed = counted["flops"]["total"], counted["recomputed"]["total"]
     capacity = of_each(on, lambda device: device.capacity)
     peak = of_each(on, lambda device: max(map(device.peak, work.dtypes)))
     return {
@@ -387,7 +373,7 @@ def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[st
         # what is kept is nobody's to change
         **{name: {**counted[name]} for name in ("flops", "bytes", "kernels", "dispatches")},
         "time": time, "memory": held, "fits": memory.fits(held.peak, capacity, work.device),
-        "mfu": (flops - recomputed) / peak / time.phases["total"],
+        "mfu": work.of_model / peak / time.phases["total"],
     }  # fmt: skip
 
 

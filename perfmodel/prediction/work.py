@@ -187,6 +187,12 @@ class StepWork:
         )
 
     @property
+    def of_model(self) -> Dim:
+        """FLOPs of forward and backward that a checkpoint does not repeat; an optimizer's products are none of them."""
+        flops, again = (self.counted[name] for name in ("flops", "recomputed"))
+        return sum(flops[phase] - again[phase] for phase in ("forward", "backward"))
+
+    @property
     def repeats(self) -> list[int]:
         """How often each part runs in the step."""
         return [part.repeat * group.repeat for group in self.groups for part in group.parts]

@@ -239,8 +239,12 @@ class Documents(NamedTuple):
             return rows * self.longest
         return _whole(np.rint(self.longest + (rows - 1) * self.lengths.mean(self.longest)))
 
-    def pairs(self, tokens: Dim) -> Dim:
-        """Pairs of tokens of one document, a causal mask not deducted: the sum of the squares of the lengths."""
+    def pairs(self, tokens: Dim, window: int | None = None) -> Dim:
+        """Pairs of tokens of one document, a causal mask not deducted: the sum of the squares of the lengths, or of the
+        bands of a window."""
+        if window is not None:
+            lengths, counts = self.groups(tokens, self.longest)
+            return _whole(np.rint((counts * band(lengths, np.minimum(window, lengths))).sum(axis=0)))
         if self.lengths is None:
             return tokens * self.longest
         return _whole(np.rint(tokens * self.lengths.squares(self.longest) / self.lengths.mean(self.longest)))
@@ -253,6 +257,11 @@ class Documents(NamedTuple):
         means, shares = (x.reshape(-1, *(1,) * np.ndim(longest)) for x in (means, shares))
         cut = np.minimum(means, longest)
         return cut, shares * (tokens / (shares * cut).sum(axis=0))
+
+
+def band(length: Any, window: Any) -> Any:
+    """Pairs of tokens less than a window apart, of sequences at least as long; one as wide as they are makes all."""
+    return length * (2 * window - 1) - window * (window - 1)
 
 
 @lru_cache(maxsize=64)

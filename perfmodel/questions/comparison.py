@@ -91,6 +91,7 @@ def compare(
     Raises:
         UserError: what the baseline or the setup lacks, or why none of the others is modelled.
     """
+    methods = [methods] if isinstance(methods, (str, Method)) else list(methods)
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")

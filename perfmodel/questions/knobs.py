@@ -53,7 +53,7 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [memory_knob(architecture, setup), _parallel(setup), _optimizer(setup), _kernels(architecture, setup)]
     found += [_messages(architecture, setup), _attention(architecture, setup)]
-    found += [_compile(architecture, setup), _experts(architecture, setup), _vocabulary(architecture, setup)]
+    found += [_compile(architecture, setup, method), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method)]
     return [knob for knob in found if len(knob) > 1]
@@ -202,10 +202,10 @@ def _attention(architecture: Architecture, setup: Setup) -> Knob:
     return (KEEP, KnobPosition("SDPA attention", {"attention": "sdpa"}))
 
 
-def _compile(architecture: Architecture, setup: Setup) -> Knob:
+def _compile(architecture: Architecture, setup: Setup, method: Method) -> Knob:
     if setup.compile != "none":
         return (KEEP, NOT_COMPILED)
-    if setup.objective != "sft" or architecture.stacked_names():
+    if setup.objective != "sft" or architecture.stacked_names() or method.breaks_graphs:
         return (KEEP,)
     return (KEEP, KnobPosition("torch.compile", {"compile": "default"}))
 

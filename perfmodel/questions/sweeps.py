@@ -304,9 +304,9 @@ def _distinct(devices: list[DeviceProfile]) -> tuple[DeviceProfile, ...]:
 
 
 def _axis(name: str, values: Any) -> np.ndarray:
-    """An axis as a flat array of positive integers, each once."""
+    """An axis as a flat array of positive integers, each once; of ranks and of K there may be none."""
     flat = np.asarray(list(values) if isinstance(values, Iterable) else [values]).reshape(-1)
-    if not flat.size:
+    if not flat.size and name in ("rank", "k"):
         return np.zeros(0, np.int64)
     return np.unique(np.asarray(positive(name, flat)))
 

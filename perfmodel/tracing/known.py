@@ -5,9 +5,11 @@ Whoever makes such inputs gives them their values (`with_value`); calls on known
 computed beside the fake ones, so that what follows from them is known too.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from operator import ge, gt, le, lt
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+aten = torch.ops.aten
 VALUE = "known_value"  # the attribute of a fake tensor that holds its real twin
 LARGEST = 2**23  # bytes of a tensor that is worth computing, where no operand is as large
 PICKING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
@@ -106,3 +109,28 @@ def read_by_factories() -> Iterator[None]:
 
     with patch.object(torch, "tensor", tensor):
         yield
+
+
+DRAWS = (aten.rand.default, aten.uniform.default, aten.uniform_.default)
+COMPARES = {aten.lt.Scalar: lt, aten.le.Scalar: le, aten.gt.Scalar: gt, aten.ge.Scalar: ge}
+
+
+class Draws:
+    """Whether a random number in [0, 1) is under a probability, as LayerDrop asks: what is likelier."""
+
+    def __init__(self) -> None:
+        self.drawn: weakref.ref[torch.Tensor] | None = None
+        self.compared: tuple[weakref.ref[torch.Tensor], bool] | None = None
+
+    def watch(self, func: Any, args: Any, out: Any) -> None:
+        """Look at a call: a number that is drawn, or compared."""
+        if func in DRAWS:
+            self.drawn = weakref.ref(out)
+        elif func in COMPARES and self.drawn is not None and self.drawn() is args[0]:
+            self.compared = weakref.ref(out), bool(COMPARES[func](0.5, args[1]))
+
+    def likelier(self, asked: torch.Tensor) -> bool | None:
+        """What a comparison comes to, None where it is of no such number."""
+        if self.compared is None or self.compared[0]() is not asked:
+            return None
+        return self.compared[1]

@@ -89,13 +89,15 @@ def _loss(output: Any, loss: LossOf | None) -> torch.Tensor:
     """The scalar to differentiate: what `loss` makes of the output, its `.loss`, or the output itself.
 
     Raises:
-        UserError: none of these is a scalar tensor.
+        UserError: none of these is a scalar tensor, or it depends on nothing that trains.
     """
     value = loss(output) if loss else getattr(output, "loss", output)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise UserError(
             "the module's output has no scalar loss: give loss=, a function of the output (or labels among the inputs)"
         )
+    if not value.requires_grad:
+        raise UserError("the loss depends on nothing that trains: a tensor is detached, or a part unused")
     return value
 
 

@@ -85,6 +85,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recording = False
         self.latest_any: weakref.ref[Any] | None = None  # it asks for infinite values, of which there are none
         self.dense = dense
+        self.draws = known.Draws()
 
     @contextmanager
     def observe(self, phase: str) -> Iterator[None]:
@@ -134,6 +135,8 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     out = 1
                 elif self.latest_any is not None and self.latest_any() is args[0]:
                     out = False
+                elif (likelier := self.draws.likelier(args[0])) is not None:
+                    out = likelier
                 else:
                     out = self.dense if args[0].dim() == 0 else True
         else:
@@ -143,6 +146,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known.drop_values(_mutated(func, args, kwargs))
         if func is aten.any.default:
             self.latest_any = weakref.ref(out)
+        self.draws.watch(func, args, out)
         if func.namespace not in NAMESPACES or not self.recording:
             return out
         if func.is_view or func._schema.name in NO_WORK:

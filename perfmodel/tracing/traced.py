@@ -144,14 +144,16 @@ def prepare(model: Any, setup: Setup) -> None:
 def capture_outputs(model: Any) -> None:
     """Let transformers hook all blocks whose outputs it captures, which it does once, at the first call.
 
-    That would be of a model that some blocks have been left out of.
+    That would be of a model that some blocks have been left out of. One that has run has them already, on the module
+    whose forward pass captures.
     """
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # of before it, or no model of transformers
         return
     for module in model.modules():
-        if hasattr(module, "_can_record_outputs"):
+        hooked = any(getattr(part, "_output_capturing_hooks_installed", False) for part in module.modules())
+        if hasattr(module, "_can_record_outputs") and not hooked:
             maybe_install_capturing_hooks(module)
 
 
@@ -194,7 +196,7 @@ def trace(
         raise UserError(f"nothing trains in {name}")
     mode = Fakes(allow_non_fake_inputs=True)  # some tuners keep plain tensors (indices) beside parameters
     capture_outputs(model)
-    rows = stacks(model)
+    rows = [row for row in stacks(model) if row.alike_anywhere]
     paths = {stack_name(row): lists for row, lists in zip(rows, lists_of_blocks(model, bare, rows), strict=True)}
     blocks = frozenset(id(block) for row in rows for block in row.containers[0].children())
     to_fake(model, mode, "cpu")

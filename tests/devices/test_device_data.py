@@ -41,9 +41,9 @@ def test_peaks_follow_from_units_and_clock(name: str) -> None:
     simt, tensor = FLOPS_PER_CLOCK[values["compute_capability"]]
     rates = {"fp32_flops": simt}
     if tensor is not None:
+        rates["int8_flops"] = INT8_PER_CLOCK.get(values["compute_capability"], 2 * tensor)  # at whole rate everywhere
         tensor //= 2 if hw.half_rate else 1
         rates |= {"fp16_flops": tensor, "bf16_flops": tensor, "tf32_flops": tensor // 2, "fp8_flops": 2 * tensor}
-        rates["int8_flops"] = INT8_PER_CLOCK.get(values["compute_capability"], 2 * tensor)
     lines = (DEVICES / f"{name}.toml").read_text().splitlines()
     explained = {key for line in lines if line.startswith("# differs:") for key in line.split(":")[1].split()}
     for key in (k for k in values["datasheet"] if k.endswith("_flops")):

@@ -375,3 +375,17 @@ def test_transformers_masks_compiled_attention_as_the_model_says(
     assert given_masks == [(masked, not masked)]
     if handed_in and not block:
         assert Setup(compile="default").explicit_mask
+
+
+def test_few_long_rows_are_summed_by_many_programs() -> None:
+    """One program for the sum of a whole layer's branch made AdaLoRA's compiled backward five times the eager one."""
+    setup: dict[str, Any] = {"device": "h100-sxm", "batch": 4, "seq": 1024}
+    method = "adalora:init_r=12,targets=all-linear"
+    eager, compiled = (predict("llama-3.2-1b", method, compile=mode, **setup) for mode in ("none", "default"))
+    assert compiled.time.phases["backward"] < eager.time.phases["backward"]
+
+
+@pytest.mark.parametrize(("method", "broken"), [("lora", False), ("dora", True), ("loha", True), ("vblora", True)])
+def test_methods_that_dynamo_leaves_say_so(method: str, broken: bool) -> None:
+    notes = predict("llama-3.2-1b", method, device="h100-sxm", compile="default").notes
+    assert any("Dynamo breaks the graph" in note for note in notes) == broken

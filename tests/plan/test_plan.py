@@ -323,7 +323,7 @@ def test_the_command_line_answers_as_the_function_does(tmp_path: Any) -> None:
         ),
         (("--samples", "5", "--tokens", "5M", "--device", "l40s"), "give one of the two"),
         (("--samples", "5", "--methods", "lorra", "--device", "l40s"), "did you mean 'lora'"),
-        (("--samples", "5", "--fp8", "rowwise", "--methods", "full", "--device", "a100"), "no float8 peak"),
+        (("--samples", "5", "--fp8", "rowwise", "--methods", "full", "--device", "a100"), "has no float8 peak"),
         (("--samples", "5", "--eval-every", "3", "--device", "l40s"), "takes both"),
     ],
 )

@@ -230,3 +230,11 @@ def test_a_note_says_where_checkpoints_make_the_backward_longer(method: str, che
     """Below the lowest trained block nothing would run without them: a time that surprises needs its reason."""
     p = predict("gpt2", method, device="l40s", batch=2, seq=16, checkpoint=checkpoint)
     assert any("the embedding's output need a gradient" in note for note in p.notes) == told
+
+
+def test_products_of_an_optimizer_are_no_use_of_the_model() -> None:
+    """Muon's orthogonalisation made the slowest step the one that used the GPU best."""
+    setup: dict[str, Any] = {"device": "h100-sxm", "batch": 4, "seq": 1024}
+    adam, muon = (predict("llama-3.2-1b", "full", optimizer=name, **setup) for name in ("adamw", "muon"))
+    assert muon.flops["optimizer"] > 0
+    assert adam.mfu * adam.time.phases["total"] == pytest.approx(muon.mfu * muon.time.phases["total"])

@@ -117,21 +117,23 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
 
 
 SHEETS = {name: profile.load(name).hardware for name in profile.names()}
-TWICE = [name for name, sheet in SHEETS.items() if (sheet.int8_flops or 0) > sheet.peak("bf16")]
+FASTER = [name for name, sheet in SHEETS.items() if (sheet.int8_flops or 0) > sheet.peak(sheet.half)]
 
 
-@pytest.mark.parametrize("device", TWICE)
-def test_a_large_product_takes_about_half_the_time(device: str) -> None:
-    """The price of 16-bit products over half the depth needs tensor cores at twice their rate."""
+@pytest.mark.parametrize("device", FASTER)
+def test_a_large_product_takes_half_the_time_and_a_quarter_on_geforce(device: str) -> None:
+    """Tensor cores take integers at twice the rate of 16 bits, and at four times where those with fp32 sums run at half
+    of theirs."""
     on, n = profile.load(device), 8192
+    half, faster = on.hardware.half, 4 if on.hardware.half_rate else 2
 
     def seconds(name: str, dtype: str) -> float:
-        operand, out = Spec(dtype, (n, n)), Spec("bf16", (n, n))
+        operand, out = Spec(dtype, (n, n)), Spec(half, (n, n))
         return float(durations([Op(name, (operand, operand), (out,), 2 * operand.nbytes, out.nbytes,
                                    attrs=Attrs("tn"))], on)[0])  # fmt: skip
 
-    assert 0.4 < seconds("torchao::scaled_int8_mm", "i8") / seconds("mm", "bf16") < 0.65
-    assert on.hardware.int8_flops == pytest.approx(2 * on.hardware.peak("bf16"), rel=0.02)
+    assert 0.8 < faster * seconds("torchao::scaled_int8_mm", "i8") / seconds("mm", half) < 1.3
+    assert on.hardware.int8_flops == pytest.approx(faster * on.hardware.peak(half), rel=0.02)
 
 
 def test_products_count_as_any() -> None:
@@ -157,8 +159,8 @@ def test_eager_rounding_costs_more_than_int8_saves() -> None:
         ("opt-125m", "bitfit", {}, "use one of full"),
         ("tinyllama-1.1b", "full", {"amp": "bf16", "dtype": "fp32"}, "leave amp out"),
         ("tinyllama-1.1b", "full", {"fp8": "rowwise"}, "leave one of them out"),
-        ("tinyllama-1.1b", "full", {"device": "v100"}, "v100 has no int8 peak"),
-        ("tinyllama-1.1b", "full", {"device": "b300"}, "b300 has no int8 peak beyond bf16's"),
+        ("tinyllama-1.1b", "full", {"device": "v100"}, "file of v100 has no int8 peak"),
+        ("tinyllama-1.1b", "full", {"device": "b300"}, "file of b300 has no int8 peak beyond bf16's"),
         ("tinyllama-1.1b", "full", {"device": "cpu-epyc-genoa-1t"}, "has no int8 peak"),
         ("tinyllama-1.1b", "full", {"int8": "weight"}, "int8 'weight' is unknown"),
     ],

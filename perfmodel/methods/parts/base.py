@@ -84,6 +84,7 @@ class Method(Compared):
     what_it_adds: ClassVar[str]
     title: ClassVar[str]
     in_few_bits: ClassVar[bool] = False  # whether its base weights are integers, whose dtype no adapter takes
+    breaks_graphs: ClassVar[bool] = False  # whether torch.compile leaves its layers, for what their Python code does
     told_by_where: ClassVar[tuple[str, ...]] = ()  # options that `where` puts into words
 
     def __post_init__(self) -> None:

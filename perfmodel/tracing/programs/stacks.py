@@ -5,6 +5,7 @@ settings, when the config says the same of them (`layer_types` and other lists w
 neither lie above something that trains: then autograd treats them alike too.
 """
 
+import inspect
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,8 @@ Module = torch.nn.Module
 _NUMBERED = re.compile(r"idx|index|layer_id|layer_num|depth|position|seed")  # settings that only say which block it is
 _COUNTS = re.compile(r"layer|depth|block|stage")  # settings that say how many blocks there are
 _PLACE = re.compile(r"\.\d+\.")  # a block's number in the path of a module
+COMPARED = frozenset(("torch", "transformers", "diffusers", "peft", "trl", "perfmodel"))
+COUNTING = re.compile(r"\b(enumerate|range|zip|len|islice|reversed)\b|\bif \w+ %|\bfor\b.*\[\w*:")
 _PLAIN = (bool, int, type(None))
 
 
@@ -38,6 +41,19 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    @property
+    def alike_anywhere(self) -> bool:
+        """Whether the module around the blocks runs them without a look at their number.
+
+        Of packages whose models were compared with whole traces; of other modules where no method of theirs counts.
+        """
+        own = [c for c in type(self.holders[0]).__mro__[:-1] if c.__module__.partition(".")[0] not in COMPARED]
+        methods = [f for c in own for name, f in vars(c).items() if callable(f) and not name.startswith("__init")]
+        try:
+            return not any(COUNTING.search(inspect.getsource(method)) for method in methods)
+        except (OSError, TypeError):  # its source is nowhere
+            return False
 
     @contextmanager
     def cut(self, keep: Sequence[int]) -> Iterator[None]:
