@@ -261,6 +261,18 @@ def test_references_run_as_predicted_where_peft_has_no_program(method: str) -> N
     assert found["memory"]["peak"] == pytest.approx(p.memory.peak, rel=0.05)
 
 
+@pytest.mark.parametrize("head", ["ForTokenClassification", "ForSequenceClassification"])
+def test_a_classifier_is_measured_with_classes_for_labels(head: str) -> None:
+    """Token ids are none: each cell of one ended in an IndexError."""
+    known = cells.parse_grid(tomllib.loads(GRID), "tiny", "tiny").cells[0].config
+    values = {**known.values, "architectures": [f"Llama{head}"], "pad_token_id": 0}
+    cell = cells.Cell(Config(values, known.name, known.origin), "full", Setup(batch=2, seq=16, dtype="fp32"))
+    found = visit.visit(cell, "cpu", threads=1, warm_up=1, steps=1)
+    assert found["status"] == "ok", found
+    p = predict(cell.config, "full", cell.setup, device="cpu-epyc-genoa-2c")
+    assert found["dispatches"] == {k: v for k, v in p.dispatches.items() if k != "total"}
+
+
 def test_bundled_grids_hold_what_they_promise() -> None:
     """At least 48 cells on a CPU, bf16 or not; on a GPU both adapter dtypes, checkpointing on and off."""
     cpu, cuda = cells.load_grid("standard", "cpu").cells, cells.load_grid("standard", "cuda").cells

@@ -65,6 +65,10 @@ class TrainingLoop:
         shape = (int(self.setup.batch), int(self.setup.seq))
         self.ids = torch.randint(architecture.vocab, shape, device=device)
         self.attention = torch.ones_like(self.ids)
+        self.labels = self.ids
+        if (head := architecture.classifier) is not None:  # a class a sample, or one a token
+            of = shape[:1] if head.of == "sequence" else shape
+            self.labels = torch.randint(head.labels, of, device=device)
 
     def step(self, around: Around = lambda phase: nullcontext()) -> None:
         """One optimizer step; gradients are freed at its end, as `zero_grad` does by default."""
@@ -84,7 +88,7 @@ class TrainingLoop:
         amp = torch.autocast(self.device, TORCH_DTYPES[setup.amp]) if setup.amp and not casts_itself else nullcontext()
         with around("forward"):
             with amp:
-                loss = self.model(input_ids=self.ids, attention_mask=self.attention, labels=self.ids).loss
+                loss = self.model(input_ids=self.ids, attention_mask=self.attention, labels=self.labels).loss
             if setup.grad_accum > 1:
                 loss = loss / setup.grad_accum
         with around("backward"):
@@ -95,7 +99,7 @@ class TrainingLoop:
         yield from self.model.parameters()
         yield from self.model.buffers()
         yield from updates.held(self.update)
-        yield from (self.ids, self.attention)
+        yield from (self.ids, self.attention, self.labels)
 
     def held_bytes(self) -> int:
         """Bytes of the distinct blocks of memory behind `held` that lie on the device, and of DDP's buckets."""
