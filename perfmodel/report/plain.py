@@ -11,6 +11,7 @@ import click
 from ..errors import UserError, escaped
 
 GAP = 2  # between columns
+HEAD = 4  # of a head over numbers, which may be none
 LEAST = 16  # characters that a column of text keeps where its words have to be broken
 
 
@@ -69,7 +70,7 @@ def _widths_of(head: str, column: list[str], is_text: bool) -> tuple[int, int, i
     whole = max(_length(head), longest)
     if is_text:
         return whole, whole, word, min(word, LEAST)
-    return whole, max(word, longest), max(word, longest), longest
+    return whole, max(word, longest), max(word, longest), max(longest, min(word, HEAD))
 
 
 def _length(text: str) -> int:
