@@ -212,7 +212,7 @@ class Setup:
         if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         for name in FLAGS:
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
+            if isinstance(getattr(self, name), str):  # "no" is true; a number is what it is (clip_grad 0.0)
                 raise UserError(f"{name} is True or False, got {getattr(self, name)!r}")
         exponent_of(self.routing)
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
