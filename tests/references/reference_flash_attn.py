@@ -19,58 +19,64 @@ DOCUMENT = {"tokens": 1}  # of each, for FLOPs
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
-def varlen_forward(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T]:
+def varlen_forward(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int, window: int) -> tuple[T, T]:
     """Attention of (tokens, heads, head_dim) within documents, and the log-sum-exp of every row."""
     raise NotImplementedError("traced only")
 
 
 @varlen_forward.register_fake
-def _(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T]:
+def _(q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int, window: int) -> tuple[T, T]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=())
 def varlen_backward(
-    do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int
+    do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int, window: int
 ) -> tuple[T, T, T]:
     """Gradients of q, k and v."""
     raise NotImplementedError("traced only")
 
 
 @varlen_backward.register_fake
-def _(do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int) -> tuple[T, T, T]:
+def _(
+    do: T, q: T, k: T, v: T, out: T, lse: T, ends_q: T, ends_k: T, longest_q: int, longest_k: int, window: int
+) -> tuple[T, T, T]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _within_documents(products: int, q: Any) -> int:
-    tokens, heads, head_dim = q
-    return int(products * 2 * heads * tokens * DOCUMENT["tokens"] * head_dim)
+def _within_documents(products: int, q: Any, window: int) -> int:
+    """A causal mask is not deducted, nor is a window as wide as a document: all less than one apart."""
+    (tokens, heads, head_dim), longest = q, DOCUMENT["tokens"]
+    apart = longest if window < 0 else window
+    pairs = sum(min(longest, i + apart) - max(0, i + 1 - apart) for i in range(longest)) * tokens // longest
+    return int(products * 2 * heads * pairs * head_dim)
 
 
 @register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_forward)
 def _flops(q: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _within_documents(FORWARD, q)
+    return _within_documents(FORWARD, q, args[-1])
 
 
 @register_flop_formula(torch.ops.flash_attn._flash_attn_varlen_backward)
 def _backward_flops(do: Any, q: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _within_documents(BACKWARD, q)
+    return _within_documents(BACKWARD, q, args[-1])
 
 
 class FlashAttnVarlenFunc(torch.autograd.Function):
-    """As the package's, without dropout, windows and ALiBi."""
+    """As the package's, without dropout and ALiBi."""
 
     @staticmethod
-    def forward(ctx: Any, q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: Any, longest_k: Any) -> T:
-        out, lse = torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, ends_q, ends_k, longest_q, longest_k)
+    def forward(ctx: Any, q: T, k: T, v: T, ends_q: T, ends_k: T, longest_q: Any, longest_k: Any, window: int) -> T:
+        forward = torch.ops.flash_attn._flash_attn_varlen_forward
+        out, lse = forward(q, k, v, ends_q, ends_k, longest_q, longest_k, window)
         ctx.save_for_backward(q, k, v, out, lse, ends_q, ends_k)
-        ctx.longest_q, ctx.longest_k = longest_q, longest_k
+        ctx.others = longest_q, longest_k, window
         return out
 
     @staticmethod
     def backward(ctx: Any, do: T) -> Any:
         backward = torch.ops.flash_attn._flash_attn_varlen_backward
-        return (*backward(do, *ctx.saved_tensors, ctx.longest_q, ctx.longest_k), None, None, None, None)
+        return (*backward(do, *ctx.saved_tensors, *ctx.others), None, None, None, None, None)
 
 
 def flash_attn_varlen_func(
@@ -79,7 +85,8 @@ def flash_attn_varlen_func(
     softcap: float = 0.0, deterministic: bool = False,
 ) -> T:  # fmt: skip
     """The package's function, for what transformers passes."""
-    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    window = -1 if window_size[0] < 0 else window_size[0] + 1
+    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window)
 
 
 class IndexPutFirstAxis(torch.autograd.Function):

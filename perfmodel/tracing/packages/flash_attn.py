@@ -5,11 +5,14 @@ Source: flash-attn 2.8, flash_attn/flash_attn_interface.py (`FlashAttnFunc`), of
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from ...program.lengths import band
 
 T = torch.Tensor
 NO_WINDOW = -1
@@ -47,15 +50,24 @@ def _heads_first(shape: Any) -> Any:
     return (shape[0], shape[2], shape[1], shape[3])
 
 
+def _seen(q: Any, k: Any, window: int) -> Any:
+    """Keys of a query, of a window those of its band on average."""
+    return Fraction(k[1]) if window == NO_WINDOW else Fraction(band(q[1], min(window, q[1])), q[1])
+
+
 @register_flop_formula(torch.ops.flash_attn._flash_attn_forward)
-def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(*map(_heads_first, (q, _grouped(q, k), _grouped(q, v)))))  # type: ignore[no-untyped-call]
+def _flops(q: Any, k: Any, v: Any, causal: bool, window: int, *, out_shape: Any = None, **kwargs: Any) -> int:
+    whole = sdpa_flop_count(*map(_heads_first, (q, _grouped(q, k), _grouped(q, v))))  # type: ignore[no-untyped-call]
+    return int(whole * _seen(q, k, window) / k[1])
 
 
 @register_flop_formula(torch.ops.flash_attn._flash_attn_backward)
-def _backward_flops(do: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _backward_flops(
+    do: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, window: int, *, out_shape: Any = None,
+    **kwargs: Any,
+) -> int:  # fmt: skip
     shapes = map(_heads_first, (do, q, _grouped(q, k), _grouped(q, v)))
-    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(*shapes) * _seen(q, k, window) / k[1])  # type: ignore[no-untyped-call]
 
 
 def _grouped(q: Any, kv: Any) -> Any:
