@@ -173,7 +173,8 @@ def sweep(
         device: one or several.
         batch, seq, rank, k, gpus: an int, or several (any sequence or array). Batch, seq and gpus that are not
             given are the setup's. Ranks are for methods that have `r`, `k` for those that train the last K blocks; the
-            others ignore them.
+            others ignore them. Of several numbers of GPUs those that the setup or a node does not allow are left out
+            (`Sweep.refused`).
 
     Raises:
         UserError: an axis that no method has, values out of range, and what `predict` refuses.
@@ -217,7 +218,7 @@ def plan(
             `tokens=2e8`, `epochs=3`, `eval_every=200`, ….
         global_batch: samples of an optimizer step: micro-batches of `batch` are accumulated to as many; where no batch
             is given, one takes them all if that fits.
-        gpus: of the job; of several numbers each is tried.
+        gpus: of the job; of several numbers each is tried, and what does not go is in `Plan.left_out`.
         price: dollars an hour and GPU, `["2.5"]` for all or `["h100-sxm=2.5"]` for one, or a mapping from slugs.
             Others are those of data/prices/ and of prices/ in $PERFMODEL_HOME.
         price_kind: on demand, spot or reserved.

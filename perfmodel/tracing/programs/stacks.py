@@ -18,6 +18,7 @@ Module = torch.nn.Module
 _NUMBERED = re.compile(r"idx|index|layer_id|layer_num|depth|position|seed")  # settings that only say which block it is
 _COUNTS = re.compile(r"layer|depth|block|stage")  # settings that say how many blocks there are
 _PLACE = re.compile(r"\.\d+\.")  # a block's number in the path of a module
+# Packages whose models were compared with whole traces (tests/tracing); what in other code may look at a block's number
 COMPARED = frozenset(("torch", "transformers", "diffusers", "peft", "trl", "perfmodel"))
 COUNTING = re.compile(r"\b(enumerate|range|zip|len|islice|reversed)\b|\bif \w+ %|\bfor\b.*\[\w*:")
 _PLAIN = (bool, int, type(None))
