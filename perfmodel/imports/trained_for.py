@@ -73,13 +73,13 @@ DIVERGENCE = {"rloo": 0.05}  # weights by default (rloo_config.py)
 def of_trl(keys: Keys) -> dict[str, Any]:
     """Objective and reference of a config of TRL's trainers, as fields of a setup; empty for SFT.
 
-    A file does not name its trainer. Where its keys leave it open, its name or its folder says it; without a word, what
-    has keys of preferences is taken for DPO's.
+    A file does not name its trainer. Where its keys leave it open, its name says it, and of keys that several trainers
+    have its folder, too; without a word, what has keys of preferences is taken for DPO's.
     """
     words = keys.values.get("loss_type")
     losses = [word for word in (words if isinstance(words, list) else [words]) if isinstance(word, str)]
     asked = [key for key in OF_PREFERENCES if _has(keys, key)]
-    place = trainer_named(keys.place)
+    by_name, place = trainer_named(keys.place[-1:]), trainer_named(keys.place)
     folder = place if place in PREFERENCES else None
     if any(_has(keys, key) for key in OF_KTO) or set(losses) & set(KTO_LOSSES):
         return preference(keys, "kto")
@@ -94,7 +94,7 @@ def of_trl(keys: Keys) -> dict[str, Any]:
         if of_grpo:
             keys.differ(OPEN_GRPO, OF_OLDER)
     of_rloo = [key for key in OF_RLOO if key in keys.values]
-    if of_grpo or of_rloo or place in COMPLETION:
+    if of_grpo or of_rloo or by_name in COMPLETION:
         name = "rloo" if of_rloo or place == "rloo" else "grpo"
         if name == "rloo":
             keys.differ(NOT_RLOO, *of_rloo)
@@ -104,8 +104,7 @@ def of_trl(keys: Keys) -> dict[str, Any]:
         return _ppo(keys)
     if _has(keys, "reward_model_path"):
         raise UserError(f"{keys.origin}: reward_model_path: an RL step is not modelled")
-    by_name = trainer_named(keys.place[-1:]) in PREFERENCES
-    if not (asked or set(losses) & set(DPO_LOSSES) or by_name):
+    if not (asked or set(losses) & set(DPO_LOSSES) or by_name in PREFERENCES):
         return {}
     name = folder or "dpo"
     if folder is None and not losses:

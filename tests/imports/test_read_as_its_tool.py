@@ -88,6 +88,7 @@ def test_what_is_answered_otherwise_is_said(tmp_path: Path, values: dict[str, An
         ("config.yaml", None, True), ("sft_config.yaml", None, False), ("dpo_config.yaml", "dpo", False),
         ("kto.yaml", "kto", False), ("reward_config.yaml", "reward", False), ("rloo_config.yaml", "grpo", False),
         ("grpo.yaml", "grpo", False), ("sft/config.yaml", None, False), ("dpo/sft.yaml", None, False),
+        ("grpo/config.yaml", None, True), ("dpo/config.yaml", None, True),
     ],
 )  # fmt: skip
 def test_a_name_tells_which_trainer_reads_a_file(tmp_path: Path, name: str, objective: str, open_: bool) -> None:
