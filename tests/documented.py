@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/limits.md")
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "docs/accuracy.md", "docs/limits.md", "docs/options.md", "docs/several-gpus.md",
+    "docs/validation.md",
+)  # fmt: skip
 PROGRAMS = ("perfmodel", "pip", "python", "python3", "pytest", "ruff", "mypy", "torchrun", ".", ".ci/run")
 NAMES = ("perfmodel",)  # of the project; alone it is no command
 
