@@ -302,7 +302,7 @@ def predict_module(
         loss: makes the scalar loss of the module's output; default: the output's `.loss`, or the output itself.
         setup: optimizer, gradient accumulation, checkpoints (of transformers models) and clipping of the step; batch,
             seq and dtype only label it. Default: AdamW, batch and seq read off the first input.
-        device, host: as `perfmodel.prediction.predict` takes them.
+        device, host: as `perfmodel.predict` takes them.
         name: how the prediction calls the module; default: its class.
 
     Raises:

@@ -92,7 +92,7 @@ class Setup:
         gpus: GPUs of the job (on a CPU: processes), all nodes together; an int or an integer array. `batch` is that of
             one of them.
         nodes: over how many nodes they spread; None: as few as hold them.
-        node: what they stand in (`perfmodel.network.Node`); None: the node that has GPUs of the device.
+        node: what they stand in (`perfmodel.Node`); None: the node that has GPUs of the device.
         parallel: what several GPUs do (`perfmodel.recording.parallel`): ddp, every one has the whole model; fsdp2 and
             fsdp1, each keeps a shard of every parameter; zero1, zero2 and zero3, DeepSpeed's, each keeps a part of the
             optimizer states, of the gradients too, of the weights too. Of one GPU it changes nothing unless something

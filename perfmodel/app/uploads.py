@@ -43,7 +43,7 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     model = bundled_model(found.model) if found.model else before.model
     setup, method, said = _on_its_model(_on_its_gpus(found, before.setup), model)
     methods = before.methods if method is None else ("full", method) if method != "full" else ("full", "lora")
-    usual = before.setup if not setup else replace(before.setup, **_unset(before))
+    usual = before.setup if not setup else replace(before.setup, **_unset())
     known = {name: value for name, value in setup.items() if value is not None and name not in NOT_HERE}
     made = replace(before, model=model, methods=methods, setup=with_fields(usual, known))
     epochs = found.job.get("epochs")
@@ -63,7 +63,7 @@ def _of_launch(launch: Launch, name: str, before: Choices) -> tuple[Choices, lis
     return made, list(filter(None, (f"{READ.format(name, launch.tool)}: {launch.in_words}", found.first_line)))
 
 
-def _unset(before: Choices) -> dict[str, Any]:
+def _unset() -> dict[str, Any]:
     """Fields that a file need not name, as they are at first."""
     usual = Choices().setup
     return {name: getattr(usual, name) for name in UNSET}

@@ -220,6 +220,7 @@ def _read_hub(hub_id: str) -> Config:
             f"model {hub_id!r} is not bundled ({_hint(hub_id)}), and reading the hub needs huggingface_hub: "
             "pip install 'perfmodel[hub]', or give the path of a config.json"
         ) from None
+    told = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings about retries would bury the one line that counts
     try:
         path = try_to_load_from_cache(hub_id, "config.json")
@@ -231,6 +232,8 @@ def _read_hub(hub_id: str) -> Config:
         raise UserError(
             f"model {hub_id!r} could not be fetched from the hub ({reason}); give the path of its config.json"
         ) from None
+    finally:
+        logging.set_verbosity(told)
     return _read(Path(path), hub_id.split("/")[1])
 
 

@@ -9,9 +9,9 @@ from ..errors import UserError
 from ..program.dims import product
 from ..program.dtypes import FLOATING
 from ..program.op import Op
+from .gemm_parameters import LAYOUTS
 from .tables import Tables
 
-LAYOUTS = ("tn", "nn", "nt")
 # What a product's parameters go by: its layout; in nn, whether A has few rows, when the library reads B in place;
 # whether what it reads in place (B in nn, A in nt) has rows a multiple of a page apart, which compete for the same sets
 # of a cache; and whether C is narrower than a vector register (LoRA's rank of 8), which the usual kernels do not fill.

@@ -335,10 +335,9 @@ def _throttled(time: Array, r: _Rates) -> Array:
     return time * (1.0 + r.p.derating * time / (time + r.p.derating_time))
 
 
-def _waves(waves: Array, tail: float, fewest: float = 0.0) -> Array:
+def _waves(waves: Array, tail: float) -> Array:
     """Waves that the slowest SM runs: whole ones if `tail` is 1, the average if 0, never less than one."""
-    run = waves + tail * (np.ceil(waves) - waves)
-    return run if fewest >= 1.0 else np.maximum(1.0, run)
+    return np.maximum(1.0, waves + tail * (np.ceil(waves) - waves))
 
 
 def _overlap(x: Array, y: Array, loss: float) -> Array:

@@ -144,13 +144,13 @@ SUB_GROUP = 1e9  # elements that DeepSpeed updates together by default, as is mo
 IN_SUB_GROUPS = "deepspeed_configs"  # Axolotl's folder: `"sub_group_size": 0` in each of its zero3*.json
 
 
-def zero_of(keys: Keys, key: str = "deepspeed") -> Zero | None:
-    """What a key that holds DeepSpeed's config asks for; None if it is not there.
+def zero_of(keys: Keys) -> Zero | None:
+    """What the key that holds DeepSpeed's config asks for; None if it is not there.
 
     Raises:
         UserError: neither a path nor a mapping, or a file that cannot be read.
     """
-    value = keys.get(key)
+    value = keys.get("deepspeed")
     if value is None:
         return None
     if isinstance(value, str):
@@ -162,7 +162,7 @@ def zero_of(keys: Keys, key: str = "deepspeed") -> Zero | None:
         grouped = zero.get("sub_group_size", SUB_GROUP) != SUB_GROUP
         return Zero(zero.get("stage"), any(_offloads(zero.get(key)) for key in OFFLOADS), grouped, value)
     if not isinstance(value, str):
-        raise keys.wrong(key, "a path or a mapping")
+        raise keys.wrong("deepspeed", "a path or a mapping")
     name = Path(value).name.lower()
     found = re.search(r"z(?:ero)?[-_]?(?:stage)?[-_]?([0-3])", name)
     return Zero(int(found[1]) if found else None, "offload" in name, Path(value).parent.name == IN_SUB_GROUPS)

@@ -48,15 +48,22 @@ class Prediction(Shown):
     """What one training step costs; every number may be an array over the grid.
 
     Attributes:
+        model, device, method: by their names; `setup` as it was asked for.
+        total_params, trainable_params: parameters; `active_params` are those that a token passes through (experts).
+        flops, bytes, kernels, dispatches: FLOPs, bytes of memory traffic, kernels and ATen calls by phase (forward,
+            backward, optimizer, total).
+        time: seconds; `memory`: bytes of the peak and its parts; `fits`: whether the device's memory holds it.
         mfu: model FLOPs utilisation: FLOPs of both passes as FlopCounterMode counts them, without what a checkpoint
             recomputes, over step time and the datasheet's peak of the fastest dtype that its products run in.
         peak_dtype: that dtype.
         pipeline: its ranks, where there is one: then work, memory and `step` are of one of them, the work of the
             busiest one, the memory of the fullest; None for a grid.
         padding: share of the tokens that are padding, where lengths of samples are given.
-        recorded: whose `method` says what was asked; None for a grid.
-        step, durations: the step, and for each of its parts the device seconds of its ops; None for a grid. Where
-            samples differ in length, those of the longest micro-batches.
+        notes: what an answer has to say, a sentence each.
+        periodic: work that comes once a run or every so many steps, beside the figures of a step (`mean_step`).
+        choices: what the method chose for each kind of layer, and why.
+        step, durations: the recorded step, and for each of its parts the device seconds of its ops; None for a grid.
+            Where samples differ in length, those of the longest micro-batches.
     """
 
     model: str

@@ -62,7 +62,7 @@ def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity
     >>> compare("llama-3.2-3b", (full, lora), device="l40s", batch=4, seq=210).speedups[0].answer.split(",")[0]
     'LoRA r=32 on q'
     """
-    text = f"{_capital(in_words(b))} {_verdict(speedup, in_words(a))}" + (f", {reason}" if reason else "")
+    text = f"{capitalised(in_words(b))} {_verdict(speedup, in_words(a))}" + (f", {reason}" if reason else "")
     return f"{text}.{_room(a, b, capacity)}"
 
 
@@ -147,7 +147,7 @@ def _balance(saved: str, down: float, added: str, up: float, matters: float) -> 
     return "because no part of the step changes much"
 
 
-def _capital(text: str) -> str:
+def capitalised(text: str) -> str:
     """A capital at the start of a sentence, but not in names such as rsLoRA."""
     first = text.split(" ", 1)[0]
     return text[0].upper() + text[1:] if first.islower() else text

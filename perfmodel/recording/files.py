@@ -42,15 +42,6 @@ def read_program(path: Path) -> Program:
         raise NotAProgram(f"{path}: {error}") from None
 
 
-def write_program(path: Path, program: Program) -> None:
-    """Write the file of a program whole or not at all; a folder that is not there is made.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    write_object(path, encoded(program))
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """What `write_object` put into a file.
 

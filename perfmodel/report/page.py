@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
 from ..prediction.predict import Model
+from ..program.installed import installed
 from ..questions.comparison import Comparison, compare
 from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
@@ -61,7 +61,7 @@ def report(
         "figures": rows_of_page(c),
         "mfu": mfu_of(*c.predictions),
         "command": command,
-        "signature": f"perfmodel {_version()}, {today().isoformat()}. Made by:",
+        "signature": f"perfmodel {installed('perfmodel') or '(not installed)'}, {today().isoformat()}. Made by:",
         **exhibits.waterfalls(explained),
         **exhibits.limit_exhibits(explained, fastest(explained)),
         **exhibits.memories(c.predictions, labels, on),
@@ -154,10 +154,3 @@ def style() -> str:
     keys = "".join(f".key.f-{name}{{background:var(--{name})}}" for name in PALETTE)
     dark = f"@media screen and (prefers-color-scheme:dark){{:root{{{variables(dark=True)}}}}}"
     return f":root{{color-scheme:light dark;{variables()}}}{dark}{css}{CHARTS}{keys}"
-
-
-def _version() -> str:
-    try:
-        return version("perfmodel")
-    except PackageNotFoundError:
-        return "(not installed)"

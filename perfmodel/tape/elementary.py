@@ -6,7 +6,7 @@ from ..program.dims import Dim
 from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, tape
-from .pointwise import _elementwise
+from .pointwise import elementwise
 from .shape import expand, unsqueeze
 from .tensor import Backward, Grads, Node, Tensor
 
@@ -21,11 +21,11 @@ def eye(n: Dim, dtype: str) -> Tensor:
 def div(a: Tensor, b: Tensor | float) -> Tensor:
     """`a / b`."""
     if not isinstance(b, Tensor):
-        return _elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
+        return elementwise("div.Tensor", (a,), differentiate("DivBackward0", (a,), _div_number_backward))
     node = differentiate("DivBackward0", (a, b), div_backward)
     if node:
         node.save(a if node.needs[1] else None, b)
-    return _elementwise("div.Tensor", (a, b), node)
+    return elementwise("div.Tensor", (a, b), node)
 
 
 def div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -33,17 +33,17 @@ def div_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (a, b) = grads, node.unpack()
     assert g is not None
     grad_b = None
-    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    grad_a = elementwise("div.Tensor", (g, b)) if node.needs[0] else None
     if node.needs[1]:
-        ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
-        grad_b = _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio))
+        ratio = elementwise("div.Tensor", (elementwise("div.Tensor", (a, b)), b))
+        grad_b = elementwise("mul.Tensor", (elementwise("neg", (g,)), ratio))
     return (grad_a, grad_b)
 
 
 def _div_number_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (_elementwise("div.Tensor", (g,)),)
+    return (elementwise("div.Tensor", (g,)),)
 
 
 def cos(x: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def cos(x: Tensor) -> Tensor:
 def _cos_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    slope = _elementwise("neg", (_elementwise("sin", (x,)),))
-    return (_elementwise("mul.Tensor", (g, slope)),)
+    slope = elementwise("neg", (elementwise("sin", (x,)),))
+    return (elementwise("mul.Tensor", (g, slope)),)
 
 
 def sin(x: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ def sin(x: Tensor) -> Tensor:
 def _sin_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("mul.Tensor", (g, _elementwise("cos", (x,)))),)
+    return (elementwise("mul.Tensor", (g, elementwise("cos", (x,)))),)
 
 
 def _saving_input(name: str, x: Tensor, backward: Backward) -> Tensor:
     node = differentiate(f"{name.capitalize()}Backward0", (x,), backward)
     if node:
         node.save(x)
-    return _elementwise(name, (x,), node)
+    return elementwise(name, (x,), node)
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from ..program.op import Attrs
 from .autograd import differentiate
 from .bus import scalar
 from .core import emit, new_tensor, record
-from .pointwise import _elementwise, autocast_fp32, fill
+from .pointwise import autocast_fp32, elementwise, fill
 from .shape import unsqueeze
-from .tensor import Grads, Node, Tensor
+from .tensor import Grads, Node, Storage, Tensor
 
 Grad = Tensor | None
 
@@ -84,10 +84,10 @@ def _vector_norm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, norm), (dim,) = grads, node.unpack(), node.attrs
     assert g is not None
     g, norm = unsqueeze(g, dim), unsqueeze(norm, dim)
-    direction = _elementwise("div.Tensor", (x, norm))
-    undefined = _elementwise("eq.Scalar", (norm,), dtype="bool")
+    direction = elementwise("div.Tensor", (x, norm))
+    undefined = elementwise("eq.Scalar", (norm,), dtype="bool")
     record("masked_fill_.Scalar", (direction, undefined), (direction,))
-    return (_elementwise("mul.Tensor", (g, direction)),)
+    return (elementwise("mul.Tensor", (g, direction)),)
 
 
 def mark(x: Tensor, indices: Tensor) -> None:
@@ -100,13 +100,13 @@ def fill_where(x: Tensor, flags: Tensor) -> Tensor:
     node = differentiate("MaskedFillBackward0", (x,), _fill_where_backward)
     if node:
         node.save(flags)
-    return _elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
+    return elementwise("masked_fill.Scalar", (x, flags), node, dtype=x.dtype)
 
 
 def _fill_where_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (flags,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)
+    return (elementwise("masked_fill.Scalar", (g, flags), dtype=g.dtype),)
 
 
 def largest_last(x: Tensor, *, keep: bool = True) -> Tensor:
@@ -134,17 +134,17 @@ def clamp(x: Tensor, *, low: bool = False, high: bool = False) -> Tensor:
     node = differentiate("ClampBackward1", (x,), _clamp_backward, (low, high))
     if node:
         node.save(x)
-    return _elementwise("clamp", (x,), node)
+    return elementwise("clamp", (x,), node)
 
 
 def _clamp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,), (low, high) = grads, node.unpack(), node.attrs
     assert g is not None
     zero = fill("scalar_tensor", (), g.dtype)
-    inside, *others = (_elementwise(name, (x,), dtype="bool") for name in ["ge.Scalar"] * low + ["le.Scalar"] * high)
+    inside, *others = (elementwise(name, (x,), dtype="bool") for name in ["ge.Scalar"] * low + ["le.Scalar"] * high)
     for other in others:
         record("logical_and_", (inside, other), (inside,))
-    return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
+    return (elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
 
 
 def clamp_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -152,16 +152,16 @@ def clamp_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     node = differentiate("ClampBackward0", (x,), _clamp_between_backward)
     if node:
         node.save(x, low, high)
-    return _elementwise("clamp.Tensor", (x, low, high), node)
+    return elementwise("clamp.Tensor", (x, low, high), node)
 
 
 def _clamp_between_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, low, high) = grads, node.unpack()
     assert g is not None
     zero = fill("scalar_tensor", (), g.dtype)
-    above, below = _elementwise("ge.Tensor", (x, low), dtype="bool"), _elementwise("le.Tensor", (x, high), dtype="bool")
-    inside = _elementwise("logical_and", (above, below), dtype="bool")
-    return (_elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
+    above, below = elementwise("ge.Tensor", (x, low), dtype="bool"), elementwise("le.Tensor", (x, high), dtype="bool")
+    inside = elementwise("logical_and", (above, below), dtype="bool")
+    return (elementwise("where.self", (inside, g, zero), dtype=g.dtype),)
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -169,17 +169,17 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("DivBackward0", (a, b), _quotient_backward)
     if node:
         node.save(a if node.needs[1] else None, b)
-    return _elementwise("div.Tensor", (a, b), node)
+    return elementwise("div.Tensor", (a, b), node)
 
 
 def _quotient_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (a, b) = grads, node.unpack()
     assert g is not None
-    grad_a = _elementwise("div.Tensor", (g, b)) if node.needs[0] else None
+    grad_a = elementwise("div.Tensor", (g, b)) if node.needs[0] else None
     if not node.needs[1]:
         return (grad_a, None)
-    ratio = _elementwise("div.Tensor", (_elementwise("div.Tensor", (a, b)), b))
-    return (grad_a, _elementwise("mul.Tensor", (_elementwise("neg", (g,)), ratio)))
+    ratio = elementwise("div.Tensor", (elementwise("div.Tensor", (a, b)), b))
+    return (grad_a, elementwise("mul.Tensor", (elementwise("neg", (g,)), ratio)))
 
 
 def zeros_like(x: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def zeros_like(x: Tensor) -> Tensor:
 
 def any_infinite(x: Tensor) -> None:
     """`x.isinf().any()` as a condition: the host waits for the answer."""
-    infinite = _elementwise("isinf", (x,), dtype="bool")
+    infinite = elementwise("isinf", (x,), dtype="bool")
     record("_local_scalar_dense", (emit("any", (infinite,), (), "bool"),), ())
 
 
@@ -222,3 +222,8 @@ def _index_put_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (rows, columns) = grads, node.unpack()
     assert g is not None
     return (emit("index.Tensor", (g, rows, columns), node.attrs[0], g.dtype),)
+
+
+def zero_where(x: Tensor, where: Tensor) -> None:
+    """`x[where] = 0`, in place."""
+    record("index_put_", (x, where, Tensor((), x.dtype, (), 1, Storage(0, None))), (x,))

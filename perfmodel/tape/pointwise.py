@@ -24,13 +24,14 @@ def broadcast(a: Shape, b: Shape) -> Shape:
     return tuple(y if is_one(x) else x for x, y in zip(a, b, strict=True))
 
 
-def _elementwise(
+def elementwise(
     name: str,
     inputs: Sequence[Tensor],
     node: Node | None = None,
     *,
     dtype: str | None = None,
 ) -> Tensor:
+    """An op whose result has the operands' common shape, by broadcasting, and their common dtype or another."""
     if dtype is None:
         with_dims = [t.dtype for t in inputs if t.shape] or [t.dtype for t in inputs]
         dtype = with_dims[0]
@@ -46,10 +47,10 @@ def _walk(operands: tuple[tuple[Shape, Shape], ...]) -> tuple[Shape, Shape, bool
     shape = operands[0][0]
     for other, _ in operands[1:]:
         shape = broadcast(shape, other)
-    return shape, elementwise_strides(shape, operands), all(_streams(*operand, shape) for operand in operands)
+    return shape, elementwise_strides(shape, operands), all(reads_in_order(*operand, shape) for operand in operands)
 
 
-def _streams(own: Shape, strides: Shape, shape: Shape) -> bool:
+def reads_in_order(own: Shape, strides: Shape, shape: Shape) -> bool:
     """Whether a kernel reads an operand front to back: not broadcast, permuted or sliced (0-dim operands are free)."""
     return not own or (same_shape(own, shape) and is_contiguous(own, strides))
 
@@ -73,21 +74,21 @@ def _cast_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def add(a: Tensor, b: Tensor | float) -> Tensor:
     """`a + b`."""
     if not isinstance(b, Tensor):
-        return _elementwise("add.Tensor", (a,), differentiate("AddBackward0", (a,), _pass))
-    return _elementwise("add.Tensor", (a, b), differentiate("AddBackward0", (a, b), _pass_both))
+        return elementwise("add.Tensor", (a,), differentiate("AddBackward0", (a,), _pass))
+    return elementwise("add.Tensor", (a, b), differentiate("AddBackward0", (a, b), _pass_both))
 
 
 def sub(a: Tensor, b: Tensor | float) -> Tensor:
     """`a - b`."""
     if not isinstance(b, Tensor):
-        return _elementwise("sub.Tensor", (a,), differentiate("SubBackward0", (a,), _pass))
-    return _elementwise("sub.Tensor", (a, b), differentiate("SubBackward0", (a, b), _sub_backward))
+        return elementwise("sub.Tensor", (a,), differentiate("SubBackward0", (a,), _pass))
+    return elementwise("sub.Tensor", (a, b), differentiate("SubBackward0", (a, b), _sub_backward))
 
 
 def _sub_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (g if node.needs[0] else None, _elementwise("neg", (g,)) if node.needs[1] else None)
+    return (g if node.needs[0] else None, elementwise("neg", (g,)) if node.needs[1] else None)
 
 
 def _pass(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -101,47 +102,47 @@ def _pass_both(node: Node, grads: Sequence[Grad]) -> Grads:
 def mul(a: Tensor, b: Tensor | float) -> Tensor:
     """`a * b`; a Python scalar is saved as such and costs nothing."""
     if not isinstance(b, Tensor):
-        return _elementwise("mul.Tensor", (a,), differentiate("MulBackward0", (a,), _scale_backward))
+        return elementwise("mul.Tensor", (a,), differentiate("MulBackward0", (a,), _scale_backward))
     node = differentiate("MulBackward0", (a, b), _mul_backward)
     if node:
         node.save(b if node.needs[0] else None, a if node.needs[1] else None)
-    return _elementwise("mul.Tensor", (a, b), node)
+    return elementwise("mul.Tensor", (a, b), node)
 
 
 def _scale_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (_elementwise("mul.Tensor", (g,)),)
+    return (elementwise("mul.Tensor", (g,)),)
 
 
 def _mul_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     b, a = node.unpack()
-    grad_b = _elementwise("mul.Tensor", (g, a)) if node.needs[1] else None
-    return (_elementwise("mul.Tensor", (g, b)) if node.needs[0] else None, grad_b)
+    grad_b = elementwise("mul.Tensor", (g, a)) if node.needs[1] else None
+    return (elementwise("mul.Tensor", (g, b)) if node.needs[0] else None, grad_b)
 
 
 def scale(x: Tensor) -> Tensor:
     """`x * number` as ATen's C++ code writes it (`mul.Scalar`)."""
-    return _elementwise("mul.Scalar", (x,), differentiate("MulBackward1", (x,), _mul_scalar_backward))
+    return elementwise("mul.Scalar", (x,), differentiate("MulBackward1", (x,), _mul_scalar_backward))
 
 
 def _mul_scalar_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (_elementwise("mul.Scalar", (g,)),)
+    return (elementwise("mul.Scalar", (g,)),)
 
 
 def neg(x: Tensor) -> Tensor:
     """`-x`."""
-    return _elementwise("neg", (x,), differentiate("NegBackward0", (x,), _neg_backward))
+    return elementwise("neg", (x,), differentiate("NegBackward0", (x,), _neg_backward))
 
 
 def _neg_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (_elementwise("neg", (g,)),)
+    return (elementwise("neg", (g,)),)
 
 
 def power(x: Tensor) -> Tensor:
@@ -150,22 +151,22 @@ def power(x: Tensor) -> Tensor:
     node = differentiate("PowBackward0", (x,), _power_backward)
     if node:
         node.save(x)
-    return _elementwise("pow.Tensor_Scalar", (x,), node)
+    return elementwise("pow.Tensor_Scalar", (x,), node)
 
 
 def _power_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    lower = _elementwise("pow.Tensor_Scalar", (x,))  # named: C++ keeps temporaries to the end of the expression
-    slope = _elementwise("mul.Scalar", (lower,))
-    return (_elementwise("mul.Tensor", (g, slope)),)
+    lower = elementwise("pow.Tensor_Scalar", (x,))  # named: C++ keeps temporaries to the end of the expression
+    slope = elementwise("mul.Scalar", (lower,))
+    return (elementwise("mul.Tensor", (g, slope)),)
 
 
 def rsqrt(x: Tensor) -> Tensor:
     """`torch.rsqrt(x)`; backward is -½ · grad · y³."""
     x = autocast_fp32(x)
     node = differentiate("RsqrtBackward0", (x,), _rsqrt_backward)
-    out = _elementwise("rsqrt", (x,), node)
+    out = elementwise("rsqrt", (x,), node)
     if node:
         node.save_output(out)
     return out
@@ -174,8 +175,8 @@ def rsqrt(x: Tensor) -> Tensor:
 def _rsqrt_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (y,) = grads, node.unpack()
     assert g is not None
-    cube = _elementwise("pow.Tensor_Scalar", (y,))
-    return (_elementwise("mul.Tensor", (_elementwise("mul.Scalar", (g,)), cube)),)
+    cube = elementwise("pow.Tensor_Scalar", (y,))
+    return (elementwise("mul.Tensor", (elementwise("mul.Scalar", (g,)), cube)),)
 
 
 def mean_last(x: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _mean_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
     spread = view_as("expand", g, node.attrs[0], (*g.strides[:-1], 0))
-    return (_elementwise("div.Scalar", (spread,)),)
+    return (elementwise("div.Scalar", (spread,)),)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ def _activation(name: str, node_name: str, backward_op: str, x: Tensor) -> Tenso
     node = differentiate(node_name, (x,), _activation_backward, (backward_op,))
     if node:
         node.save(x)
-    return _elementwise(name, (x,), node)
+    return elementwise(name, (x,), node)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ def relu(x: Tensor) -> Tensor:
 
 def _output_activation(name: str, node_name: str, backward_op: str, x: Tensor) -> Tensor:
     node = differentiate(node_name, (x,), _activation_backward, (backward_op,))
-    out = _elementwise(name, (x,), node)
+    out = elementwise(name, (x,), node)
     if node:
         node.save_output(out)
     return out
@@ -234,7 +235,7 @@ def _output_activation(name: str, node_name: str, backward_op: str, x: Tensor) -
 def _activation_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (saved,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise(node.attrs[0], (g, saved)),)
+    return (elementwise(node.attrs[0], (g, saved)),)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -244,17 +245,17 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def unary(name: str, x: Tensor) -> Tensor:
     """An elementwise op that nothing differentiates (cos, sin, ne, …)."""
-    return _elementwise(name, (x,))
+    return elementwise(name, (x,))
 
 
 def binary_bool(name: str, a: Tensor, b: Tensor) -> Tensor:
     """An elementwise comparison or boolean op."""
-    return _elementwise(name, (a, b), dtype="bool")
+    return elementwise(name, (a, b), dtype="bool")
 
 
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`torch.where` of two scalars by a mask."""
-    return _elementwise("where.self", (condition, a, b), dtype=a.dtype)
+    return elementwise("where.self", (condition, a, b), dtype=a.dtype)
 
 
 def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:
@@ -262,18 +263,23 @@ def masked(allowed: Tensor, x: Tensor, constant: Tensor) -> Tensor:
     node = differentiate("WhereBackward0", (x,), _masked_backward)
     if node:
         node.save(allowed)
-    return _elementwise("where.self", (allowed, x, constant), node, dtype=x.dtype)
+    return elementwise("where.self", (allowed, x, constant), node, dtype=x.dtype)
 
 
 def _masked_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (allowed,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("where.self", (allowed, g, fill("scalar_tensor", (), g.dtype)), dtype=g.dtype),)
+    return (elementwise("where.self", (allowed, g, fill("scalar_tensor", (), g.dtype)), dtype=g.dtype),)
 
 
 def fill(name: str, shape: Shape, dtype: str, like: Tensor | None = None) -> Tensor:
     """`zeros`, `ones`, `arange`, `scalar_tensor`, …: no input is read unless `like` is dispatched with it."""
     return emit(name, (like,) if like is not None else (), shape, dtype)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Memory alone, of a tensor's shape and strides."""
+    return emit("empty_like", (x,), x.shape, x.dtype, strides=x.strides)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -300,7 +306,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 def _native_dropout_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (mask,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("native_dropout_backward", (g, mask), dtype=g.dtype),)
+    return (elementwise("native_dropout_backward", (g, mask), dtype=g.dtype),)
 
 
 def reduce_dims(g: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from ..program.op import ON_HOST, PLAIN, Attrs
 from .autograd import differentiate
 from .core import emit, new_tensor, record, tape
 from .elementary import div
-from .pointwise import _elementwise, fill
+from .pointwise import elementwise, fill
 from .shape import unsqueeze, view_as
 from .split import stack
 from .tensor import Backward, Grads, Node, Tensor
@@ -50,8 +50,8 @@ def logsumexp(x: Tensor) -> Tensor:
 def _logsumexp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, result) = grads, node.unpack()
     assert g is not None
-    shares = _elementwise("exp", (_elementwise("sub.Tensor", (x, unsqueeze(result, -1))),))
-    return (_elementwise("mul.Tensor", (unsqueeze(g, -1), shares)),)
+    shares = elementwise("exp", (elementwise("sub.Tensor", (x, unsqueeze(result, -1))),))
+    return (elementwise("mul.Tensor", (unsqueeze(g, -1), shares)),)
 
 
 def gather_last(x: Tensor, index: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def mean_all(x: Tensor) -> Tensor:
 def _mean_all_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (shape,) = grads, node.attrs
     assert g is not None
-    return (_elementwise("div.Scalar", (view_as("expand", g, shape, (0,) * len(shape)),)),)
+    return (elementwise("div.Scalar", (view_as("expand", g, shape, (0,) * len(shape)),)),)
 
 
 def sum_all(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _one_of_two(name: str, node_name: str, a: Tensor, b: Tensor, *, beyond: tupl
     node = differentiate(node_name, (a, b), _one_of_two_backward, (beyond,))
     if node:
         node.save(a, b)
-    return _elementwise(name, (a, b), node)
+    return elementwise(name, (a, b), node)
 
 
 def _one_of_two_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -137,9 +137,9 @@ def _one_of_two_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     assert g is not None
 
     def part(other: str) -> Tensor:
-        equal, halved = _elementwise("eq.Tensor", (a, b), dtype="bool"), _elementwise("div.Scalar", (g,))
-        grad = _elementwise("where.self", (equal, halved, g), dtype=g.dtype)
-        past = _elementwise(other, (a, b), dtype="bool")
+        equal, halved = elementwise("eq.Tensor", (a, b), dtype="bool"), elementwise("div.Scalar", (g,))
+        grad = elementwise("where.self", (equal, halved, g), dtype=g.dtype)
+        past = elementwise(other, (a, b), dtype="bool")
         record("masked_fill_.Scalar", (grad, past), (grad,))
         return grad
 
@@ -154,7 +154,7 @@ def natural_exp(x: Tensor) -> Tensor:
 def _exp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (y,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("mul.Tensor", (g, y)),)
+    return (elementwise("mul.Tensor", (g, y)),)
 
 
 def exp_less_one(x: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def exp_less_one(x: Tensor) -> Tensor:
 def _exp_less_one_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (y,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("mul.Tensor", (g, _elementwise("add.Scalar", (y,)))),)
+    return (elementwise("mul.Tensor", (g, elementwise("add.Scalar", (y,)))),)
 
 
 def _saving_output(name: str, node_name: str, x: Tensor, backward: Backward) -> Tensor:
     node = differentiate(node_name, (x,), backward)
-    out = _elementwise(name, (x,), node)
+    out = elementwise(name, (x,), node)
     if node:
         node.save_output(out)
     return out
@@ -181,13 +181,13 @@ def natural_log(x: Tensor) -> Tensor:
     node = differentiate("LogBackward0", (x,), _log_backward)
     if node:
         node.save(x)
-    return _elementwise("log", (x,), node)
+    return elementwise("log", (x,), node)
 
 
 def _log_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("div.Tensor", (g, x)),)
+    return (elementwise("div.Tensor", (g, x)),)
 
 
 def log_of_more(x: Tensor) -> Tensor:
@@ -195,13 +195,13 @@ def log_of_more(x: Tensor) -> Tensor:
     node = differentiate("Log1PBackward0", (x,), _log_of_more_backward)
     if node:
         node.save(x)
-    return _elementwise("log1p", (x,), node)
+    return elementwise("log1p", (x,), node)
 
 
 def _log_of_more_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
-    return (_elementwise("div.Tensor", (g, _elementwise("add.Scalar", (x,)))),)
+    return (elementwise("div.Tensor", (g, elementwise("add.Scalar", (x,)))),)
 
 
 def either(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def either(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     node = differentiate("WhereBackward0", (a, b), _either_backward)
     if node:
         node.save(condition)
-    return _elementwise("where.self", (condition, a, b), node, dtype=a.dtype)
+    return elementwise("where.self", (condition, a, b), node, dtype=a.dtype)
 
 
 def _either_backward(node: Node, grads: Sequence[Grad]) -> Grads:
@@ -218,7 +218,7 @@ def _either_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
     def part(first: bool) -> Tensor:
         zero = fill("scalar_tensor", (), g.dtype)
-        return _elementwise("where.self", (condition, g, zero) if first else (condition, zero, g), dtype=g.dtype)
+        return elementwise("where.self", (condition, g, zero) if first else (condition, zero, g), dtype=g.dtype)
 
     return (part(True) if node.needs[0] else None, part(False) if node.needs[1] else None)
 
@@ -242,13 +242,13 @@ def _samples_at_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 def complement(x: Tensor) -> Tensor:
     """`1 - x`."""
-    return _elementwise("rsub.Scalar", (x,), differentiate("RsubBackward1", (x,), _complement_backward))
+    return elementwise("rsub.Scalar", (x,), differentiate("RsubBackward1", (x,), _complement_backward))
 
 
 def _complement_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,) = grads
     assert g is not None
-    return (_elementwise("neg", (g,)),)
+    return (elementwise("neg", (g,)),)
 
 
 def nan_sum(x: Tensor) -> Tensor:
@@ -263,13 +263,13 @@ def _nan_sum_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x,) = grads, node.unpack()
     assert g is not None
     spread = view_as("expand", g, x.shape, (0,) * len(x.shape))
-    real = _elementwise("logical_not", (_elementwise("isnan", (x,), dtype="bool"),), dtype="bool")
-    return (_elementwise("mul.Tensor", (spread, real)),)
+    real = elementwise("logical_not", (elementwise("isnan", (x,), dtype="bool"),), dtype="bool")
+    return (elementwise("mul.Tensor", (spread, real)),)
 
 
 def nan_mean(x: Tensor) -> Tensor:
     """`x.nanmean()`."""
-    real = _elementwise("ne.Tensor", (x, x), dtype="bool")
+    real = elementwise("ne.Tensor", (x, x), dtype="bool")
     record("logical_not_", (real,), (real,))
     count = emit("sum.dim_IntList", (real,), (), "i64")
     return div(nan_sum(x), count)

@@ -7,7 +7,7 @@ from ..program.op import Attrs
 from .autograd import differentiate
 from .core import emit, record, tape
 from .einsum import per_frequency, per_frequency_outer, per_frequency_transposed
-from .pointwise import _elementwise
+from .pointwise import elementwise
 from .shape import contiguous, reshape, view, view_as
 from .tensor import Grads, Node, Tensor
 
@@ -112,7 +112,7 @@ def turn_pairs(x: Tensor, turns: Tensor) -> Tensor:
     node = differentiate("MulBackward0", (points,), _turned_backward)
     if node:
         node.save(turns)
-    points = _elementwise("mul.Tensor", (points, turns), node)
+    points = elementwise("mul.Tensor", (points, turns), node)
     made = differentiate("ViewAsRealBackward0", (points,), _pairs_backward)
     pairs = _as_pairs(points)
     if made:
@@ -153,7 +153,7 @@ def _turned_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (turns,) = grads, node.unpack()
     assert g is not None
     conjugate = emit("clone", (view_as("_conj", turns, turns.shape, turns.strides),), turns.shape, turns.dtype)
-    return (_elementwise("mul.Tensor", (g, conjugate)),)
+    return (elementwise("mul.Tensor", (g, conjugate)),)
 
 
 def block_circular_convolution(x: Tensor, w: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Whole:
 
 
 class NotLinear(Exception):
-    """The traces of the cut models do not add up."""
+    """The traces of the cut models do not add up, or one of them does not run."""
 
 
 def whole(stacks: Sequence[Stack], record: Record) -> Whole:
@@ -82,10 +82,6 @@ def whole(stacks: Sequence[Stack], record: Record) -> Whole:
         try:
             return _grown(plan, record, blocks)
         except NotLinear:
-            pass
-        except NoPolynomial:
-            raise
-        except Exception:  # a program that does not run with fewer blocks; whether it runs with all is seen next
             pass
     calls = record(False)
     every = {stack_name(stack): tuple(range(len(stack))) for stack in stacks}
@@ -217,7 +213,12 @@ def _traced(plan: _Plan, keep: set[tuple[str, int]], record: Record, *, warm: bo
     with ExitStack() as cuts:
         for stack in plan.stacks:
             cuts.enter_context(stack.cut(sorted(i for name, i in keep if name == stack_name(stack))))
-        return record(warm)
+        try:
+            return record(warm)
+        except NoPolynomial:
+            raise
+        except Exception as error:  # a program of others; whether it runs with all of its blocks is seen next
+            raise NotLinear from error
 
 
 def _positive(terms: list[Term]) -> list[Term]:

@@ -337,7 +337,8 @@ def trace_step(
         real: the model has data; so has the step.
         optimizer: the resolved form (`perfmodel.optimizers.picked_form`).
         device: "cpu", or "cuda" with a CUDA build of torch (then only the forward pass can be traced).
-        keep: sees every call of the traced step (see `Recorder`).
+        forward_only: no backward pass and no optimizer.
+        keep: sees every call of the traced step (see `CallRecorder`).
         make: the optimizer of the model in that form.
         loss_of: makes the loss that is differentiated; None: the model's own is taken, under autocast.
         after: what a trainer does once gradients are there.

@@ -65,11 +65,9 @@ def of_method(
     return step_of(model, bound, setup, kind, program), program
 
 
-def of_peft(
-    config: Config, values: dict[str, Any], setup: Setup, on: DeviceProfile | None = None
-) -> tuple[Step, Program]:
+def of_peft(config: Config, values: dict[str, Any], setup: Setup) -> tuple[Step, Program]:
     """As `of_method`, of the values of an adapter_config.json."""
-    return of_method(config, PeftAdapter.of(values), setup, on)
+    return of_method(config, PeftAdapter.of(values), setup)
 
 
 def step_of(model: RecordedModel, method: Method, setup: Setup, kind: str, program: Program) -> Step:

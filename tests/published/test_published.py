@@ -111,7 +111,7 @@ def test_the_readme_has_the_table_that_the_command_prints(
 ) -> None:
     """The figures have one home: a table copied once would outlive the model that it was of."""
     monkeypatch.setenv("COLUMNS", "100")
-    _print_published(outcomes, check, summarise_rows(check), all_rows=False)
+    _print_published(outcomes, summarise_rows(check), all_rows=False)
     printed = capsys.readouterr().out
     far = {o.row.id for o in outcomes if abs(o.error) > FAR}
     assert {line.partition(": ")[0] for line in printed.splitlines() if ": " in line} & {

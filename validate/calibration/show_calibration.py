@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.report.plain import print_json, show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import filling
 
 from ..accuracy import Errors
 from ..fitting.show import show_doubts
@@ -20,13 +20,7 @@ def show_calibration(
 ) -> bool:
     """Calibrate with a progress bar, then print what came of it; returns whether the files were written."""
     warnings.filterwarnings("ignore")
-    with progress(counted=False, auto_refresh=False) as bar:
-        task = bar.add_task("loading", total=1.0)
-
-        def tick(share: float, label: str) -> None:
-            bar.update(task, completed=share, description=label[:60])
-            bar.refresh()
-
+    with filling("loading") as tick:
         done = calibrate(device, name, threads=threads, seconds=seconds, output=output, progress=tick)
     if as_json:
         print_json(_plain(done))

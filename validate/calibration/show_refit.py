@@ -5,7 +5,7 @@ from pathlib import Path
 from perfmodel import units
 from perfmodel.program.part import PHASES
 from perfmodel.report.plain import paragraph, print_json, show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import counting
 
 from . import hosts, refit, verify
 from .refit import Refit
@@ -16,12 +16,7 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
 
     Returns whether the fit is one to keep; else no file is written.
     """
-    with progress() as bar:
-        task = bar.add_task("predicting", total=None)
-
-        def tick(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=label[:40])
-
+    with counting("predicting") as tick:
         found = refit.refit([records], device=device, host=host, progress=tick)
     refusal = verify.refusal({"the cells left out of the fit": found.after.step.mean})
     written = output is not None and not refusal

@@ -10,7 +10,7 @@ from typing import Any
 
 from perfmodel import units
 from perfmodel.report.plain import print_json, show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import filling
 from perfmodel.resources import write_text
 
 from ..checking import tables
@@ -30,13 +30,7 @@ def show_campaign(
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process keeps off CUDA, so that it may fork
     chosen = plans.load_plan(plan, device)
-    with progress(counted=False, auto_refresh=False) as bar:
-        task = bar.add_task("loading", total=1.0)
-
-        def tick(share: float, label: str) -> None:
-            bar.update(task, completed=share, description=label[:60])
-            bar.refresh()
-
+    with filling("loading") as tick:
         ran = run_campaign(chosen, device, folder, seconds, threads=threads, progress=tick)
         tick(1.0, "fitting and checking")
         found = finish(ran.ledger.records, ran.environment, ran.ledger.path)

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 from perfmodel.report.plain import print_json, show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import counting
 
 from . import paper
 from .paper import PaperRow
@@ -19,13 +19,7 @@ def show_paper(
     if predict_only:
         rows = paper.predicted_claim(predict_only, host)
     else:
-        with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
-            task = bar.add_task("loading", total=None)
-
-            def tick(done: int, total: int, label: str) -> None:
-                bar.update(task, completed=done, total=total, description=label[:60])
-                bar.refresh()
-
+        with counting("loading", forks=True) as tick:
             rows = paper.measured(
                 str(kind), output, device=profile, host=host, threads=threads, progress=tick
             )  # fmt: skip

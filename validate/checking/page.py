@@ -1,11 +1,11 @@
 """`perfmodel validate check --html FILE`: what a check found, on one page that opens offline."""
 
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from perfmodel import units
+from perfmodel.program.installed import installed
 from perfmodel.report.charts.crossing import COLOURS
 from perfmodel.report.exhibits import both_forms
 from perfmodel.report.page import render
@@ -59,7 +59,7 @@ def bare(environments: dict[str, Any], command: str) -> dict[str, Any]:
         "title": "Predicted against measured",
         "machines": [name_of(r) for r in environments.values()],
         "environments": [{"name": name, "facts": _facts(r)} for name, r in environments.items()],
-        "signature": f"perfmodel {_version()}, {today().isoformat()}. Made by:",
+        "signature": f"perfmodel {installed('perfmodel') or '(not installed)'}, {today().isoformat()}. Made by:",
         "command": command,
     }
 
@@ -116,10 +116,3 @@ def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
         else:
             found.append((before + name, " ".join(map(str, value)) if isinstance(value, list) else value))
     return found
-
-
-def _version() -> str:
-    try:
-        return version("perfmodel")
-    except PackageNotFoundError:
-        return "(not installed)"

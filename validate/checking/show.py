@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perfmodel.report.plain import show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import counting
 
 from . import tables
 from .check import SEVERAL, Report, check_records
@@ -19,12 +19,7 @@ def show_check(
     plot: Path | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Check records and print what was found; returns whether all limits hold."""
-    with progress() as bar:
-        task = bar.add_task("predicting", total=None)
-
-        def tick(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=label[:60])
-
+    with counting("predicting") as tick:
         found = check_records(paths, device=device, host=host, node=node, progress=tick)
     if html:
         from .page import write_check_page

@@ -7,13 +7,14 @@ out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from perfmodel.devices import kernels, profile
-from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.devices.gemm import gemm_time
+from perfmodel.devices.gemm_parameters import LAYOUTS, GemmParameters, Layout
 from perfmodel.devices.price import ROW_WISE
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
@@ -28,8 +29,6 @@ from .sequences import TimedKernel
 
 Record = Mapping[str, Any]
 
-Layout = Literal["tn", "nn", "nt"]
-LAYOUTS: tuple[Layout, ...] = ("tn", "nn", "nt")
 ARCHITECTURES = {
     "6": "pascal", "7.0": "volta", "7.2": "volta", "7.5": "turing", "8.9": "ada", "8": "ampere", "9": "hopper",
     "10": "blackwell", "12": "blackwell",

@@ -6,7 +6,7 @@ from typing import Any
 from perfmodel import units
 from perfmodel.partitions import Workers
 from perfmodel.report.plain import paragraph, print_json, show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import counting
 
 from . import fit
 from .judging import Doubts
@@ -24,12 +24,7 @@ def show_fit(
         part: what is fitted alone, one of `PARTS`; all if empty.
         workers: who fits products, where all is fitted.
     """
-    with progress() as bar:
-        task = bar.add_task("reading", total=None)
-
-        def tick(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=label[:40])
-
+    with counting("reading") as tick:
         if leave_one_device_out:
             rows = fit.leave_one_device_out(folder, tick, workers=workers)
         elif part:

@@ -8,7 +8,7 @@ from typing import Any
 from perfmodel import units
 from perfmodel.errors import UserError
 from perfmodel.report.plain import show, table
-from perfmodel.report.progress import progress
+from perfmodel.report.progress import counting
 
 from . import run, team
 from .cells import Cell
@@ -54,13 +54,7 @@ def show_measure(
 def _measure(plan: run.MeasuringPlan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
     if together and not together.first:
         return run.measure_cells(plan, output, team=together)
-    with progress(auto_refresh=False) as bar:  # without a thread: measuring forks
-        task = bar.add_task("loading", total=len(plan.visits()))
-
-        def tick(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=label[:60])
-            bar.refresh()
-
+    with counting("loading", len(plan.visits()), forks=True) as tick:
         return run.measure_cells(plan, output, tick, together)
 
 

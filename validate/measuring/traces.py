@@ -79,10 +79,8 @@ class Average:
 
     name: str
     calls: int
-    cpu_self: float
     cpu_total: float
     device_self: float
-    device_total: float
 
     @property
     def is_kernel(self) -> bool:
@@ -100,7 +98,7 @@ def averages(path: Path) -> list[Average]:
     def row(fields: dict[str, str]) -> Average | None:
         if not fields["calls"]:
             return None
-        columns = ("self_cpu_us", "cpu_total_us", "self_cuda_us", "cuda_total_us")
+        columns = ("cpu_total_us", "self_cuda_us")
         return Average(fields["name"], int(fields["calls"]), *(float(fields[c]) * 1e-6 for c in columns))
 
     return [found for found in read_rows(path, row) if found]

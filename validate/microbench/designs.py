@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import cycle, product
 from typing import Any
 
-LAYOUTS = ("tn", "nn", "nt")
+from perfmodel.devices.gemm_parameters import LAYOUTS
+
 SEED = 0
 
 

@@ -7,7 +7,9 @@ optimizers over lists of tensors.
 import random
 from itertools import product
 
-from .designs import LAYOUTS, SEED, MicroCase, design, of_linear
+from perfmodel.devices.gemm_parameters import LAYOUTS
+
+from .designs import SEED, MicroCase, design, of_linear
 
 UNALIGNED = (50257, 30522, 5185)  # vocabularies of GPT-2 and BERT, and a width that is odd
 BACKENDS = ("flash", "cudnn", "efficient", "math")

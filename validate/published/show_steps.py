@@ -33,7 +33,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
         figures = {"check": lines, "rows": [_published_row(o) for o in outcomes]}
         print_json({**figures, "families": families, "several_gpus": gpus})
     else:
-        _print_published(outcomes, check, lines, all_rows=all_rows)
+        _print_published(outcomes, lines, all_rows=all_rows)
         show("\n" + _table(other_lines, "families that joined later: step time, |relative error| in %"))
         _print_rows(others, "families", all_rows=all_rows)
         show("\n" + _table(many_lines, "several GPUs, nothing fitted: step time, |relative error| in %"))
@@ -49,7 +49,7 @@ def show_published(*, plot: Any, all_rows: bool, as_json: bool) -> None:
             show(f"\ndrawn: {plot}")
 
 
-def _print_published(outcomes: list[Any], check: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
+def _print_published(outcomes: list[Any], lines: list[dict[str, Any]], *, all_rows: bool) -> None:
     show(_table(lines, "step time, |relative error| in % on rows that no fit saw"))
     show(paragraph(COLUMNS_EXPLAINED), dim=True)
     _print_rows(outcomes, "steps", all_rows=all_rows)

@@ -116,11 +116,6 @@ class Objective:
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
         return [what, f"its reference is {reference}"]
 
-    def passes_reference(self, setup: Setup) -> bool:
-        """Whether a step has a pass through its reference."""
-        named = setup.reference != "auto" or self.compares == "always"
-        return bool(self.compares) and named and setup.reference != "precomputed"
-
     def check(self, method: Method, setup: Setup) -> None:
         """Raise `UserError` for what is not modelled together with the objective."""
         if setup.reference != "auto" and not self.compares:

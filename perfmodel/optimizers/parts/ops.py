@@ -2,20 +2,20 @@
 
 from ...program.op import ON_HOST, PLAIN, STRIDED
 from ...tape.core import record
-from ...tape.pointwise import _elementwise, _streams
+from ...tape.pointwise import elementwise, reads_in_order
 from ...tape.tensor import Tensor
 
 
 def in_place(name: str, x: Tensor, *others: Tensor) -> Tensor:
     """An op that overwrites its first operand; returns it."""
-    strided = not all(_streams(t.shape, t.strides, x.shape) for t in (x, *others))
+    strided = not all(reads_in_order(t.shape, t.strides, x.shape) for t in (x, *others))
     record(name, (x, *others), (x,), STRIDED if strided else PLAIN)
     return x
 
 
 def new(name: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
     """An elementwise op with a new result."""
-    return _elementwise(name, operands, dtype=dtype)
+    return elementwise(name, operands, dtype=dtype)
 
 
 def read_item(x: Tensor) -> None:

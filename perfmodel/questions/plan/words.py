@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ... import units
-from ..sentences import in_words
+from ..sentences import capitalised, in_words
 from .inverse import Largest
 from .job import Job, JobCounts, samples_of_step
 from .planning import Plan
@@ -46,7 +46,7 @@ def plan_answer(plan: Plan) -> str:
         ]
         return f"Nothing fits: {_listed(none)}."
     if len(plan.runs) == 1:
-        return f"{_capital(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
+        return f"{capitalised(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
     cheapest, in_time = plan.cheapest(), plan.in_time()
     fastest = plan.fastest()
     both = bool(cheapest) and cheapest[0] is fastest[0]
@@ -215,8 +215,3 @@ def _in_other_half(plan: Plan) -> list[str]:
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _capital(text: str) -> str:
-    first = text.split(" ", 1)[0]
-    return text[0].upper() + text[1:] if first.islower() else text

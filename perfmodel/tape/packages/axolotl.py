@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..core import emit, record, tape
 from ..custom import addmm_, as_rows, in_place_of_base, on_base, python_function
 from ..linalg import mm
-from ..pointwise import cast, dropout, fill, mul
+from ..pointwise import cast, dropout, empty_like, fill, mul
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
 from .quantized import Packed, in_float
@@ -62,7 +62,7 @@ def _qkv_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     through, made = [], []
     for g, (a, b) in zip(gs, pairs, strict=True):
         through.append(mm(g, b))
-        grad_a, grad_b = _empty_like(t(a)), _empty_like(t(b))
+        grad_a, grad_b = empty_like(t(a)), empty_like(t(b))
         addmm_(grad_a, turned, through[-1])
         addmm_(grad_b, mm(a, turned), g)
         made.append((grad_a, grad_b))
@@ -127,7 +127,7 @@ def _mlp_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 def _grads(x: Tensor, g: Tensor, at: Tensor, bt: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """g·B, and the gradients of Aᵀ and Bᵀ."""
     through = mm(g, t(bt))
-    grad_a, grad_b = _empty_like(at), _empty_like(bt)
+    grad_a, grad_b = empty_like(at), empty_like(bt)
     addmm_(grad_a, t(x), through)
     addmm_(grad_b, mm(t(at), t(x)), g)
     return through, (grad_a, grad_b)
@@ -155,7 +155,7 @@ def _output_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     python_function()
     shape, g, _, low = x.shape, as_rows(g), as_rows(x), as_rows(low)
     through, turned = mm(g, b), t(low)
-    grad_a, grad_b = _empty_like(t(a)), _empty_like(t(b))
+    grad_a, grad_b = empty_like(t(a)), empty_like(t(b))
     addmm_(grad_a, turned, through)
     addmm_(grad_b, mm(a, turned), g)
     grad_x = on_base(_base_grad, (g,), ((layer, 1),))
@@ -205,7 +205,3 @@ def _base_grad(gs: Sequence[Tensor], layers: Sequence[tuple[Projection, int]]) -
 
 def _whole(layer: Projection, turns: int) -> Tensor:
     return in_float(layer.weight, turns)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return emit("empty_like", (x,), x.shape, x.dtype, strides=x.strides)

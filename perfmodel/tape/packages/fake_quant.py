@@ -17,7 +17,7 @@ from ..core import emit, tape
 from ..custom import python_function
 from ..elementary import div
 from ..gather import clamp, quotient
-from ..pointwise import _elementwise, add, cast, mul, sub
+from ..pointwise import add, cast, elementwise, mul, sub
 from ..shape import unsqueeze, view
 from ..tensor import Grads, Node, Tensor
 
@@ -35,13 +35,13 @@ def _by_token(x: Tensor) -> Tensor:
     dtype = x.dtype
     with tape().no_grad():
         least, largest = _extreme("amin", x, keepdim=False), _extreme("amax", x, keepdim=False)
-        low = _elementwise("minimum", (least, emit("zeros_like", (least,), least.shape, dtype)))
-        high = _elementwise("maximum", (largest, emit("zeros_like", (largest,), largest.shape, dtype)))
+        low = elementwise("minimum", (least, emit("zeros_like", (least,), least.shape, dtype)))
+        high = elementwise("maximum", (largest, emit("zeros_like", (largest,), largest.shape, dtype)))
         step = clamp(div(sub(high, low), 1.0), low=True)
-        zero = _elementwise("rsub.Scalar", (_round(quotient(low, step)),))
+        zero = elementwise("rsub.Scalar", (_round(quotient(low, step)),))
         zero = clamp(zero, low=True, high=True)
         step, zero = unsqueeze(cast(step, "fp32"), -1), unsqueeze(cast(zero, "i32"), -1)
-        inverse = _elementwise("mul.Tensor", (_elementwise("reciprocal", (step,)),))
+        inverse = elementwise("mul.Tensor", (elementwise("reciprocal", (step,)),))
     codes = clamp(add(_round(mul(x, inverse)), zero), low=True, high=True)
     return cast(mul(sub(_copied(codes, dtype), cast(zero, dtype)), step), dtype)
 
@@ -74,17 +74,17 @@ def _extreme(name: str, x: Tensor, *, keepdim: bool = True) -> Tensor:
 def _extreme_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     (g,), (x, value) = grads, node.unpack()
     assert g is not None
-    there = _elementwise("eq.Tensor", (value, x), dtype="bool")
+    there = elementwise("eq.Tensor", (value, x), dtype="bool")
     count = emit("sum.dim_IntList", (there,), g.shape, "i64", attrs=Attrs(dims=(len(x.shape) - 1,)))
-    share = _elementwise("div.Tensor", (g, count), dtype=g.dtype)
-    return (_elementwise("mul.Tensor", (share, there), dtype=g.dtype),)
+    share = elementwise("div.Tensor", (g, count), dtype=g.dtype)
+    return (elementwise("mul.Tensor", (share, there), dtype=g.dtype),)
 
 
 def _round(x: Tensor) -> Tensor:
     """`_Round`: its gradient is that of the result."""
     node = differentiate("_RoundBackward", (x,), _passed)
     with tape().no_grad():
-        out = _elementwise("round", (x,))
+        out = elementwise("round", (x,))
     if node:
         node.produces(out)
     return out

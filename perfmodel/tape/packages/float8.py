@@ -18,7 +18,7 @@ from ..autograd import differentiate
 from ..core import emit, record, tape
 from ..custom import as_rows, python_function
 from ..linalg import linear
-from ..pointwise import _elementwise, add, cast, mul
+from ..pointwise import add, cast, elementwise, mul
 from ..shape import clone, reshape, t
 from ..tensor import Grads, Node, Tensor
 
@@ -90,17 +90,17 @@ def _scaled(x: Tensor, dtype: str, recipe: str, axis: int) -> Scaled:
     if recipe == "rowwise":
         axis %= len(x.shape)
         shape = tuple([1 if i == axis else d for i, d in enumerate(x.shape)])
-        largest = emit("amax", (_elementwise("abs", (x,)),), shape, x.dtype, attrs=Attrs(dims=(axis,)))
+        largest = emit("amax", (elementwise("abs", (x,)),), shape, x.dtype, attrs=Attrs(dims=(axis,)))
     else:
-        largest = emit("max", (_elementwise("abs", (x,)),), (), x.dtype)
+        largest = emit("max", (elementwise("abs", (x,)),), (), x.dtype)
     scale = cast(largest, "fp64")
     for name in ("clamp", "reciprocal", "mul.Tensor"):
-        scale = _elementwise(name, (scale,))
+        scale = elementwise(name, (scale,))
     scale = cast(scale, "fp32")
     for name in ("log2", "floor", "exp2") if recipe == "rowwise" else ():
-        scale = _elementwise(name, (scale,))
+        scale = elementwise(name, (scale,))
     multiplied = mul(cast(x, "fp32"), scale)
-    return Scaled(cast(_elementwise("clamp", (multiplied,)), dtype), scale)
+    return Scaled(cast(elementwise("clamp", (multiplied,)), dtype), scale)
 
 
 def _scaled_mm(a: Scaled, b: Scaled, recipe: str, dtype: str, *, fast: bool = False) -> Tensor:
@@ -117,7 +117,7 @@ def _scaled_mm(a: Scaled, b: Scaled, recipe: str, dtype: str, *, fast: bool = Fa
         left = clone(left)
     if _row_major(right):
         right = t(clone(t(right)))
-    of_a, of_b = (_elementwise("reciprocal", (s,)) for s in (a.scale, b.scale))
+    of_a, of_b = (elementwise("reciprocal", (s,)) for s in (a.scale, b.scale))
     after = None
     if recipe == "rowwise" and not fast:
         after = mul(of_a, of_b)

@@ -15,7 +15,7 @@ from ..autograd import differentiate
 from ..core import emit, new_tensor, record, tape
 from ..custom import gather, index_buffer, python_function
 from ..linalg import addmm, autocast_operand, matmul
-from ..pointwise import _elementwise, cast, mul
+from ..pointwise import cast, elementwise, mul
 from ..shape import reshape, t, unsqueeze, view
 from ..tensor import Grads, Node, Parameter, Storage, Tensor
 
@@ -47,7 +47,7 @@ def linear_8bit(x: Tensor, weight: Rounded, bias: Tensor | None) -> Tensor:
         if weight.outliers:
             with tape().belonging_to("dequantisation"):
                 picked = mul(gather(weight.values, columns), unsqueeze(weight.scales, -1))
-                picked = cast(_elementwise("mul.Tensor", (picked,)), x.dtype)
+                picked = cast(elementwise("mul.Tensor", (picked,)), x.dtype)
             of_outliers = (gather(rows, columns), t(picked))
         out = _integer_product(codes, scales, weight, bias, x.dtype)
         if of_outliers is not None:
@@ -63,13 +63,13 @@ def whole_rows(values: Parameter, scales: Parameter) -> Tensor:
     """Weights (…, n_in) in fp32, whatever they were: each row times its scale (`int8_vectorwise_dequant`)."""
     with tape().belonging_to("dequantisation"):
         rows = view(values, (scales.numel, values.shape[-1]))
-        rows = _elementwise("mul.Tensor", (rows, unsqueeze(scales, -1)), dtype="fp32")
-        return view(_elementwise("mul.Tensor", (rows,)), values.shape)
+        rows = elementwise("mul.Tensor", (rows, unsqueeze(scales, -1)), dtype="fp32")
+        return view(elementwise("mul.Tensor", (rows,)), values.shape)
 
 
 def _round(x: Tensor, outliers: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales of the rows, and which columns hold outliers: the host waits for both answers."""
-    beyond = _elementwise("ge.Scalar", (_elementwise("abs", (x,)),), dtype="bool")
+    beyond = elementwise("ge.Scalar", (elementwise("abs", (x,)),), dtype="bool")
     record("_local_scalar_dense", (emit("any", (beyond,), (), "bool"),), ())
     columns = index_buffer(outliers)
     if outliers:
@@ -100,6 +100,6 @@ def _linear_8bit_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     rows = reshape(g, (product(g.shape[:-1]), g.shape[-1])) if len(g.shape) > 2 else g
     with tape().belonging_to("dequantisation"):
         whole = cast(weight.values, dtype)
-        scales = _elementwise("mul.Tensor", (unsqueeze(weight.scales, 1),))
+        scales = elementwise("mul.Tensor", (unsqueeze(weight.scales, 1),))
         record("mul_.Tensor", (whole, scales), (whole,), Attrs(strided=True))
     return (view(matmul(cast(rows, dtype), whole), shape),)

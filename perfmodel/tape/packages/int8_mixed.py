@@ -17,7 +17,7 @@ from ..autograd import differentiate
 from ..core import emit, tape
 from ..custom import python_function
 from ..elementary import div
-from ..pointwise import _elementwise, add, cast, mul
+from ..pointwise import add, cast, elementwise, mul
 from ..shape import contiguous, permute, view
 from ..tensor import Grads, Node, Tensor
 
@@ -65,14 +65,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bit, and the scale of each of its rows in its own dtype."""
-    scale = div(emit("amax", (_elementwise("abs", (x,)),), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,))), 127.0)
+    scale = div(emit("amax", (elementwise("abs", (x,)),), (x.shape[0],), x.dtype, attrs=Attrs(dims=(1,))), 127.0)
     inverse = cast(scale, "fp32")
     for name in ("clamp", "reciprocal", "mul.Tensor"):
-        inverse = _elementwise(name, (inverse,))
+        inverse = elementwise(name, (inverse,))
     x = cast(x, "fp32")
     x = mul(x, view(inverse, (x.shape[0], 1)))
     for name in ("round", "clamp"):
-        x = _elementwise(name, (x,))
+        x = elementwise(name, (x,))
     return cast(x, "i8"), scale
 
 

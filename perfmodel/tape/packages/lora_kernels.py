@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..core import emit, new_tensor, record, tape
 from ..custom import addmm_, as_rows, in_place_of_base, on_base, python_function
 from ..linalg import mm, product_into
-from ..pointwise import cast
+from ..pointwise import cast, empty_like
 from ..shape import t, view
 from ..tensor import Grads, Node, Parameter, Tensor
 from .quantized import Packed, in_float
@@ -94,14 +94,10 @@ def _weight(adapter: Adapted) -> Tensor:
 
 def _adapter_grads(x: Tensor, g: Tensor, at: Tensor, bt: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of Aᵀ (n, r) and Bᵀ (r, m): xᵀ·(g·B) and (A·xᵀ)·g, the inner products computed anew."""
-    grad_a, grad_b = _empty_like(at), _empty_like(bt)
+    grad_a, grad_b = empty_like(at), empty_like(bt)
     addmm_(grad_a, t(x), mm(g, t(bt)))
     addmm_(grad_b, mm(t(at), t(x)), g)
     return grad_a, grad_b
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return emit("empty_like", (x,), x.shape, x.dtype, strides=x.strides)
 
 
 def _transposed(adapter: Adapted, dtype: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ...program.op import Attrs
 from ..autograd import differentiate
 from ..core import emit, new_tensor, record, tape
 from ..custom import python_function
+from ..gather import zero_where
 from ..pointwise import binary_bool, sub
 from ..shape import clone, contiguous, transpose
 from ..tensor import Grads, Node, Parameter, Storage, Tensor
@@ -39,10 +40,10 @@ def words(weight: Parameter, ids: Tensor, shared: LayerRanks) -> Tensor:
             absent = binary_bool("__or__.Tensor", low, high)
             del low, high
             mine = sub(clone(ids), 1.0)
-            _put_zero(mine, absent)
+            zero_where(mine, absent)
         out = emit("embedding", (weight, mine), (*ids.shape, weight.shape[1]), weight.dtype)
         if absent is not None:
-            _put_zero(out, absent)
+            zero_where(out, absent)
     if node:
         node.save(mine, absent)
         node.produces(out)
@@ -57,10 +58,6 @@ def _words_backward(node: Node, grads: Sequence[Grad]) -> Grads:
     if absent is not None:  # their zeros pass no gradient
         g = emit("index_put", (g, absent, Tensor((), g.dtype, (), 1, Storage(0, None))), g.shape, g.dtype)
     return (emit("embedding_dense_backward", (g, ids), shape, g.dtype),)
-
-
-def _put_zero(x: Tensor, where: Tensor) -> None:
-    record("index_put_", (x, where, Tensor((), x.dtype, (), 1, Storage(0, None))), (x,))
 
 
 def _summed(x: Tensor, shared: LayerRanks) -> Tensor:

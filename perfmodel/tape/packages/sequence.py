@@ -18,11 +18,12 @@ from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.ranks import Ranks
 from ..autograd import differentiate
 from ..bus import Cut, functional_collective, summed_over
-from ..core import emit, record, tape
+from ..core import emit, tape
+from ..gather import zero_where
 from ..linalg import linear, mm
 from ..pointwise import binary_bool, cat, sub
 from ..shape import clone, contiguous, t, view
-from ..tensor import Grads, Node, Parameter, Storage, Tensor
+from ..tensor import Grads, Node, Parameter, Tensor
 
 TOKENS = 1  # the dim of a hidden state that is shared
 
@@ -90,7 +91,7 @@ class SequenceCut(Cut):
 
     def made(self, y: Tensor) -> Tensor:
         """The layer's output."""
-        return scattered_along(y, self.ranks) if self.by == "rows" else y
+        return scattered_tokens(y, self.ranks) if self.by == "rows" else y
 
 
 class TensorParallel(NamedTuple):
@@ -126,7 +127,7 @@ class TensorParallel(NamedTuple):
         weight.elements = weight.numel * self.ranks.size
         weight.placement = None if self.redistributes else GradientPlacement(self.ranks, partial=False, cut=0)
         words = own_words(weight, ids, self.ranks)
-        return scattered_along(words, self.ranks) if self.tokens else summed_over(words, self.ranks)
+        return scattered_tokens(words, self.ranks) if self.tokens else summed_over(words, self.ranks)
 
 
 def gathered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
@@ -134,9 +135,9 @@ def gathered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
     return _redistributed(x, gathered_parts, _scatter, ranks, dim)
 
 
-def scattered_along(x: Tensor, ranks: Ranks, dim: int = TOKENS) -> Tensor:
-    """Own part along a dim of a sum whose parts lie on all ranks: n along it is n / ranks; gradients are gathered."""
-    return _redistributed(x, scattered_sum, _gather, ranks, dim)
+def scattered_tokens(x: Tensor, ranks: Ranks) -> Tensor:
+    """Own tokens of a sum whose parts lie on all ranks: n of them are n / ranks; gradients are gathered."""
+    return _redistributed(x, scattered_sum, _gather, ranks, TOKENS)
 
 
 def _redistributed(
@@ -164,9 +165,9 @@ def own_words(weight: Parameter, ids: Tensor, ranks: Ranks) -> Tensor:
         absent = binary_bool("__or__.Tensor", below, above)
         del below, above
         shifted = sub(clone(ids), 1.0)
-        _put_zero(shifted, absent)
+        zero_where(shifted, absent)
         out = emit("embedding", (weight, shifted), (*ids.shape, width), weight.dtype)
-        _put_zero(out, absent)
+        zero_where(out, absent)
     if node is not None:
         node.produces(out)
     return out
@@ -194,10 +195,6 @@ def _part(x: Tensor, ranks: Ranks, dim: int) -> Tensor:
     """A rank's part of a tensor, a view."""
     shape = tuple(n // ranks.size if i == dim else n for i, n in enumerate(x.shape))
     return Tensor(shape, x.dtype, x.strides, product(shape), x.storage)
-
-
-def _put_zero(x: Tensor, where: Tensor) -> None:
-    record("index_put_", (x, where, Tensor((), x.dtype, (), 1, Storage(0, None))), (x,))
 
 
 def _scatter(node: Node, grads: Sequence[Tensor | None]) -> Grads:

@@ -145,7 +145,7 @@ def _fit_within(rows: pd.DataFrame, own: pd.DataFrame, slug: str, kind: str) -> 
         usual = _of_class(kind, alike) if len(alike) else USUAL
     others = inside[(inside.node == slug) & inside.kind.isin(set(RINGS) - {kind})]
     if kind in RINGS and len(others):
-        found = _searched(_task_within(RINGS, links, usual, adding=False), others)
+        found = _searched(_task_within(links, usual, adding=False), others)
         usual = replace(found, in_switch=usual.in_switch)
     return fit_kind(own, kind, links, usual, adding=adding)
 
@@ -162,14 +162,14 @@ def fit_kind(
         adding: whether the switch may add.
     """
     line = _line(lambda r: column(r, "message") * price.moved(kind, column(r, "gpus")) / links.tiers[0][1])
-    return _fit(own, _task_within((kind,), links, usual, adding=adding), line)
+    return _fit(own, _task_within(links, usual, adding=adding), line)
 
 
 def _of_class(kind: str, peers: pd.DataFrame) -> CollectiveParameters:
     """What nodes with a switch have in common: one fit to all, their messages scaled to one wire."""
     wire = peers.node.map(lambda slug: node_file(slug).links.tiers[0][1]).to_numpy()
     alike = peers.assign(message=peers.message / wire, reduces=peers.reduces & peers.node.isin(ADDING))
-    return _searched(_task_within((kind,), Links(8, ((8, 1.0),), None), USUAL, adding=kind == "all_reduce"), alike)
+    return _searched(_task_within(Links(8, ((8, 1.0),), None), USUAL, adding=kind == "all_reduce"), alike)
 
 
 def _searched(task: Task, rows: pd.DataFrame) -> CollectiveParameters:
@@ -200,7 +200,7 @@ def fit_links_between(own: pd.DataFrame, links: Links, inside: Mapping[str, Coll
     )
 
 
-def _task_within(kinds: tuple[str, ...], links: Links, usual: CollectiveParameters, *, adding: bool) -> Task:
+def _task_within(links: Links, usual: CollectiveParameters, *, adding: bool) -> Task:
     tiers = len(links.tiers)
     figures = [f"{name}.{figure}" for name in PROTOCOLS for figure in Protocol._fields]
     names = [*figures, "own_part", *(f"{i}.through" for i in range(1, tiers))]

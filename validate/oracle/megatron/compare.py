@@ -11,7 +11,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice, zip_longest
 from math import prod
@@ -51,7 +50,6 @@ SAME = {"__or__.Tensor": "bitwise_or.Tensor", "pow_.Scalar": "pow.Tensor_Scalar"
 LEFT_OUT = ("empty.memory_format",)
 UNORDERED = ("inductor::", "cat")  # calls of which it does not matter what they read first
 PADDING = 0.01  # of a part of the weights, at most
-AT_A_TIME = 2  # processes, of about a gigabyte each
 
 Row = tuple[str, Any, Any]  # name; (dtype, elements) of what is read and of what is written
 
@@ -59,13 +57,6 @@ Row = tuple[str, Any, Any]  # name; (dtype, elements) of what is read and of wha
 def compare_megatron(case: Case) -> counts.Result:
     """Run a rank of a case and compare collectives and products in their order, calls, and memory."""
     return judge_megatron(case, tape_of(case), real_rank(case))
-
-
-def compare_several(cases: list[Case]) -> Iterator[counts.Result]:
-    """Compare cases in their order, some real programs at a time."""
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        for case, real in zip(cases, pool.map(real_rank, cases), strict=True):
-            yield judge_megatron(case, tape_of(case), real)
 
 
 def tape_of(case: Case) -> Step:
