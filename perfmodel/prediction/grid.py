@@ -75,11 +75,11 @@ def _check_size(setup: Setup, method: Method) -> None:
     """
     a = method.architecture
     assert a is not None
-    seq = int(np.max(setup.seq))
+    seq = np.asarray(setup.seq, np.float64)
     weights = a.layers * (4 * a.hidden * max(a.hidden, a.heads * a.head_dim) + 3 * a.hidden * a.intermediate)
     weights += 2 * a.vocab * a.hidden
     per_token = 8 * 2 * weights + 24 * a.layers * a.heads * a.head_dim * seq
-    if per_token * int(np.max(setup.sequences)) * seq * setup.grad_accum > 2**62:
+    if np.max(per_token * setup.sequences * seq * setup.grad_accum) > 2.0**62:
         raise _too_large(setup, f"counts of a grid of {a.name}")
 
 

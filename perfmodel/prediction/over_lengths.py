@@ -3,10 +3,11 @@
 Without packing each micro-batch is padded to its longest sample. The kinds of micro-batches and their shares
 (`program.lengths.padded_batches`) are one more axis of a grid, over which time and counts are averaged; the peak is
 that of the longest. A step of several micro-batches takes on average what steps of micro-batches of one kind each take.
+Several ranks wait for the one with the longest (`program.stragglers`): time is that of such micro-batches.
 """
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +16,17 @@ from ..methods import Method
 from ..program.dims import decide
 from ..program.lengths import Batches, Lengths, padded_batches
 from ..program.part import PHASES
+from ..program.stragglers import fullest_rank, waited_batches
 from ..setup import Setup
 from .communication import Communication
 from .grid import Compute, grid_shape, over_grid
+from .times import Time
+
+if TYPE_CHECKING:
+    from .pipeline import Pipelined
 
 COUNTS = ("flops", "bytes", "kernels", "dispatches")
+GATHERED = ("fsdp1", "fsdp2", "zero2", "zero3")  # forms in which every micro-batch has collectives of all ranks
 
 
 def over_lengths(compute: Compute[Any], setup: Setup, method: Method) -> Any:
@@ -39,16 +46,18 @@ def over_lengths(compute: Compute[Any], setup: Setup, method: Method) -> Any:
         return found if as_asked else replace(found, setup=_asked(setup, found))
     if setup.packing == "flat":
         longest = compute(replace(setup, seq=lengths.most(setup.seq), lengths=None), method)
-        return replace(compute(setup, method), memory=longest.memory, fits=longest.fits)
+        found = compute(setup, method)
+        return replace(found, **_waiting(compute, setup, method, found), memory=longest.memory, fits=longest.fits)
     return compute(setup, method) if setup.packing == "varlen" else _mean(compute, setup, method, lengths)
 
 
 def drawn(setup: Setup) -> list[tuple[float, Setup]]:
-    """The kinds of micro-batches that a single setup without packing has, with their shares; else the setup itself."""
+    """The kinds of micro-batches whose time the steps of a single setup without packing take, with their shares; else
+    the setup itself."""
     if setup.lengths is None or setup.packing != "none":
         return [(1.0, setup)]
-    kinds = _kinds(setup, setup.batch, setup.seq)
-    plain = _one_length(setup, pads=_pads(setup, setup.batch, setup.seq))
+    kinds = _waited(setup, int(setup.batch), int(setup.seq), int(setup.replicas))
+    plain = _one_length(setup, pads=_pads(setup, int(setup.batch), int(setup.seq)))
     return [(share, replace(plain, seq=length)) for length, share in kinds]
 
 
@@ -61,37 +70,102 @@ def longest_drawn(setup: Setup) -> Setup:
 
 
 def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths) -> Any:
-    """The mean over the kinds of micro-batches at every point of a grid."""
+    """The mean over kinds of micro-batches at every point of a grid: counts of a rank, time of the one waited for."""
     shape = grid_shape(setup, method)
-    batch, seq = (np.broadcast_to(size, shape) for size in (setup.batch, setup.seq))
-    points = [(int(b), int(s)) for b, s in zip(batch.flat, seq.flat, strict=True)]
-    pads = np.array([_pads(setup, *point) for point in points]).reshape(shape)
+    points = _points(setup, shape)
+    pads = np.array([_pads(setup, batch, seq) for batch, seq, _ in points]).reshape(shape)
     plain = _one_length(setup, pads=decide(pads))
-    padded, shares = _table([_kinds(setup, *point) for point in points], shape)
     longest = compute(replace(plain, seq=lengths.most(setup.seq)), method)
-    over = over_grid(compute, replace(plain, seq=padded.astype(np.int64)), method)
 
-    def mean(value: Any, weights: np.ndarray = shares) -> Any:
-        if isinstance(value, dict):
-            of_phases = {name: mean(entry, weights) for name, entry in value.items()}
-            if set(of_phases) == {*PHASES, "total"}:  # numbers are rounded phase by phase
-                of_phases["total"] = sum(of_phases[phase] for phase in PHASES)
-            return of_phases
-        if isinstance(value, Communication):
-            return replace(value, **{f.name: mean(getattr(value, f.name), weights) for f in fields(value)})
-        value = np.broadcast_to(value, shares.shape)
-        average = (value * weights).sum(axis=0) / weights.sum(axis=0)
-        average = np.rint(average).astype(np.int64) if np.issubdtype(value.dtype, np.integer) else average
-        return average if average.ndim else average.item()
+    def priced(kinds: list[Batches]) -> tuple[Any, np.ndarray, np.ndarray]:
+        padded, shares = _table(kinds, shape)
+        return over_grid(compute, replace(plain, seq=padded.astype(np.int64)), method), padded, shares
 
-    by_time = over.time.phases["total"] * shares
-    time = replace(over.time, **{f.name: mean(getattr(over.time, f.name)) for f in fields(over.time)})
-    time = replace(time, launch_bound_share=mean(over.time.launch_bound_share, by_time))
-    padding = np.maximum(0.0, 1 - lengths.mean(setup.seq) / mean(padded)) * decide(pads)  # rounded lengths are none
-    counts = {name: mean(getattr(over, name)) for name in COUNTS}
-    mfu = mean(over.mfu, by_time)
+    of_rank = [_kinds(setup, batch, seq) for batch, seq, _ in points]
+    waited = [_waited(setup, *point) for point in points]
+    own, padded, shares = priced(of_rank)
+    slow, _, weights = (own, padded, shares) if waited == of_rank else priced(waited)
+    time = _mean_time(slow.time, weights, own.time.communication, shares)
+    mfu = mean_over(own.mfu * own.time.phases["total"], shares) / time.phases["total"]
+    padding = np.maximum(0.0, 1 - lengths.mean(setup.seq) / mean_over(padded, shares)) * decide(pads)  # if not rounded
+    counts = {name: mean_over(getattr(own, name), shares) for name in COUNTS}
+    if longest.pipeline is not None:
+        counts["pipeline"] = _mean_pipeline(longest.pipeline, time, [
+            (share, compute(replace(plain, seq=length), method).pipeline) for length, share in waited[0]
+        ])  # fmt: skip
     asked = _asked(setup, longest)
     return replace(longest, setup=asked, time=time, mfu=mfu, padding=padding if shape else float(padding), **counts)
+
+
+def mean_over(value: Any, shares: np.ndarray) -> Any:
+    """The means of figures of kinds of micro-batches, (kinds, *grid), by shares of that shape."""
+    if isinstance(value, dict):
+        of_phases = {name: mean_over(entry, shares) for name, entry in value.items()}
+        if set(of_phases) == {*PHASES, "total"}:  # numbers are rounded phase by phase
+            of_phases["total"] = sum(of_phases[phase] for phase in PHASES)
+        return of_phases
+    value = np.broadcast_to(value, shares.shape)
+    average = (value * shares).sum(axis=0) / shares.sum(axis=0)
+    average = np.rint(average).astype(np.int64) if np.issubdtype(value.dtype, np.integer) else average
+    return average if average.ndim else average.item()
+
+
+def _mean_time(time: Time, weights: np.ndarray, of_rank: Communication, shares: np.ndarray) -> Time:
+    """The mean of times by their weights, of what is sent by shares of a rank's kinds."""
+    given = time.communication
+    sent = {name: mean_over(getattr(of_rank, name), shares) for name in ("nbytes", "calls")}
+    told = {f.name: mean_over(getattr(given, f.name), weights) for f in fields(given) if f.name not in sent}
+    found = {f.name: mean_over(getattr(time, f.name), weights) for f in fields(time) if f.name != "communication"}
+    waits = mean_over(time.launch_bound_share, time.phases["total"] * weights)
+    return replace(time, **{**found, "launch_bound_share": waits, "communication": replace(given, **told, **sent)})
+
+
+def _mean_pipeline(longest: "Pipelined", time: Time, kinds: "list[tuple[float, Pipelined]]") -> "Pipelined":
+    """A pipeline's ranks on average; what they hold is that of the longest micro-batches."""
+    stages = [
+        replace(stage, **{
+            name: sum(share * getattr(of.stages[i], name) for share, of in kinds)
+            for name in ("forward", "backward", "waiting")
+        })
+        for i, stage in enumerate(longest.stages)
+    ]  # fmt: skip
+    return replace(longest, time=time, stages=stages)
+
+
+def _waiting(compute: Compute[Any], setup: Setup, method: Method, found: Any) -> dict[str, Any]:
+    """Time and MFU where samples lie behind one another: of as many tokens as the rank has that is waited for.
+
+    They lie between those of as many samples and of more, one row after the other.
+    """
+    assert setup.lengths is not None
+    shape = grid_shape(setup, method)
+    points = _points(setup, shape)
+    more = np.array([
+        batch * fullest_rank(setup.lengths, batch * setup.of_sample, seq, **_meeting(setup, ranks))
+        for batch, seq, ranks in points
+    ]).reshape(shape)  # fmt: skip
+    few = np.array([batch for batch, *_ in points]).reshape(shape)
+    if np.all(more <= few):
+        return {}
+    many = np.maximum(few + 1, np.ceil(more).astype(np.int64))
+    between = (more - few) / (many - few)
+    larger = compute(replace(setup, batch=many if shape else int(many)), method).time
+    given = found.time.communication
+    sent = {name: getattr(given, name) for name in ("nbytes", "calls")}
+
+    def on_the_way(a: Any, b: Any) -> Any:
+        if isinstance(a, dict):
+            return {name: on_the_way(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}
+        if isinstance(a, Communication):
+            return replace(a, **{f.name: on_the_way(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)})
+        value = a + (b - a) * between
+        return value if np.ndim(value) else float(value)
+
+    time = replace(found.time, **{
+        f.name: on_the_way(getattr(found.time, f.name), getattr(larger, f.name)) for f in fields(found.time)
+    })  # fmt: skip
+    time = replace(time, communication=replace(time.communication, **sent))
+    return {"time": time, "mfu": found.mfu * found.time.phases["total"] / time.phases["total"]}
 
 
 def _asked(setup: Setup, found: Any) -> Setup:
@@ -111,11 +185,36 @@ def _pads(setup: Setup, batch: int, seq: int) -> bool:
     return batch * setup.of_sample > 1 and setup.lengths.vary(seq)
 
 
+def _points(setup: Setup, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Batch, length and ranks with samples of their own at every point of a grid."""
+    sizes = (np.broadcast_to(size, shape).flat for size in (setup.batch, setup.seq, setup.replicas))
+    return [(int(batch), int(seq), int(ranks)) for batch, seq, ranks in zip(*sizes, strict=True)]
+
+
 def _kinds(setup: Setup, batch: int, seq: int) -> Batches:
     """What micro-batches of so many samples are padded to; sequences of pairs all to one length, as TRL's collator."""
     assert setup.lengths is not None
     sorts = setup.grad_accum if setup.group_by_length else 0
     return padded_batches(setup.lengths, batch * setup.of_sample, seq, grouped=sorts)
+
+
+def _waited(setup: Setup, batch: int, seq: int, ranks: int) -> Batches:
+    """What those are padded to that are waited for."""
+    if ranks == 1:
+        return _kinds(setup, batch, seq)
+    assert setup.lengths is not None
+    sorts = setup.grad_accum if setup.group_by_length else 0
+    return waited_batches(setup.lengths, batch * setup.of_sample, seq, grouped=sorts, **_meeting(setup, ranks))
+
+
+def _meeting(setup: Setup, ranks: int) -> dict[str, int]:
+    """How many ranks there are, how many go through every micro-batch together, and micro-batches of a step."""
+    lockstep = 1
+    if setup.sync_each_batch or setup.grad_accum == 1:
+        lockstep = ranks
+    elif setup.parallel in GATHERED:
+        lockstep = ranks if setup.shard_group is None else min(ranks, max(1, setup.shard_group // setup.cp))
+    return {"ranks": ranks, "lockstep": lockstep, "micro_batches": setup.grad_accum}
 
 
 def _table(kinds: list[Batches], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,10 +233,14 @@ def lengths_notes(setup: Setup, padding: Any) -> list[str]:
         return ["every document is taken to be as long as a row, the dearest case: --lengths says how long they are"]
     of = setup.lengths.described(setup.seq)
     if setup.packing != "none":
-        return [f"{of}, packed ({setup.packing}) without padding" + ("" if setup.packing == "flat" else ", rows full")]
+        told = "" if setup.packing == "flat" else ", rows full"
+        if setup.packing == "flat" and np.max(setup.replicas) > 1:
+            told = "; the step is that of the rank with the most tokens, which the others wait for"
+        return [f"{of}, packed ({setup.packing}) without padding{told}"]
     share = units.percent(float(np.mean(padding)), 1)
     grouped = ", sorted by length" if setup.group_by_length else ""
+    waits = ", of those of the rank that the others wait for" if np.max(setup.replicas) > 1 else ""
     return [
         f"{of}{grouped}: {share} of the tokens are padding, which tokens/s leaves out; the step is the mean over "
-        "micro-batches, the peak that of the longest"
+        f"micro-batches{waits}, the peak that of the longest"
     ]

@@ -171,18 +171,19 @@ Batches = tuple[tuple[int, float], ...]
 
 
 @lru_cache(maxsize=4096)
-def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: int = 0) -> Batches:
+def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: int = 0, ranks: int = 1) -> Batches:
     """The lengths that micro-batches of `batch` samples are padded to, each with its share of the micro-batches.
 
     Args:
         seq: samples are cut to so many tokens.
         grouped: micro-batches of a step, of which a sampler by length sorts `MEGA_BATCHES` times as many and cuts them
             up in that order (transformers' `Trainer._get_train_sampler`); 0: none sorts.
+        ranks: of whose micro-batches the longest is meant.
     """
-    cut, n = lengths.cut(seq), len(lengths.values)
+    cut = lengths.cut(seq)
     if not lengths.vary(seq):
         return ((max(1, round(float(cut[0]))), 1.0),)
-    no_longer = _sorted_maximum(n, batch, grouped) if grouped else (np.arange(n + 1) / n) ** batch
+    no_longer = longest_chances(lengths, batch, grouped=grouped, ranks=ranks)
     found: dict[int, float] = {}
     for length, share in zip(*_sliced(no_longer, cut, BATCHES), strict=True):
         key = max(1, round(float(length)))
@@ -190,8 +191,20 @@ def padded_batches(lengths: Lengths, batch: int, seq: int, *, grouped: int = 0) 
     return tuple(sorted(found.items()))
 
 
-def _sorted_maximum(n: int, batch: int, accumulated: int) -> np.ndarray:
+def longest_chances(lengths: Lengths, batch: int, *, grouped: int = 0, ranks: int = 1) -> np.ndarray:
+    """With what probability the longest sample of a micro-batch is among the shortest i of `lengths.values`, (i,).
+
+    Args:
+        grouped, ranks: as of `padded_batches`.
+    """
+    n = len(lengths.values)
+    return _sorted_maximum(n, batch, grouped, ranks) if grouped else (np.arange(n + 1) / n) ** (batch * ranks)
+
+
+def _sorted_maximum(n: int, batch: int, accumulated: int, ranks: int) -> np.ndarray:
     """With what probability the longest sample of a sorted micro-batch is among the shortest i of n alike in share.
+
+    Of ranks that get one after the other (accelerate's `BatchSamplerShard`) it is that of the first of them.
 
     That at least k of m draws are is the upper tail of a binomial distribution; k is m, m - batch, … for micro-batches.
     """
@@ -201,7 +214,7 @@ def _sorted_maximum(n: int, batch: int, accumulated: int) -> np.ndarray:
     logs = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, m + 1)))))[:, None]  # of factorials
     share = np.arange(1, n) / n
     chance = np.exp(logs[m] - logs - logs[::-1] + k * np.log(share) + (m - k) * np.log1p(-share))
-    fewer = np.cumsum(chance, axis=0)[np.arange(m, 0, -batch) - 1]  # than k
+    fewer = np.cumsum(chance, axis=0)[np.arange(m, 0, -batch * ranks) - 1]  # than k
     return np.concatenate(([0.0], 1 - fewer.mean(axis=0), [1.0]))
 
 

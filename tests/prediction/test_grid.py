@@ -219,3 +219,11 @@ def test_work_between_steps_over_a_grid_of_ranks() -> None:
         for a, b in zip(whole.periodic, alone.periodic, strict=True):
             assert np.broadcast_to(a.seconds, 3)[i] == pytest.approx(float(b.seconds), rel=1e-9)
             assert np.broadcast_to(a.bytes, 3)[i] == b.bytes
+
+
+def test_points_of_a_grid_do_not_refuse_one_another() -> None:
+    """A long sequence of few samples and many samples of a short one are asked for together, as explanations do."""
+    pairs = {"batch": np.array([512, 1]), "seq": np.array([16, 32768])}
+    assert predict("llama-2-13b", device="a100-80gb-sxm", **pairs).flops["total"].shape == (2,)
+    with pytest.raises(UserError, match="is too large"):
+        predict("llama-2-13b", device="a100-80gb-sxm", batch=np.array([2**24, 1]), seq=np.array([2**20, 16]))

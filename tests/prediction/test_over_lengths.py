@@ -153,6 +153,44 @@ def test_the_parts_of_a_mean_step_add_up_to_it(attention: str) -> None:
     assert sum(share for share, _ in drawn(p.setup)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("packing", ["none", "flat"])
+@pytest.mark.parametrize("form", [{"parallel": "ddp"}, {"parallel": "fsdp2"}, {"parallel": "zero1"}])
+def test_several_gpus_wait_for_the_one_with_the_most(form: dict[str, Any], packing: str) -> None:
+    """Work of a rank stays what it was on average; who meets in every micro-batch waits longer than once a step."""
+    given = {"batch": 8, "seq": 2048, "lengths": "600:1800", "packing": packing, "attention": "flash2", "grad_accum": 4}
+    alone, together = answer(**given), answer(**given, gpus=8, **form)
+    alike = [
+        answer(**{**given, "lengths": [1024]}, **several).time.phases["total"] for several in ({}, form | {"gpus": 8})
+    ]
+    assert together.time.phases["total"] / alone.time.phases["total"] > 1.05 * alike[1] / alike[0]
+    assert together.time.low <= together.time.phases["total"] <= together.time.high
+    assert together.padding == alone.padding
+    assert together.mfu < alone.mfu
+    more = answer(**given, gpus=64, **form)
+    assert more.time.phases["total"] > together.time.phases["total"]
+    lockstep = answer(**given, gpus=8, parallel="fsdp2").time.phases["total"]
+    assert together.time.phases["total"] <= 1.05 * lockstep
+    numbers = answer(**given, gpus=np.array([1, 8, 64]), **form)
+    for found, one in zip(numbers.time.phases["total"], (alone, together, more), strict=True):
+        assert found == pytest.approx(one.time.phases["total"], rel=1e-9)
+    on = profile_of(DEVICE)
+    apart = dissect(together, on, hosts.host_of("default", on))
+    if packing == "none":
+        assert sum(apart.parts.values()) == pytest.approx(together.time.phases["total"])
+
+
+def test_the_table_of_a_pipeline_is_that_of_its_step() -> None:
+    """Ranks that wait longer than the step takes would contradict it."""
+    given = {"batch": 1, "seq": 2048, "gpus": 2, "pp": 2, "grad_accum": 4}
+    found, full = answer(**given, lengths="300:900").pipeline, answer(**given).pipeline
+    assert found.bubble < 0.6 * full.bubble
+    for stage, fuller in zip(found.stages, full.stages, strict=True):
+        assert stage.forward < fuller.forward
+        assert stage.backward < fuller.backward
+        assert stage.waiting < found.time.phases["total"]
+        assert stage.peak == fuller.peak
+
+
 @pytest.mark.parametrize(
     ("model", "method", "setup", "complaint"),
     [
