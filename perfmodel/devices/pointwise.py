@@ -16,6 +16,7 @@ An eager op (RMS norm, rotary embedding, cross entropy) is a sequence of such ke
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,14 @@ SMALL_GATHER = 16.0  # index_select copies up to so many rows one after another
 LOSS_ROW = 2.2e5  # row size at which half of a fused cross entropy's second pass leaves registers and L1, B (A100)
 FUSED_NORM_RATE = 5.8  # elements a clock and SM that a fused norm computes (A100 and H100 alike)
 NORM_LANES = 512.0  # elements that a layer-norm CTA takes per step: 128 threads of 4
+# Elements that bitsandbytes' 4-bit dequantisation gives per SM and clock: an A100 takes 1.241 ms for 16384 x 16384 with
+# double quantisation, 20 us of them for its scales (github.com/ikko-debug/Learning-CUDA, nf4/readme.md at 32ee9261).
+# The older tree of comparisons is as slow (github.com/bitsandbytes-foundation/bitsandbytes/pull/1747: what reaches the
+# memory's bandwidth is 1.4 to 2.1 times as fast on P100, A100 and H100, not on 8.6 and 8.9). An L40S moves its bytes at
+# the bandwidth (tests/devices/test_device_prices.py). A B300 takes 32.9 us for 4096 x 4096 and 68.8 us for 11008 x 4096
+# (github.com/bitsandbytes-foundation/bitsandbytes/pull/2051): 2.3 whole, 2.7 between the two.
+DEQUANTISE_RATE = 1.45
+DEQUANTISE_RATE_OF = {"10": 2.5}  # by major compute capability
 
 
 @immutable
@@ -50,6 +59,7 @@ class PointwiseParameters:
         cast_rate: elements a clock and SM: dtype conversion.
         downcast_rate: the same to a dtype of 16 bits from fp32; no limit since PyTorch 2.6.
         gather_rate: elements a clock and SM: index_select under nn.Embedding.
+        dequantise_rate: elements a clock and SM: weights of 4 bits to 16.
         exp_rate: elements a clock and SM: fused cross entropy (two exponentials an element).
         fused_norm_stream: bandwidth of a Triton norm forward, a row a CTA.
         row_latency: seconds a row and SM before its bytes flow (native norms: a CTA a row).
@@ -78,6 +88,7 @@ class PointwiseParameters:
     cast_rate: float = 1.6
     downcast_rate: float = math.inf
     gather_rate: float = 0.5
+    dequantise_rate: float = DEQUANTISE_RATE
     exp_rate: float = 1.5
     fused_norm_stream: float = 0.85
     row_latency: float = 0.15e-6
@@ -95,6 +106,11 @@ class PointwiseParameters:
     softmax_reread: float = 0.9
     sm_bandwidth: float = 2.0
 
+    def on(self, capability: str) -> "PointwiseParameters":
+        """With what a compute capability tells beside the fit: no rows of 4-bit weights are in any."""
+        rate = DEQUANTISE_RATE_OF.get(capability.partition(".")[0])
+        return self if rate is None else replace(self, dequantise_rate=rate)
+
 
 class Kind(NamedTuple):
     """Which parameters bound a kind of kernel."""
@@ -108,19 +124,12 @@ class Kind(NamedTuple):
     latency: str | None = None  # the serial share
 
 
-# Elements that bitsandbytes' 4-bit dequantisation gives per SM and clock: an A100 takes 1.241 ms for 16384 x 16384 with
-# double quantisation, 20 us of them for its scales (github.com/ikko-debug/Learning-CUDA, nf4/readme.md at 32ee9261).
-# The older tree of comparisons is as slow (github.com/bitsandbytes-foundation/bitsandbytes/pull/1747: what reaches the
-# memory's bandwidth is 1.4 to 2.1 times as fast on P100, A100 and H100, not on 8.6 and 8.9). An L40S moves its bytes at
-# the bandwidth (tests/devices/test_device_prices.py).
-DEQUANTISE_RATE = 1.45
-
 KINDS: dict[str, Kind] = {
     "pointwise": Kind(),
     "optimizer": Kind(),
     "reduction": Kind(),
     "fused_norm": Kind("fused_norm_stream", FUSED_NORM_RATE, by_turns=True),
-    "dequantise": Kind(rate=DEQUANTISE_RATE),
+    "dequantise": Kind(rate="dequantise_rate"),
     "strided": Kind(rate="strided_rate"),
     "cat": Kind(rate="strided_rate"),
     "cast": Kind(rate="cast_rate"),

@@ -254,7 +254,7 @@ def from_table(slug: str, table: Table, where: str) -> DeviceProfile:
         gemm=for_each_dtype(bf16.parameters, fp32.parameters, hardware),
         attention=attention.parameters,
         cudnn_attention=cudnn.parameters,
-        pointwise=pointwise.parameters,
+        pointwise=pointwise.parameters.on(capability),
         grouped=blocks[GROUPED].parameters if GROUPED in blocks else GroupedParameters(),
         early=blocks[EARLY].parameters if EARLY in blocks else None,
         provenance={b: x.provenance for b, x in blocks.items()},

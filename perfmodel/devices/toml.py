@@ -23,7 +23,7 @@ P = TypeVar("P", bound="DataclassInstance")
 
 _MAY_BE_MISSING = (  # newer than files
     "power_share", "load_energy", "cold", "shared_bytes", "back16", "backward_wide", "row_tiles",
-    "l2_write_cost", "downcast_rate",
+    "l2_write_cost", "downcast_rate", "dequantise_rate",
 )  # fmt: skip
 _MAY_BE_ZERO = {
     "launch_clocks", "derating", "derating_time", "power_share", "load_energy", "k_latency", "k_bubble", "epilogue",

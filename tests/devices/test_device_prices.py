@@ -250,3 +250,5 @@ def test_dequantisation_takes_what_was_measured() -> None:
     assert seconds("a100-80gb-sxm", 16384**2) == pytest.approx(1.221e-3, rel=0.01)
     layers = 32 * 7
     assert layers * seconds("l40s", 6.98e9 / layers) == pytest.approx(2.870 / 48 / 3, rel=0.05)
+    for elements, measured in ((4096**2, 32.9e-6), (11008 * 4096, 68.8e-6)):  # bitsandbytes, pull request 2051
+        assert seconds("b300", elements) == pytest.approx(measured, rel=0.25)

@@ -82,7 +82,7 @@ def test_left_out_sizes_are_unseen(path: Path) -> None:
     own = rows.read_collectives(path)
     own = own[own.kind == "all_gather"]
     links = Node.load("dgx-h100").file.links
-    task = fit._task_within(("all_gather",), links, fit.USUAL, adding=False)
+    task = fit._task_within(links, fit.USUAL, adding=False)
     spoilt = own.copy()
     chosen = spoilt.octave == spoilt.octave.max()
     spoilt.loc[chosen, "seconds"] *= 7.0

@@ -16,6 +16,8 @@ from perfmodel.resources import write_text, written
 from .judging import Array, Fit
 from .residual import Learned
 
+AS_USUAL = ("tiles", "backward_wide", "row_tiles", "downcast_rate")  # left out of files where they are the default
+
 
 def write_blocks(path: Path, blocks: Mapping[str, Fit], date: str) -> None:
     """Replace the [fitted…] tables of a file; all before the first of them is kept byte for byte.
@@ -65,7 +67,7 @@ def block_text(name: str, fit: Fit, date: str) -> str:
     lines += ["", f"[{name}.parameters]"]
     for f in fields(fit.parameters):
         value = getattr(fit.parameters, f.name)
-        if value is None or (f.name in ("tiles", "backward_wide", "row_tiles", "downcast_rate") and value == f.default):
+        if value is None or f.name == "dequantise_rate" or (f.name in AS_USUAL and value == f.default):
             continue
         lines.append(f"{f.name} = {_value(value)}")
     lines += ["", f"[{name}.residuals]", *(f"{k} = {_value(v)}" for k, v in fit.errors.rounded().items())]
