@@ -102,5 +102,14 @@ def reserved_bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:
 
 def fits(peak: Dim, capacity: float, device: str) -> Dim:
     """Whether the step runs in a device memory of `capacity` bytes, with the context and a tight allocator."""
-    context = CONTEXT if device == "cuda" else 0.0
-    return reserved_bounds(peak, device)[0] + context <= capacity
+    return reserved_bounds(peak, device)[0] <= reservable(capacity, device)
+
+
+def reservable(capacity: float, device: str) -> float:
+    """Bytes of a device memory that the allocator can have: all but CUDA's context."""
+    return capacity - (CONTEXT if device == "cuda" else 0.0)
+
+
+def room(capacity: float, device: str) -> float:
+    """The highest peak that fits into a device memory of `capacity` bytes."""
+    return reservable(capacity, device) - reserved_bounds(0, device)[0]

@@ -11,6 +11,7 @@ from ..devices.device import Device, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..methods import Method
+from ..prediction.memory import room
 from ..prediction.predict import Model, Prediction, architecture_of, method_of, plain, predict, with_options
 from ..program.part import PHASES
 from ..setup import Setup
@@ -118,5 +119,6 @@ def compare(
 def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Anatomy, on: DeviceProfile) -> SpeedUp:
     """The speed-up of a single setup with its reason in words, from both steps taken apart."""
     found = speed_up(base, other, on)
+    space = room(on.capacity, on.kind)
     reason = words.why(before, after, found.verdict, base.setup.tokens)
-    return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.capacity))
+    return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.capacity, space))

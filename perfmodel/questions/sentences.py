@@ -29,6 +29,7 @@ OF = {  # part -> how it follows an amount of time
     "offloading": "of copies over the bus and of the host's cores that nothing hides",
     "clipping": "of gradient clipping",
     "optimizer": "in the optimizer",
+    "clipped": "in the optimizer with clipping",
     PERIODIC: "on average of what comes every so many steps",
     BUBBLE: "of waiting for other stages",
     WAITING: "of waiting for the host",
@@ -54,8 +55,8 @@ def named_notes(known: Sequence[tuple[str, Iterable[str]]]) -> list[str]:
     return [note if len(of) == len(known) else f"{', '.join(of)}: {note}" for note, of in told.items()]
 
 
-def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float) -> str:
-    """One sentence on `b` against `a`; `capacity` is the device's memory in bytes.
+def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity: float, room: float) -> str:
+    """One sentence on `b` against `a`; `capacity` is the device's memory in bytes, `room` the highest peak that fits.
 
     >>> from perfmodel import compare
     >>> full, lora = "full", "lora:r=32,targets=q_proj+v_proj"
@@ -63,7 +64,7 @@ def answer(a: Prediction, b: Prediction, speedup: SpeedUp, reason: str, capacity
     'LoRA r=32 on q'
     """
     text = f"{capitalised(in_words(b))} {_verdict(speedup, in_words(a))}" + (f", {reason}" if reason else "")
-    return f"{text}.{_room(a, b, capacity)}"
+    return f"{text}.{_room(a, b, capacity, room)}"
 
 
 def _verdict(s: SpeedUp, other: str) -> str:
@@ -77,15 +78,24 @@ def _verdict(s: SpeedUp, other: str) -> str:
     return f"is {factor:.2f}x {s.verdict} than {other} here {interval}"
 
 
-def _room(a: Prediction, b: Prediction, capacity: float) -> str:
+def _room(a: Prediction, b: Prediction, capacity: float, room: float) -> str:
     """A further sentence where one of the two does not fit."""
     if a.fits and b.fits:
         return ""
-    have = f"of {units.nbytes(capacity)}"
-    if not a.fits and not b.fits:
-        return f" Neither fits: they need {units.nbytes(a.memory.peak)} and {units.nbytes(b.memory.peak)} {have}."
-    fits, out = (b, a) if b.fits else (a, b)
-    return f" Only {in_words(fits)} fits: {in_words(out)} needs {units.nbytes(out.memory.peak)} {have}."
+    out = [p for p in (a, b) if not p.fits]
+    *peaks, limit = _told_apart([float(p.memory.peak) for p in out], room)
+    less = f" ({units.nbytes(capacity)} less CUDA's context and workspaces)" if room < capacity else ""
+    have = f"of {limit}{less}"
+    if len(out) == 2:
+        return f" Neither fits: they need {' and '.join(peaks)} {have}."
+    fits = b if b.fits else a
+    return f" Only {in_words(fits)} fits: {in_words(out[0])} needs {peaks[0]} {have}."
+
+
+def _told_apart(peaks: Sequence[float], limit: float) -> list[str]:
+    """Peaks and the limit that they pass, with as many digits as it takes to see that they do."""
+    told = [units.nbytes(size) for size in (*peaks, limit)]
+    return told if told[-1] not in told[:-1] else [f"{size / 1e9:,.3f} GB" for size in (*peaks, limit)]
 
 
 def why(a: Anatomy, b: Anatomy, verdict: str, tokens: int) -> str:
@@ -96,6 +106,8 @@ def why(a: Anatomy, b: Anatomy, verdict: str, tokens: int) -> str:
         verdict: faster, slower or same.
         tokens: tokens of one step.
     """
+    if a.parts["clipping"] or b.parts["clipping"]:
+        a, b = _with_clipping(a), _with_clipping(b)
     change = {name: b.parts[name] - a.parts[name] for name in a.parts}
     saved, added = min(change, key=change.__getitem__), max(change, key=change.__getitem__)
     down, up = -change[saved], change[added]
@@ -112,6 +124,12 @@ def why(a: Anatomy, b: Anatomy, verdict: str, tokens: int) -> str:
     return f"because {_added(added, a, b)}{more}"
 
 
+def _with_clipping(of: Anatomy) -> Anatomy:
+    """A step whose optimizer holds its clipping, as the row `optimizer` of all tables does."""
+    others = {name: seconds for name, seconds in of.parts.items() if name not in ("clipping", "optimizer")}
+    return Anatomy({**others, "clipped": of.parts["clipping"] + of.parts["optimizer"]}, of.phases)
+
+
 def _amount(part: str, seconds: float) -> str:
     return f"{units.seconds(seconds)} {OF[part]}"
 
@@ -120,12 +138,20 @@ def _saved(part: str, a: Anatomy, b: Anatomy, tokens: int) -> str:
     before, after = a.parts[part], b.parts[part]
     if part == WAITING:
         return f"the device waits {units.seconds(before - after)} less for the host"
-    if part == "optimizer" and before > DOMINATES * a.total:
+    if part in ("optimizer", "clipped") and before > DOMINATES * a.total:
+        before, after = (_optimizer_step(of, part) for of in (a, b))
         shrinks = f"{units.seconds(before)} of {units.seconds(a.total)}, now {units.seconds(after)}"
-        return f"the optimizer step dominates at {tokens:,} tokens a step: {shrinks}"
+        step = "optimizer step" + " with clipping" * (part == "clipped")
+        return f"the {step} dominates at {tokens:,} tokens a step: {shrinks}"
     if after == 0.0:
         return f"it does without {_amount(part, before)}"
     return f"it saves {_amount(part, before - after)}"
+
+
+def _optimizer_step(of: Anatomy, part: str) -> float:
+    """Seconds of the phase, waits included; what runs inside backward is none of the phase."""
+    phase = of.phases.get("optimizer")
+    return max(of.parts[part], 0.0 if phase is None else phase.seconds)
 
 
 def _added(part: str, a: Anatomy, b: Anatomy) -> str:

@@ -36,11 +36,10 @@ class FigureRow(NamedTuple):
 def figures(c: Comparison) -> list[FigureRow]:
     """Time by phase, rates, work, memory and parameters of every method, the first the baseline.
 
-    The best value is marked among the methods that fit (among all if none does), where they differ.
+    The best value is marked among the methods that fit, where they differ.
     """
     p = c.predictions
-    fit = [bool(x.fits) for x in p]
-    rated = fit if any(fit) else [True] * len(p)
+    rated = [bool(x.fits) for x in p]
 
     def row(
         name: str, figure: Figure, text: Callable[[Any], str], better: Callable[..., Any] | None = None
@@ -70,6 +69,11 @@ def figures(c: Comparison) -> list[FigureRow]:
     ]
 
 
+def any_best(rows: Sequence[FigureRow]) -> bool:
+    """Whether a mark stands anywhere, so that it has to be explained."""
+    return any(cell.best for row in rows for cell in row.cells)
+
+
 def _goes_beyond(p: Prediction) -> bool:
     """Whether what comes every so many steps is worth a row."""
     return bool(p.beside > WORTH_A_ROW * p.time.phases["total"])
@@ -91,7 +95,7 @@ def _marked(
     values: Sequence[Any], texts: list[str], rated: list[bool], better: Callable[..., Any] | None
 ) -> list[FigureCell]:
     """Cells with the best marked; figures that read alike are equally good, and no mark says that all are."""
-    if better is None:
+    if better is None or not any(rated):
         return [FigureCell(text) for text in texts]
     best = better(v for v, counts in zip(values, rated, strict=True) if counts)
     shown = texts[list(values).index(best)]

@@ -14,7 +14,7 @@ from ..questions.comparison import Comparison
 from ..questions.explanation import Explanation
 from ..questions.sentences import notes_by_method
 from ..questions.sweeps import Sweep
-from .figures import figures
+from .figures import any_best, figures
 from .svg import typeset
 
 CELL = "text-align:right;padding:.15em .9em .15em 0;font-variant-numeric:tabular-nums;white-space:nowrap"
@@ -59,9 +59,10 @@ def _comparison(c: Comparison) -> str:
     if c.predictions[0].step is None:  # a grid
         rows = [[p.method, _range(p.time.phases["total"], units.seconds)] for p in c.predictions]
         return _block("<br/>".join(map(_text, answers)), _table(["", "step"], rows), [], escaped=True)
-    rows = [[r.name.strip(), *(_bold(x.text) if x.best else x.text for x in r.cells)] for r in figures(c)]
+    found = figures(c)
+    rows = [[r.name.strip(), *(_bold(x.text) if x.best else x.text for x in r.cells)] for r in found]
     heads = ["", *(p.method for p in c.predictions)]
-    told = ["Bold: best of those that fit", *notes_by_method(c.predictions)]
+    told = [*["Bold: best of those that fit"] * any_best(found), *notes_by_method(c.predictions)]
     return _block("<br/>".join(map(_text, answers)), _table(heads, rows), told, escaped=True)
 
 

@@ -18,7 +18,7 @@ from ..questions.explanation import Explanation, of_predictions
 from ..setup import Setup
 from ..today import today
 from . import evidence, exhibits
-from .figures import figures, mfu_of, shared_setup
+from .figures import any_best, figures, mfu_of, shared_setup
 from .svg import typeset
 from .theme import CHARTS, FONT, PALETTE, variables
 
@@ -76,7 +76,10 @@ def report(
 
 def rows_of_page(c: Comparison) -> list[dict[str, Any]]:
     """The rows of a comparison for a template, which indents those that are parts of others."""
-    return [{"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells} for r in figures(c)]
+    return [
+        {"name": r.name.strip(), "sub": r.name != r.name.strip(), "cells": r.cells, "marked": any_best([r])}
+        for r in figures(c)
+    ]
 
 
 def fastest(explained: list[Explanation]) -> Explanation:

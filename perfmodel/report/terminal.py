@@ -13,7 +13,7 @@ from ..program.part import PHASES
 from ..questions.comparison import Comparison
 from ..questions.precisions import Estimate, Estimated
 from ..questions.sentences import in_words, notes_by_method
-from .figures import FigureCell, figures, gpus_of, headline, mfu_of, setup_line
+from .figures import FigureCell, any_best, figures, gpus_of, headline, mfu_of, setup_line
 from .plain import notes, paragraph, show, table
 
 COLUMNS = (*PHASES, "total")
@@ -155,8 +155,9 @@ def show_comparison(c: Comparison) -> None:
     for p in c.predictions:
         for cost in p.periodic:
             show(paragraph(f"{p.method}, {periodic_line(cost)}"))
-    told = "in brackets the 90 % interval; * best of those that fit; launch-bound: share of the step that waits for "
-    show(paragraph(f"{told}the host; {mfu_of(*c.predictions)}"), dim=True)
+    told = "in brackets the 90 % interval; " + "* best of those that fit; " * any_best(rows)
+    told += f"launch-bound: share of the step that waits for the host; {mfu_of(*c.predictions)}"
+    show(paragraph(told), dim=True)
     notes(notes_by_method(c.predictions))
 
 

@@ -1,6 +1,8 @@
 """What is compared where not all of it is modelled: what can be answered is, and the rest has its reason."""
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,12 @@ from click.testing import CliRunner, Result
 
 from perfmodel import compare, explain, sweep
 from perfmodel.cli import main
+from perfmodel.devices import profile
 from perfmodel.errors import UserError
+from perfmodel.prediction.memory import room
 from perfmodel.questions.anatomy import PERIODIC
+from perfmodel.questions.sentences import answer
+from perfmodel.report.figures import any_best, figures
 
 SETUP = {"device": "l40s", "batch": 2, "seq": 64, "gpus": 2, "parallel": "fsdp1"}  # keeps weights in flat pieces
 
@@ -69,3 +75,28 @@ def test_what_comes_every_so_many_steps_is_part_of_every_verdict() -> None:
     )
     assert swept["speedup"][row] == pytest.approx(found.speedups[0].ratio)
     assert swept["tokens_per_s"][row] == pytest.approx(galore.tokens_per_second)
+
+
+def test_the_limit_of_a_sentence_is_the_one_that_was_applied() -> None:
+    """25.0 GB did not fit into 25.3 GB, it said: what CUDA keeps of them was not told."""
+    c = compare("mistral-7b", ("qlora", "qlora:r=16"), device="rtx-4090", batch=1, seq=3530)
+    (told,) = c.speedups
+    *peaks, limit = [float(x) for x in re.findall(r"([\d.]+) GB", told.answer.split("Neither fits")[1])][:3]
+    on = profile.load("rtx-4090")
+    assert room(on.capacity, on.kind) == pytest.approx(1e9 * limit, rel=0.005)
+    assert min(peaks) > limit
+    near = [replace(p, memory=replace(p.memory, peak=24_803_000_000)) for p in c.predictions]
+    said = answer(near[0], near[1], told, "", 25.3e9, 24.8e9)
+    assert "24.803 GB and 24.803 GB of 24.800 GB (25.3 GB less CUDA's" in said
+
+
+def test_nothing_is_best_where_nothing_fits() -> None:
+    """Nor is a mark explained that stands nowhere."""
+    c = compare("mistral-7b", ("full", "lora"), device="rtx-3060", batch=4, seq=512)
+    assert not any_best(figures(c))
+    assert "best of those" not in str(c._repr_html_())
+    shown = CliRunner().invoke(
+        main, ["compare", "--model", "mistral-7b", "--device", "rtx-3060", "--batch", "4", "--seq", "512"]
+    )
+    assert "*" not in shown.stdout
+    assert "best of" not in shown.stdout
