@@ -15,6 +15,7 @@ CLASS = "_class_name"  # what a config of diffusers has in the place of a model_
 # transformers/quantizers/quantizer_mxfp4.py, `is_trainable`: Trainer refuses such a model, with adapters too
 KEPT_IN_MXFP4 = "transformers trains no model whose experts stay in MXFP4, only a dequantised one"
 MEGATRON = "megatron"  # `megatron:` before a model's name: its program in Megatron-Core; in a config its model_type
+NAMED = 5  # names in a message, at most
 MOST_LAYERS = 4096  # each may be recorded by itself; those of the deepest models are below 200
 T = TypeVar("T")
 
@@ -201,14 +202,29 @@ def _in_megatron(config: Config) -> Config:
 
 def _hint(name: str) -> str:
     """The bundled models whose names go on from this one, else the nearest of its family and size, else its family."""
+    from difflib import SequenceMatcher  # for a mistake alone
+
     alike = names.family(name)
     if not alike:
         meant = names.misspelt(name)
         return f"did you mean {meant!r}?" if meant else "perfmodel models lists those that are bundled"
     if begun := [known for known in alike if known.startswith(name.lower())]:
-        return f"bundled: {', '.join(begun)}"
+        return f"bundled: {', '.join(begun[:NAMED])}{_more(begun)}"
     sized = [known for known in alike if names.size(known) == names.size(name)]
-    return nearest(name, sized) if sized else f"bundled of its family: {', '.join(alike)}"
+    if sized:
+        return nearest(name, sized)
+
+    def alike_in(known: str) -> tuple[bool, float]:
+        same = known.partition("-")[0] == name.lower().partition("-")[0]  # generation of a family
+        return same, SequenceMatcher(None, name.lower(), known).ratio()
+
+    near = sorted(alike, key=alike_in, reverse=True)
+    return f"bundled of its family: {', '.join(near[:NAMED])}{_more(near)}"
+
+
+def _more(known: list[str]) -> str:
+    """How many names go unsaid; `perfmodel models` lists them."""
+    return f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
 
 
 def _read_hub(hub_id: str) -> Config:

@@ -82,8 +82,11 @@ class Change:
     after: Candidate
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values (SI)."""
-        return {"change": self.label, "step_s": self.seconds, "peak_bytes": self.nbytes, "fits": self.after.fits}
+        """Plain values (SI); differences have names of their own."""
+        return {
+            "change": self.label, "step_change_s": self.seconds, "peak_change_bytes": self.nbytes,
+            "fits": self.after.fits,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .charts.crossing import AXES, COLOURS, crossing
 from .charts.memory import PARTS, memory
 from .charts.roofline import legend, roofline, short_name
 from .charts.waterfall import waterfall
-from .figures import phase_table
+from .figures import outside_told, phase_table
 from .svg import Canvas, doublings
 
 LONGEST = 8  # kernels listed below a roofline
@@ -63,14 +63,14 @@ def limit_exhibits(explained: list[Explanation], chosen: Explanation) -> dict[st
 
 def _phases(steps: list[tuple[str, Anatomy]]) -> dict[str, Any]:
     phases = [(label, name, p) for label, step in steps for name, p in step.phases.items()]
-    unit, told = phase_table([p for *_, p in phases])
+    unit, limits, told = phase_table([p for *_, p in phases])
     rows: list[list[str]] = []
     for i, (label, name, p) in enumerate(phases):
         if not i or phases[i - 1][0] != label:
             rows.append([label])
         rows.append([name, p.regime, *told[i]])
-    heads = ["phase", "regime", f"time, {unit}", "compute", "memory", "waits", "at peak", "at bandwidth", "host"]
-    return {"heads": heads, "rows": rows, "style": "left2 grouped"}
+    heads = ["phase", "regime", f"time, {unit}", *limits, "waits", "at peak", "at bandwidth", "host"]
+    return {"heads": heads, "rows": rows, "style": "left2 grouped", "told": outside_told(limits)}
 
 
 def _roofline(e: Explanation, of: str, label: str) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from ..questions.anatomy import Phase
 from ..questions.explanation import Explanation
 from ..questions.sentences import notes_by_method
 from .crossings import crossing_in_words
-from .figures import headline, phase_table
+from .figures import headline, outside_told, phase_table
 from .plain import notes, paragraph, show, table
 
 BAR = 12  # characters of the longest bar
 SMALL = 0.002  # of the longer step: parts that change by less are summed up
 PHASES_EXPLAINED = (
-    "compute, memory, waits: time in kernels that either limits, and without a kernel; the largest is the regime. "
+    "compute, memory, waits: time in kernels that either limits, and without a kernel{}; the largest is the regime. "
     "peak, traffic: its FLOPs at the datasheet's peak, its bytes at the full bandwidth; host: time to dispatch it"
 )
 
@@ -21,8 +21,9 @@ def show_explanation(e: Explanation) -> None:
     show(paragraph(e.answer), bold=True)
     show(f"{headline(e.a)}\nA: {e.labels[0]}\nB: {e.labels[1]}\n")
     show(f"{_waterfall(e)}\n")
-    show(_phases({"A": e.before.phases, "B": e.after.phases}))
-    show(paragraph(PHASES_EXPLAINED), dim=True)
+    shown, told = _phases({"A": e.before.phases, "B": e.after.phases})
+    show(shown)
+    show(paragraph(PHASES_EXPLAINED.format(f"; {told}" if told else "")), dim=True)
     if e.crossovers:
         show("\nwhere the verdict turns (5 % either way is the same)")
     for crossover in e.crossovers:
@@ -53,10 +54,16 @@ def _bar(share: float) -> str:
     return ("+" if share > 0 else "-") * round(abs(share) * BAR)
 
 
-def _phases(steps: dict[str, dict[str, Phase]]) -> str:
-    """Each phase with what takes its time, and the floors under it, all in one unit."""
+def _phases(steps: dict[str, dict[str, Phase]]) -> tuple[str, str]:
+    """Each phase with what takes its time, and the floors under it, all in one unit; and what rare columns mean."""
     named = [(f"{step} {name}", p) for step, phases in steps.items() for name, p in phases.items()]
-    unit, rows = phase_table([p for _, p in named])
-    heads = ("", f"time, {unit}", "regime", "compute", "memory", "waits", "peak", "traffic", "host")
+    unit, limits, rows = phase_table([p for _, p in named])
+    heads = ["", f"time, {unit}", "regime", *limits, "waits", "peak", "traffic", "host"]
     lines = [[name, time, p.regime, *rest] for (name, p), (time, *rest) in zip(named, rows, strict=True)]
-    return table(heads, lines, left=(0, 2))
+    told = outside_told(limits)
+    if not told:
+        return table(heads, lines, left=(0, 2)), told
+    floors = len(heads) - 3  # with further columns one table is wider than a terminal
+    above = table(heads[:floors], [line[:floors] for line in lines], left=(0, 2))
+    below = table(["", *heads[floors:]], [[line[0], *line[floors:]] for line in lines])
+    return f"{above}\n\n{below}", told

@@ -103,15 +103,31 @@ def _marked(
     return [FigureCell(text, mark and sum(good) < sum(rated)) for text, mark in zip(texts, good, strict=True)]
 
 
-def phase_table(phases: Sequence[Phase]) -> tuple[str, list[list[str]]]:
-    """A unit, and in it for each phase: time, compute- and memory-limited, waiting, FLOPs at peak, bytes, host."""
+OUTSIDE = {  # limits that few steps have, and what the time in them is
+    "network": "communication that nothing hides",
+    "bus": "copies over the bus and the host's cores that nothing hides",
+}
+
+
+def phase_table(phases: Sequence[Phase]) -> tuple[str, list[str], list[list[str]]]:
+    """A unit, and in it for each phase: time, what limits it, waiting, FLOPs at peak, bytes, host.
+
+    The names of the limits stand between: compute and memory, then those of `OUTSIDE` that any phase has. With the
+    waiting they add up to the time.
+    """
+    limits = ["compute", "memory", *(limit for limit in OUTSIDE if any(p.limited[limit] > 0 for p in phases))]
     rows = [
-        [p.seconds, p.limited["compute"], p.limited["memory"], p.waiting, p.at_peak, p.at_bandwidth, p.host]
+        [p.seconds, *(p.limited[limit] for limit in limits), p.waiting, p.at_peak, p.at_bandwidth, p.host]
         for p in phases
     ]
     *told, unit = units.alike([v for row in rows for v in row], digits=4)
     width = len(rows[0])
-    return unit, [told[i * width : (i + 1) * width] for i in range(len(rows))]
+    return unit, limits, [told[i * width : (i + 1) * width] for i in range(len(rows))]
+
+
+def outside_told(limits: Sequence[str]) -> str:
+    """What the columns of a phase table mean that few have; empty without them."""
+    return "; ".join(f"{limit}: {OUTSIDE[limit]}" for limit in limits if limit in OUTSIDE)
 
 
 def headline(p: Prediction) -> str:

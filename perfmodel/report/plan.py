@@ -95,3 +95,5 @@ def show_answers(answers: list[Largest]) -> None:
     """What fits: the largest batch, the longest context, the smallest GPU, the biggest model; a line each."""
     for answer in answers:
         show(paragraph(words.what_fits(answer)))
+    if any(answer.gpus > 1 for answer in answers):  # where they stand, and how they exchange
+        notes(dict.fromkeys(note for answer in answers if answer.prediction for note in answer.prediction.notes))

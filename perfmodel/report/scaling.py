@@ -26,16 +26,23 @@ def draw_scaling(planned: Sweep, result: FinishedSweep, path: Path) -> None:
         for method in (m.spec() for m in planned.methods):
             rates = best_rates(planned, device, method, result)
             shares, each = efficiencies(gpus, rates), [rate / n for n, rate in zip(gpus, rates, strict=True)]
-            (line,) = axes.plot(gpus, each, marker="o", label=f"{method} ({100 * shares[-1]:.0f} % at {gpus[-1]})")
-            first = next((rate for rate in each if rate > 0), 0.0)
-            axes.axhline(first, color=line.get_color(), alpha=0.4, linestyle="--", linewidth=1)
+            fitting = [i for i, rate in enumerate(each) if rate > 0]
+            if not fitting:  # no line, so no entry of the legend either
+                continue
+            last = fitting[-1]
+            share = f" ({100 * shares[last]:.0f} % at {gpus[last]})" if len(fitting) > 1 else ""
+            (line,) = axes.plot(gpus, each, marker="o", label=method + share)
+            axes.axhline(each[fitting[0]], color=line.get_color(), alpha=0.4, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.set_xticks(gpus, [str(n) for n in gpus])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_xlabel("GPUs")
         axes.set_title(device, fontsize=9)
-        axes.legend(fontsize=8, loc="lower left")
+        if axes.get_lines():
+            axes.legend(fontsize=8, loc="lower left")
+        else:
+            axes.text(0.5, 0.5, "nothing fits", ha="center", transform=axes.transAxes)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("tokens a second of a GPU, at best")
     figure.suptitle(f"{planned.model}, {planned.setup.parallel}: dashed: scaling without loss", fontsize=10)

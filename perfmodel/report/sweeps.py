@@ -178,7 +178,8 @@ def show_summary(planned: Sweep, outcome: FinishedSweep) -> None:
         for (device, method), blocks in outcome.speedups.items():
             if method != outcome.baseline:
                 where = f"{style(method, bold=True)} on {style(device, bold=True)}"
-                show(f"{where}: speed-up (* does not fit)\n{_matrix(planned, blocks)}\n")
+                shown = _matrix(planned, blocks)
+                show(f"{where}: speed-up{' (* does not fit)' * ('*' in shown)}\n{shown}\n")
     if outcome.output:
         show(f"{len(planned):,} rows in {outcome.output}")
     setup = replace(planned.setup, gpus=int(planned.gpus.max()))
@@ -191,7 +192,7 @@ def _row(method: str, s: SweepSummary, outcome: FinishedSweep) -> list[str]:
     cells = ["", "", ""]
     if method != outcome.baseline:
         cells = [units.percent(s.verdicts[v] / s.rows) for v in ("faster", "slower")]
-        cells.append(f"{s.lowest:.2f}-{s.highest:.2f}")
+        cells.append("-".join(dict.fromkeys((f"{s.lowest:.2f}", f"{s.highest:.2f}"))))
     best = ["none", ""]
     if s.best:
         best = [units.count(s.best["tokens_per_s"]), f"{s.best['batch']} x {s.best['seq']}"]

@@ -145,7 +145,7 @@ def message_of(name: str) -> str:
     ("typed", "meant"),
     [
         ("lama-3.2-3b", "did you mean 'llama-3.2-3b'?"), ("codelama-34b", "did you mean 'codellama-34b'?"),
-        ("mistral-nemmo-12b", "did you mean 'mistral-nemo-12b'?"), ("gpt-neo-3b", "gpt-neo-125m, gpt-neo-1.3b, "),
+        ("mistral-nemmo-12b", "did you mean 'mistral-nemo-12b'?"), ("gpt-neo-3b", "gpt-neo-1.3b, gpt-neo-2.7b, "),
         ("bloom-7b1", "perfmodel models lists"), ("mt5-base", "did you mean 't5-base'?"),
         ("glm-4.7", "bundled: glm-4.7-flash (or"), ("deepseek-v2", "bundled: deepseek-v2-lite, deepseek-v2.5 (or"),
         ("replit/replit-code-v1-3b", "code of its own repository"),
@@ -155,6 +155,15 @@ def message_of(name: str) -> str:
 def test_an_unknown_name_gets_the_nearest_of_its_kind(typed: str, meant: str) -> None:
     """Most unknown names are typing errors; another family's model of a like name is no help."""
     assert meant in message_of(typed)
+
+
+def test_a_long_family_is_cut_and_its_nearest_come_first() -> None:
+    """45 names of qwens were listed, and one of them was cut in its middle."""
+    said = message_of("qwen3.5-2b").split("family: ")[1].split(" (or")[0]
+    named, more = said.split(" and ")
+    assert {"qwen3.5-4b", "qwen3.5-0.8b"} <= set(named.split(", ")) <= set(names.model_names())
+    assert len(named.split(", ")) == config.NAMED
+    assert int(more.removesuffix(" more")) == len(names.family("qwen3.5-2b")) - config.NAMED
 
 
 def test_names_are_found_in_any_case() -> None:

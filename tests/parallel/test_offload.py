@@ -156,6 +156,22 @@ def test_what_is_not_offloaded_is_refused_in_a_line(setup: dict[str, Any], says:
         predict(LLAMA, "full", Setup(**{**USUAL, **setup}), "h100-sxm")
 
 
+@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize("offload", ["params", "optimizer"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_what_a_refusal_names_in_its_place_is_taken(parallel: str, offload: str, gpus: int) -> None:
+    """Of three forms that were named for one GPU two were refused."""
+    asked = {**USUAL, "offload": offload, "gpus": gpus}
+    try:
+        predict(LLAMA, "full", Setup(**asked, parallel=parallel), "h100-sxm")
+    except UserError as error:
+        named = str(error).partition("--parallel ")[2].replace(",", " ").split()
+        for other in (word for word in named if word != "or"):
+            predict(LLAMA, "full", Setup(**asked, parallel=other), "h100-sxm")
+    else:
+        assert (parallel, offload, gpus) == ("fsdp2", "params", 4)
+
+
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_a_launcher_that_offloads_is_answered(tmp_path: Path, gpus: int) -> None:
     """Of one GPU too, for which it is written as often as for several."""

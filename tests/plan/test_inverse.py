@@ -56,6 +56,21 @@ def test_a_context_that_the_model_does_not_take_is_no_question_of_memory() -> No
     assert found.limited_by in words.what_fits(found)
 
 
+@pytest.mark.parametrize("question", ["largest_batch", "smallest_gpu"])
+def test_an_answer_names_its_gpus(question: str) -> None:
+    """Four GPUs share what one of them would have to hold: their answer read as that of one."""
+    asked = ["plan", "--model", MODEL, "--methods", METHOD, "--device", "l40s", f"--{question.replace('_', '-')}"]
+    several = [*asked, "--gpus", "4", "--parallel", "fsdp2"]
+    run = CliRunner()
+    told = " ".join(run.invoke(main, several).stdout.split())
+    assert "4 x l40s" in told
+    assert "note: " in told
+    assert json.loads(run.invoke(main, [*several, "--json"]).stdout)["answers"][0]["gpus"] == 4
+    alone = run.invoke(main, asked).stdout
+    assert " x l40s" not in alone
+    assert "note: " not in alone
+
+
 def test_nothing_fits_is_an_answer() -> None:
     (found,) = answers(["largest_batch"], MODEL, ["full"], Setup(), small(1e8))
     assert (found.value, found.prediction) == (None, None)

@@ -352,9 +352,20 @@ def test_what_does_not_fit_is_said_of_the_form_that_was_asked_for(gpus: int) -> 
     """A plan gives up no form of several GPUs, under another of which the same job may fit."""
     found = plan("llama-3.1-8b", ["full", "norm"], device="l40s", gpus=gpus, seq=64, samples=8, global_batch=2)
     (why,) = found.left_out.values()
-    several = gpus > 1
-    assert why.endswith("at least under ddp, whatever is given up; advise tries other --parallel") == several
-    assert why.endswith("at least, whatever is given up") != several
+    under = " under ddp" if gpus > 1 else ""
+    assert why.endswith(f" at least{under}, having tried smaller micro-batches and checkpointing alone")
+    forms = "other --parallel, " if gpus > 1 else ""
+    further = f"advise tries more: {forms}optimizers, kernels and methods"
+    assert further in words.plan_notes(found)
+    none = plan("llama-3.1-8b", ["full", "lora:r=4"], device=small("l40s", 2e9), gpus=gpus, seq=64, samples=8)
+    assert words.plan_answer(none).endswith(f"checkpointing and QLoRA alone. {further}.")
+
+
+def test_one_of_a_thing_is_no_several() -> None:
+    (run,) = (found := plan(MODEL, "lora", device="l40s", batch=4, samples=4)).runs
+    assert "4 samples of" in (told := words.job_in_words(found, run))
+    assert "1 step of 4" in told
+    assert "1 checkpoint;" in told
 
 
 def test_what_two_methods_come_to_stands_once() -> None:

@@ -133,6 +133,9 @@ def test_the_command_answers_in_words_and_in_json() -> None:
     answer = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert answer["best"]["fits"]
     assert answer["best"]["step_s"] <= answer["start"]["step_s"]
+    whole = answer["best"]["step_s"] - answer["start"]["step_s"]
+    assert sum(change["step_change_s"] for change in answer["path"]) == pytest.approx(whole)
+    assert all("peak_change_bytes" in change and "step_s" not in change for change in answer["alone"])
     refused = CliRunner().invoke(main, [*command, "--memory", "lots"])
     assert refused.exit_code == 2
     assert "such as 24GB" in refused.stderr

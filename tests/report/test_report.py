@@ -28,7 +28,7 @@ from perfmodel.questions.explanation import Bar
 from perfmodel.questions.roofline import longest_kernels, roof
 from perfmodel.report import exhibits, explained
 from perfmodel.report.charts.roofline import GROUPS
-from perfmodel.report.figures import figures, setup_line
+from perfmodel.report.figures import figures, phase_table, setup_line
 from perfmodel.report.page import report
 from perfmodel.report.pictures import draw_explanation
 from perfmodel.report.svg import typeset
@@ -369,3 +369,25 @@ def test_an_assumption_reads_as_words() -> None:
     body = text_of(parsed(page("two verdicts")))
     assert not re.search(r"group_by_length|in_backward|image_size|of an image", body)
     assert "batches of similar length" in body
+
+
+@pytest.mark.parametrize(
+    ("extra", "outside"),
+    [
+        ({}, []),
+        ({"gpus": 8, "parallel": "zero3"}, ["network"]),
+        ({"gpus": 8, "parallel": "zero3", "offload": "optimizer"}, ["network", "bus"]),
+    ],
+)
+def test_what_limits_a_phase_adds_up_to_its_time(extra: dict[str, Any], outside: list[str]) -> None:
+    """What the network and the bus take had no column, and the regime was none of those that were shown."""
+    e = explain("smollm2-135m", "full", "lora", device="a100-80gb-sxm", batch=1, seq=256, axes=(), **extra)
+    found = [*e.before.phases.values(), *e.after.phases.values()]
+    _, limits, rows = phase_table(found)
+    assert limits == ["compute", "memory", *outside]
+    for time, *parts in ([float(cell.replace(",", "")) for cell in row] for row in rows):
+        assert sum(parts[: len(limits) + 1]) == pytest.approx(time, abs=0.002 * max(p.seconds for p in found) * 1e3)
+    shown = explained._phases({"A": e.before.phases, "B": e.after.phases})
+    for word in ("network", "bus"):
+        assert (word in shown[0].splitlines()[0].split()) == (f"{word}: " in shown[1]) == (word in outside)
+    assert max(map(len, shown[0].splitlines())) <= 80

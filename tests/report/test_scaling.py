@@ -1,5 +1,6 @@
 """A sweep over GPUs says how the rate grows: in a table, in a sentence, in a picture, all from the same predictions."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,32 @@ def test_the_picture_draws_the_rate_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tm
         assert list(dashed.get_ydata()) == pytest.approx([each[0]] * 2)
         assert line.get_label() == f"{method} ({100 * each[1] / each[0]:.0f} % at 8)"
     assert axes.get_ylim()[0] == 0
+
+
+def test_the_legend_tells_of_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DDP's buckets leave full fine-tuning one GPU: its share at the last number was nan %, of no line at all."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(scaling, "save", lambda figure, path: figures.append(figure))
+    for gpus, labels in [((1, 2, 4), ["full", "lora:r=8"]), ((2, 4), ["lora:r=8"])]:
+        grid = sweep("llama-3.1-8b", METHODS, device="h100-sxm", batch=1, seq=512, gpus=gpus)
+        scaling.draw_scaling(
+            grid, run_sweep(grid, output=None, keep_rows=False, keep_speedups=True), tmp_path / "s.svg"
+        )
+        (axes,) = figures[-1].axes
+        told = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert [label.split(" (")[0] for label in told] == labels
+        assert not any("nan" in label for label in told)
+    assert told[0].endswith("% at 4)")
+    scaling.draw_scaling(*swept(2, 4, batch=2048), tmp_path / "none.svg")
+    assert figures[-1].axes[0].get_legend() is None
+
+
+def test_one_ratio_is_no_range_and_no_star_is_explained_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    sweeps.show_summary(*swept(2))
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("lora:r=8"))
+    assert re.search(r"% +\d+\.\d\d ", line)
+    assert "does not fit" not in printed
+    sweeps.show_summary(*swept(2, batch=2048))
+    assert "(* does not fit)" in capsys.readouterr().out

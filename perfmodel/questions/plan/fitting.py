@@ -50,6 +50,12 @@ def concessions(setup: Setup, method: Method) -> Iterator[list[Concession]]:
         yield [Concession(("QLoRA", *label), other, few_bits) for label, other in [*smaller, ((), setup)]]
 
 
+def tried(method: Method) -> str:
+    """What `concessions` give up, in words."""
+    also = ", checkpointing and QLoRA" if _in_few_bits(method) else " and checkpointing"
+    return f"smaller micro-batches{also} alone"
+
+
 def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, ...], Setup]]:
     """The same samples a step in less memory."""
     found = []

@@ -35,6 +35,7 @@ class Largest:
         prediction: of the step with it.
         given_up: what has to go for it to fit.
         limited_by: what keeps it from being larger: memory, or what the model takes.
+        gpus: of the job; the micro-batch is that of each.
     """
 
     what: str
@@ -44,13 +45,14 @@ class Largest:
     prediction: Prediction | None
     given_up: tuple[str, ...] = ()
     limited_by: str = "memory"
+    gpus: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         p = self.prediction
         return {
-            "what": self.what, "device": self.device, "method": self.method, "value": self.value,
-            "given_up": list(self.given_up), "limited_by": self.limited_by,
+            "what": self.what, "device": self.device, "gpus": self.gpus, "method": self.method,
+            "value": self.value, "given_up": list(self.given_up), "limited_by": self.limited_by,
             "peak_bytes": None if p is None else int(p.memory.peak),
             "step_s": None if p is None else float(p.time.phases["total"]),
         }  # fmt: skip
@@ -95,7 +97,7 @@ def _largest(
     with no_collector():
         value, p = _search(at, smallest)
     by = refusal[-1] if refusal else "memory"
-    return Largest(what, on.slug, bound.spec(), value * step or None, p, limited_by=by)
+    return Largest(what, on.slug, bound.spec(), value * step or None, p, limited_by=by, gpus=int(setup.gpus))
 
 
 def _search(at: Callable[[int], Prediction | None], smallest: int) -> tuple[int, Prediction | None]:
@@ -138,7 +140,8 @@ def smallest_gpus(
                 continue
             if best is not None:
                 concession, p = best
-                found.append((size, Largest("device", on.slug, bound.spec(), on.slug, p, concession.given_up)))
+                given_up, gpus = concession.given_up, int(setup.gpus)
+                found.append((size, Largest("device", on.slug, bound.spec(), on.slug, p, given_up, gpus=gpus)))
     if refused and len(refused) == len(devices):
         raise refused[0]
     return [*_least([pair for pair in found if not pair[1].given_up]),
@@ -161,7 +164,8 @@ def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: s
             p = _model_that_fits(name, asked, setup, on, host)
             if p is not None and (best is None or p.total_params > best.total_params):
                 best = p
-    return Largest("model", on.slug, asked.spec(), None if best is None else best.model, best)
+    name = None if best is None else best.model
+    return Largest("model", on.slug, asked.spec(), name, best, gpus=int(setup.gpus))
 
 
 def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Prediction | None:

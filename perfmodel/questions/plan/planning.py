@@ -25,7 +25,7 @@ from ...today import today as date_of_today
 from ..counts import Refused, possible
 from ..knobs import in_half_of
 from . import job as jobs
-from .fitting import Concession, Fitting
+from .fitting import Concession, Fitting, tried
 from .job import Job, JobCounts
 from .prices import KINDS, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
@@ -34,6 +34,7 @@ Devices = str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device]
 Key = tuple[str, int, str]  # device, number of GPUs, method
 Outcomes = dict[Key, PlannedRun | UserError | str]  # the run, or why there is none
 TOGETHER = 16  # devices of a partition: a step is recorded once for all of them
+TOO_LARGE = "having tried"  # before what may be given up
 TIE = 0.02  # of dollars or hours: what is closer than this is the same
 TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a global batch
 
@@ -307,9 +308,8 @@ class Planner:
             return error
         if run is None:
             least = self.fitting.least(in_half_of_device(setup, on), method, on)
-            several = int(setup.gpus) > 1
-            under, other = (f" under {setup.parallel}", "; advise tries other --parallel") if several else ("", "")
-            return f"needs {units.nbytes(least)} at least{under}, whatever is given up{other}"
+            under = f" under {setup.parallel}" if int(setup.gpus) > 1 else ""
+            return f"needs {units.nbytes(least)} at least{under}, {TOO_LARGE} {tried(method)}"
         return run
 
     def on(self, setup: Setup, on: DeviceProfile, method: Method) -> PlannedRun | None:

@@ -6,7 +6,7 @@ from ... import units
 from ..sentences import capitalised, in_words
 from .inverse import Largest
 from .job import Job, JobCounts, samples_of_step
-from .planning import Plan
+from .planning import TOO_LARGE, Plan
 from .runs import HOUR, PlannedRun, gpus_in_words
 
 NAMED = 6  # devices in a list
@@ -41,10 +41,8 @@ def energy(joules: float, beside: float | None = None) -> str:
 def plan_answer(plan: Plan) -> str:
     """The answer in a few sentences."""
     if not plan.runs:
-        none = [
-            f"{gpus_in_words(device, n)} with {method}: {why}" for (device, n, method), why in plan.left_out.items()
-        ]
-        return f"Nothing fits: {_listed(none)}."
+        none = [f"{_listed(devices)} with {method}: {why}" for method, why, devices in _grouped(plan)]
+        return f"Nothing fits: {_listed(none)}.{_further(plan)}"
     if len(plan.runs) == 1:
         return f"{capitalised(_named(plan.runs[0]))} takes {_figures(plan.runs[0])}."
     cheapest, in_time = plan.cheapest(), plan.in_time()
@@ -142,13 +140,15 @@ WHAT = {
 def what_fits(answer: Largest) -> str:
     """An answer to what fits, in a line."""
     what, p = WHAT[answer.what], answer.prediction
-    where = "" if answer.what == "device" else f" on {answer.device}"
+    gpus = gpus_in_words(answer.device, answer.gpus)
+    where = "" if answer.what == "device" else f" on {gpus}"
     if p is None:
         return f"{what} of {answer.method}{where}: none fits"
     setup = p.setup
     size = {"batch": f" at {setup.seq} tokens", "seq": f" at batch {setup.batch}"}.get(answer.what, "")
     unit = " tokens" if answer.what == "seq" else ""
-    value = f"{answer.value:,}" if isinstance(answer.value, int) else answer.value
+    value = gpus if answer.what == "device" else answer.value
+    value = f"{value:,}" if isinstance(value, int) else value
     given = f", with {' and '.join(answer.given_up)}" if answer.given_up else ""
     limit = "" if answer.limited_by == "memory" else f"; {answer.limited_by}"
     found = f"{units.nbytes(p.memory.peak)}, {units.seconds(float(p.time.phases['total']))} a step"
@@ -161,24 +161,45 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
     group = samples_of_step(setup)
     rows = "" if work.rows == work.samples else f" in {work.rows:,} rows"
     padded = "" if work.computed == work.tokens else f", {work.computed:,} with padding"
-    told = [f"{work.samples:,} samples{rows} of {work.tokens:,} tokens{padded}, {_passes(job, work)}"]
+    what = f"{_of(work.samples, 'sample')}{rows} of {work.tokens:,} tokens{padded}"
+    told = [f"{what}, {_passes(job, work)}"]
     short = f", {work.short} of them with {round(work.last * group)}" if work.short else ""
     on = f" on {run.where}" if len({other.gpus for other in plan.runs}) > 1 else ""  # others make other steps
-    told.append(f"{work.steps:,} steps of {group}{short}{on}")
+    told.append(f"{_of(work.steps, 'step')} of {group}{short}{on}")
     if work.evaluated:
-        told.append(f"{work.evaluated} evaluations of {job.eval_samples:,} samples")
-    told.append(f"{work.saved} checkpoint{'s' if work.saved > 1 else ''}")
+        told.append(f"{_of(work.evaluated, 'evaluation')} of {_of(job.eval_samples, 'sample')}")
+    told.append(_of(work.saved, "checkpoint"))
     told.append(f"{span(job.startup)} of start-up")
     return "; ".join(told)
 
 
+def _of(count: int, what: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _further(plan: Plan) -> str:
+    """Where to look for what fits after all, where a run is too large for its GPUs."""
+    if not any(TOO_LARGE in why for why in plan.left_out.values()):
+        return ""
+    forms = "other --parallel, " if any(gpus > 1 for _, gpus, _ in plan.left_out) else ""
+    return f" advise tries more: {forms}optimizers, kernels and methods."
+
+
 def _left_out(plan: Plan) -> Iterator[str]:
     """Devices that are left out, by method and reason."""
+    for method, why, devices in _grouped(plan):
+        yield f"left out of {method}: {_listed(devices)}: {why}"
+    if further := _further(plan).strip(" ."):
+        yield further
+
+
+def _grouped(plan: Plan) -> list[tuple[str, str, list[str]]]:
+    """What is left out: method, reason, devices."""
     groups: dict[tuple[str, str], list[str]] = {}
     for (device, gpus, method), why in plan.left_out.items():
         groups.setdefault((method, why), []).append(gpus_in_words(device, gpus))
-    for (method, why), devices in groups.items():
-        yield f"left out of {method}: {_listed(devices)}: {why}"
+    return [(method, why, devices) for (method, why), devices in groups.items()]
 
 
 def _passes(job: Job, work: JobCounts) -> str:

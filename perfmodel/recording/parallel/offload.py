@@ -64,11 +64,12 @@ def check_offload(setup: Setup) -> None:
     """Raise `UserError` where a setup asks for what its program does not offload."""
     if setup.offload == "none":
         return
-    fsdp = setup.parallel in ("fsdp1", "fsdp2")
+    fsdp, alone = setup.parallel in ("fsdp1", "fsdp2"), decide(setup.gpus == 1)
+    others = "zero2 or zero3" if setup.offload == "optimizer" else "zero3" if alone else "zero3 or fsdp2"
     if setup.parallel == "ddp" and setup.engine == "torch":
-        raise UserError("offload: DDP keeps everything on the GPU; use --parallel zero2, zero3 or fsdp2")
-    if fsdp and decide(setup.gpus == 1):
-        raise UserError("offload: FSDP has nothing to shard on one GPU; use --parallel zero2 or zero3")
+        raise UserError(f"offload: DDP keeps everything on the GPU; use --parallel {others}")
+    if fsdp and alone:
+        raise UserError(f"offload: FSDP has nothing to shard on one GPU; use --parallel {others}")
     if setup.tp > 1:
         raise UserError("offload: not modelled with layers that GPUs share; use --tp 1")
     if fsdp and setup.offload == "optimizer":
