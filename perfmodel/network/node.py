@@ -8,6 +8,7 @@
 0.0
 """
 
+from collections.abc import Collection
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -70,9 +71,13 @@ class GpuNode:
     @property
     def notes(self) -> list[str]:
         """What of the node was not measured, and whose figures stand for it, in plain words; what hosts differ in."""
+        return self.notes_of(self.file.blocks)
+
+    def notes_of(self, kinds: Collection[str]) -> list[str]:
+        """The same for a job that runs some kinds of collectives, `between` where it is on several nodes."""
         told: dict[str, list[str]] = {}
         for kind, block in self.file.blocks.items():
-            if block.origin != "fitted":
+            if kind in kinds and block.origin != "fitted":
                 whose = "its own" if block.node == self.file.slug else f"{block.node}'s"
                 what = "" if block.kind == kind else f" {block.kind}"
                 default = " (class default)" if block.origin == "class" else ""

@@ -16,7 +16,7 @@ from ..program.software import CURRENT
 from ..recording import converted
 from ..recording.deepspeed import zero3_alone
 from ..setup import Setup
-from . import intervals
+from . import intervals, memory
 from .times import Time
 from .work import StepWork
 
@@ -57,7 +57,9 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
     notes += _unknown_notes(built)
     notes += [zero3_alone.NOTE] if built.zero else []
     notes += _mixture_notes(built)
-    notes += on.network.notes if on.network is not None else []
+    ran = [kind for kind, calls in time.communication.calls.items() if np.any(calls)]
+    notes += on.network.notes_of(ran) if on.network is not None else []
+    notes += _room_notes(built, on)
     notes += _offload_notes(built, on)
     notes += _stack_notes(built, on)
     if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
@@ -146,6 +148,17 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
         f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
         *([f"its adapters are in {dtype}, as that peft makes them"] if ran != built.method else []),
     ]
+
+
+def _room_notes(built: StepWork, on: DeviceProfile) -> list[str]:
+    """Says of a step that fits where fragmentation may take more than is there."""
+    held, limit = built.memory, memory.reservable(on.capacity, on.kind)
+    if not np.any(np.less_equal(held.low, limit) & np.greater(held.high, limit)):
+        return []
+    if np.ndim(held.peak):
+        return ["where the peak is close to the device's memory, a fragmented allocator may need more than there is"]
+    sizes = " to ".join(units.nbytes(float(size)) for size in (held.low, held.high))
+    return [f"it fits tightly: the allocator reserves {sizes}, by how fragmented it gets, of {units.nbytes(limit)}"]
 
 
 def _offload_notes(built: StepWork, on: DeviceProfile) -> list[str]:

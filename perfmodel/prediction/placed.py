@@ -1,6 +1,7 @@
 """A job's GPUs on nodes of one kind: which node, how many of them, and what a collective of some of its ranks costs."""
 
 import math
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..devices import own
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..network import files
+from ..network.files import BETWEEN
 from ..network.node import Node
 from ..program.dims import Dim
 from ..program.ranks import Ranks
@@ -27,12 +29,19 @@ class Placed:
 
     Attributes:
         per_node: GPUs of the job on each node; of nodes that they fill unevenly on the fullest.
-        notes: what an answer should say of it.
+        several: whether that are several nodes.
+        chosen: what an answer should say of how they were chosen.
     """
 
     node: Node
     per_node: Dim
-    notes: list[str]
+    several: bool
+    chosen: list[str]
+
+    def notes_of(self, kinds: Collection[str]) -> list[str]:
+        """What an answer of a job that runs these kinds of collectives should say; of none, nothing of the links."""
+        ran = [*kinds, *([BETWEEN] if self.several else [])]
+        return [*self.chosen, *(self.node.notes_of(ran) if kinds else [])]
 
     @property
     def sigma(self) -> float:
@@ -109,7 +118,7 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
     if setup.nodes is not None and np.any(uneven | (per_node > node.gpus)):
         raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     alone = bool(np.all(gpus == 1))  # it offloads, and its node is the host that it does to
-    notes = [] if alone else notes + node.notes
+    notes = [] if alone else notes
     if not alone and np.any(uneven):
         some, on_nodes, each = (int(np.extract(uneven, a)[0]) for a in (gpus, nodes, per_node))
         notes = [*notes, f"{some} GPUs do not fill {on_nodes} nodes evenly: they exchange as with {each} on each"]
@@ -122,7 +131,9 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
         if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
             asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
             raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; give other --nodes")
-    return Placed(node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), notes)
+    return Placed(
+        node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), bool(np.any(nodes > 1)), notes
+    )
 
 
 def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:

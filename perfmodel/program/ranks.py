@@ -1,6 +1,7 @@
 """Who takes part in a collective, and what is asked of the network that carries it."""
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from .dims import Dim
@@ -26,16 +27,10 @@ class JobNetwork(Protocol):
     """The network between the GPUs of a job (`perfmodel.prediction.placed`).
 
     Attributes:
-        notes: what an answer has to say of it.
         sigma: mean relative error of its prices on rows that no fit saw.
         host_bandwidth: B/s of the host's memory that each GPU's process has.
         slot_bandwidth: B/s of a GPU's slot, one way; infinite where its links are no slots.
     """
-
-    @property
-    def notes(self) -> list[str]:
-        """Of the node that was taken, and of what was not measured there."""
-        return []
 
     @property
     def sigma(self) -> float:
@@ -51,6 +46,9 @@ class JobNetwork(Protocol):
     def slot_bandwidth(self) -> float:
         """A slot may have fewer lanes than the card."""
         return math.inf
+
+    def notes_of(self, kinds: Collection[str]) -> list[str]:
+        """What an answer has to say of a job that runs these kinds: the node that was taken, what nobody measured."""
 
     def seconds(self, kind: str, dtype: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Seconds of a collective of `size` ranks, each `stride` after the one before."""

@@ -23,6 +23,7 @@ from ..prediction.predict import Model, Prediction, predict, resolve, with_optio
 from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
+from ..shown import Shown
 from .catalogue import sized
 from .cuts import Load
 from .knobs import Knob, KnobPosition, in_half_of, knobs, offloading
@@ -90,7 +91,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Shown):
     """The answer of `advise`.
 
     Attributes:

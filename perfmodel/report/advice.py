@@ -39,12 +39,12 @@ def show_advice(a: Advice) -> None:
     where += f", {units.percent(p.padding, 1)} of the tokens are padding" if p.setup.lengths else ""
     fits = "" if s.fits else ", which does not fit"
     show(paragraph(f"{where}: {units.seconds(s.seconds)}, {units.nbytes(s.peak)}{fits}"))
-    show(paragraph(_answer(a)), bold=True)
+    show(paragraph(advice_answer(a)), bold=True)
     if a.path:
-        show("\n" + table(("one change after another", *COLUMNS), [_after(c) for c in a.path]))
+        show("\n" + table(("one change after another", *COLUMNS), [change_cells(c) for c in a.path]))
     gains = [c for c in a.alone if c.seconds < -WORTH * s.seconds][:SHOWN]
     if gains:
-        show("\n" + table(("each by itself", *COLUMNS), [_after(c) for c in gains]))
+        show("\n" + table(("each by itself", *COLUMNS), [change_cells(c) for c in gains]))
     if len(a.front) > 1:
         heads = ("step", "peak", "trains", "time against memory")
         show("\n" + table(heads, [_candidate(c) for c in _spread(a.front)], left=(3,)))
@@ -62,7 +62,8 @@ def _spread(front: list[Candidate]) -> list[Candidate]:
     return [front[round(i * last / (SHOWN - 1))] for i in range(SHOWN)] if last >= SHOWN else front
 
 
-def _answer(a: Advice) -> str:
+def advice_answer(a: Advice) -> str:
+    """What to run, in a sentence."""
     if a.best is None:
         return f"Nothing that was tried fits in {units.nbytes(a.limit)}."
     if not a.path:
@@ -77,7 +78,8 @@ def _listed(changes: tuple[str, ...]) -> str:
     return changes[0] if len(changes) == 1 else ", ".join(changes[:-1]) + " and " + changes[-1]
 
 
-def _after(c: Change) -> list[str]:
+def change_cells(c: Change) -> list[str]:
+    """The row of a change: its label, what it gains, and the step and peak with it."""
     gain = ("-" if c.seconds < 0 else "+") + units.seconds(abs(c.seconds))
     return [c.label, gain, units.seconds(c.after.seconds), units.nbytes(c.after.peak) + ("" if c.after.fits else "*")]
 

@@ -10,11 +10,16 @@ import numpy as np
 from .. import units
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
+from ..questions.advice import Advice
 from ..questions.comparison import Comparison
 from ..questions.explanation import Explanation
+from ..questions.plan.planning import Plan
+from ..questions.plan.words import plan_answer, plan_notes
 from ..questions.sentences import notes_by_method
 from ..questions.sweeps import Sweep
+from .advice import COLUMNS, advice_answer, change_cells
 from .figures import any_best, figures
+from .plan import plan_table, shares_in_words
 from .svg import typeset
 
 CELL = "text-align:right;padding:.15em .9em .15em 0;font-variant-numeric:tabular-nums;white-space:nowrap"
@@ -78,6 +83,25 @@ def _explanation(e: Explanation) -> str:
     total = e.after.total - e.before.total
     rows.append(["step", *map(units.seconds, (e.before.total, e.after.total)), units.signed(total), ""])
     return _block(e.answer, _table(["", *e.labels, "change", ""], rows), notes_by_method((e.a, e.b)))
+
+
+@html.register
+def _advice(a: Advice) -> str:
+    """The way to the best setup, one change after another."""
+    start = a.start.prediction
+    told = f"{start.method} on {start.model}, {start.device}: {advice_answer(a)}"
+    begin = ["as you are", "", units.seconds(a.start.seconds), units.nbytes(a.start.peak) + "*" * (not a.start.fits)]
+    rows = [begin, *map(change_cells, a.path)]
+    below = ["* does not fit"] * any(row[-1].endswith("*") for row in rows)
+    return _block(told, _table(["one change after another", *COLUMNS], rows), [*below, *start.notes])
+
+
+@html.register
+def _plan(p: Plan) -> str:
+    """The answer, the first runs, and what is behind the figures."""
+    table = _table(*plan_table(p)) if p.runs else ""
+    said = shares_in_words(p) if p.runs else ""
+    return _block(f"{p.model}: {plan_answer(p)}", table, [*([said] if said else []), *plan_notes(p)])
 
 
 @html.register

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from perfmodel import Node, UserError
+from perfmodel import Node, UserError, predict
 from perfmodel.cli import main
 from perfmodel.devices import profile
 from perfmodel.network import files
@@ -150,3 +151,22 @@ def test_the_list_says_whose_figures_a_node_has(tmp_path: Path, monkeypatch: pyt
     assert told["rtx-4090-8"]["network"] is None
     assert told["mine"]["measured"]["all_gather"] == "fitted"
     assert told["mine"]["measured"]["all_reduce"] == "class"
+
+
+@pytest.mark.parametrize(
+    ("setup", "told", "untold"),
+    [
+        ({"gpus": 8, "parallel": "ddp"}, (), ("between nodes", "send_recv")),
+        ({"gpus": 8, "parallel": "ddp", "device": "l40s"}, ("PCIe as on", "broadcast"), ("send_recv", "between")),
+        ({"gpus": 16, "parallel": "ddp"}, ("between nodes",), ("send_recv",)),
+    ],
+)
+def test_an_answer_tells_of_the_links_that_its_step_uses(
+    setup: dict[str, Any], told: tuple[str, ...], untold: tuple[str, ...]
+) -> None:
+    """Eight GPUs of one node were told that what lies between nodes is not measured."""
+    p = predict("smollm2-135m", "full", batch=1, seq=128, **{"device": "a100-80gb-sxm", **setup})
+    said = " ".join(note for note in p.notes if "not measured" in note or "PCIe" in note)
+    assert all(word in said for word in told)
+    assert not any(word in said for word in untold)
+    assert any("the GPUs stand in" in note for note in p.notes)

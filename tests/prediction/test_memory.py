@@ -168,3 +168,16 @@ def test_a_step_fits_if_its_peak_and_what_lies_beside_the_allocator_do(device: s
     assert fits(need + 1.2 * beside)
     assert not fits(need + 0.8 * beside - 1)
     assert memory.fits(need - memory.reserved_bounds(0, on.kind)[0], need + 1.2 * beside, on.kind)
+
+
+def test_what_fits_tightly_is_said_to() -> None:
+    """It fits, yes; and what the allocator reserves began at the limit."""
+    asked: dict[str, Any] = {"batch": 2, "seq": 128}
+    p = predict("smollm2-135m", "lora", device="l40s", **asked)
+    on = profile.load("l40s")
+    for spare, fits, tight in [(0.05, True, True), (0.2, True, False), (-0.05, False, False)]:
+        size = int(p.memory.peak) * (1 + spare) + memory.CONTEXT + memory.WORKSPACE
+        card = replace(on, hardware=replace(on.hardware, memory_bytes=size, usable_bytes=size))
+        found = predict("smollm2-135m", "lora", device=card, **asked)  # type: ignore[arg-type]
+        assert bool(found.fits) == fits
+        assert any("fits tightly" in note for note in found.notes) == tight

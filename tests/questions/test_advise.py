@@ -20,7 +20,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction import memory
 from perfmodel.questions.advice import Advice, Candidate, Change
 from perfmodel.recording.reuse import Shared
-from perfmodel.report.advice import SHOWN, _answer, _spread
+from perfmodel.report.advice import SHOWN, _spread, advice_answer
 from perfmodel.setup import Setup
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
@@ -288,7 +288,7 @@ def test_no_limit_gives_more_memory_than_the_device_has() -> None:
     assert more.as_dict() == own.as_dict()
 
 
-def test_a_method_that_trains_exactly_what_has_to_train_is_an_answer() -> None:
+def test_a_method_that_trains_exactly_what_has_to_train_is_anadvice_answer() -> None:
     """ "At least": the number that a user copies from the answer must give the same answer again."""
     found = advise(MODEL, "lora:r=8", device=DEVICE, batch=1, seq=64)
     again = advise(
@@ -336,7 +336,7 @@ def test_changes_are_listed_as_people_do(changes: tuple[str, ...], told: str) ->
     """The sentence that most readers stop at."""
     start, best = (Candidate(names, predict("gpt2", "full", device="l40s", seq=16), True) for names in ((), changes))
     path = [Change("x", 0.0, 0, best)]
-    assert _answer(Advice(start, best, path, path, [], 2, True, 1e9)).endswith(f"with {told}")
+    assert advice_answer(Advice(start, best, path, path, [], 2, True, 1e9)).endswith(f"with {told}")
 
 
 def test_each_setup_is_told_to_whoever_watches() -> None:

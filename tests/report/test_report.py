@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import config_of
 
-from perfmodel import UserError, compare, explain, predict, units
+from perfmodel import UserError, advise, compare, explain, plan, predict, units
 from perfmodel.architectures import Config
 from perfmodel.cli import main
 from perfmodel.devices import profile
@@ -320,6 +320,9 @@ def test_notebooks_show_every_result() -> None:
         compare(MODEL, METHODS, **SETUP),
         compare(MODEL, METHODS, **grid),
         explain(MODEL, "full", "lora", axes=(), **SETUP),
+        advise(MODEL, "lora", device="l40s", batch=2, seq=64),
+        plan(MODEL, METHODS, device=["l40s", "t4"], batch=2, seq=64, samples=100),
+        plan("llama-3.1-8b", "full", device="t4", samples=8),
     ]
     texts = [result._repr_html_() for result in shown]
     for html in texts:
@@ -327,6 +330,9 @@ def test_notebooks_show_every_result() -> None:
         assert references(html).fetched == []
         assert len(html) < 12_000
     assert "in part of the grid" in texts[1]
+    assert "one change after another" in texts[5]
+    assert "left out" not in texts[6]
+    assert "Nothing fits" in texts[7]
     assert "because" in texts[2]
     beside = compare(MODEL, ("full", "lora", "galore"), device="l40s", gpus=2, parallel="fsdp1")
     assert beside.unanswered

@@ -164,8 +164,8 @@ def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: s
             p = _model_that_fits(name, asked, setup, on, host)
             if p is not None and (best is None or p.total_params > best.total_params):
                 best = p
-    name = None if best is None else best.model
-    return Largest("model", on.slug, asked.spec(), name, best, gpus=int(setup.gpus))
+    biggest = None if best is None else best.model
+    return Largest("model", on.slug, asked.spec(), biggest, best, gpus=int(setup.gpus))
 
 
 def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Prediction | None:

@@ -21,6 +21,7 @@ from ...prediction.predict import Model, Prediction, architecture_of, method_of,
 from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
+from ...shown import Shown
 from ...today import today as date_of_today
 from ..counts import Refused, possible
 from ..knobs import in_half_of
@@ -40,7 +41,7 @@ TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a glo
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """The answer of `plan`.
 
     Attributes:
