@@ -112,4 +112,4 @@ def reservable(capacity: float, device: str) -> float:
 
 def room(capacity: float, device: str) -> float:
     """The highest peak that fits into a device memory of `capacity` bytes."""
-    return reservable(capacity, device) - reserved_bounds(0, device)[0]
+    return reservable(capacity, device) - (WORKSPACE if device == "cuda" else 0)
