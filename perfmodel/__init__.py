@@ -43,9 +43,9 @@ def predict(
     model: "Model",
     method: "str | Method" = "full",
     setup: "Setup | None" = None,
-    device: "str | Device" = "l40s",
+    device: "str | PathLike[str] | Device" = "l40s",
     *,
-    host: "str | Host" = "default",
+    host: "str | PathLike[str] | Host" = "default",
     **options: Any,
 ) -> "Prediction":
     """Predict one training step.
@@ -55,7 +55,7 @@ def predict(
             `traced` makes of these.
         method: `name[:key=value,…]` or a `Method`; of a `traced` model also the path of an adapter_config.json.
         setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
-            rank) may be integer arrays that broadcast together: then every figure is an array over the grid.
+            rank) may be integer arrays or lists that broadcast together: then every figure is an array over the grid.
         device: slug, path of a TOML, or a `Device`.
         host: slug, path of a TOML, or a `Host`.
 
@@ -72,11 +72,11 @@ def predict(
 
 def compare(
     model: "Model",
-    methods: "Sequence[str | Method]" = ("full", "lora"),
+    methods: "str | Method | Sequence[str | Method]" = ("full", "lora"),
     setup: "Setup | None" = None,
-    device: "str | Device" = "l40s",
+    device: "str | PathLike[str] | Device" = "l40s",
     *,
-    host: "str | Host" = "default",
+    host: "str | PathLike[str] | Host" = "default",
     **options: Any,
 ) -> "Comparison":
     """Predict several methods in one setup, and how much faster each is than the first, and why.
@@ -97,10 +97,10 @@ def explain(
     a: "str | Method" = "full",
     b: "str | Method" = "lora",
     setup: "Setup | None" = None,
-    device: "str | Device" = "l40s",
+    device: "str | PathLike[str] | Device" = "l40s",
     *,
-    host: "str | Host" = "default",
-    axes: Sequence[str] = ("batch", "seq"),
+    host: "str | PathLike[str] | Host" = "default",
+    axes: str | Sequence[str] = ("batch", "seq"),
     **options: Any,
 ) -> "Explanation":
     """Explain the step time of `b` against that of `a`.
@@ -124,12 +124,12 @@ def advise(
     model: "Model",
     method: "str | Method" = "lora",
     setup: "Setup | None" = None,
-    device: "str | Device" = "l40s",
+    device: "str | PathLike[str] | Device" = "l40s",
     *,
-    methods: "Sequence[str | Method]" = (),
+    methods: "str | Method | Sequence[str | Method]" = (),
     memory_bytes: float | None = None,
     min_trainable: float | None = None,
-    host: "str | Host" = "default",
+    host: "str | PathLike[str] | Host" = "default",
     **options: Any,
 ) -> "Advice":
     """Search for the fastest way to train that fits.
@@ -154,16 +154,16 @@ def advise(
 
 def sweep(
     model: "Model",
-    methods: "Sequence[str | Method]" = ("full", "lora"),
+    methods: "str | Method | Sequence[str | Method]" = ("full", "lora"),
     setup: "Setup | None" = None,
-    device: "str | Device | Sequence[str | Device]" = "l40s",
+    device: "str | PathLike[str] | Device | Sequence[str | PathLike[str] | Device]" = "l40s",
     *,
     batch: Any = None,
     seq: Any = None,
     rank: Any = (),
     k: Any = (),
     gpus: Any = None,
-    host: "str | Host" = "default",
+    host: "str | PathLike[str] | Host" = "default",
     **options: Any,
 ) -> "Sweep":
     """Plan a sweep: every device, number of GPUs, method, rank, batch and sequence length with every other.
@@ -193,17 +193,17 @@ def plan(
     model: "Model",
     methods: "str | Method | Sequence[str | Method]" = ("full", "lora"),
     setup: "Setup | None" = None,
-    device: "str | Device | Sequence[str | Device] | None" = None,
+    device: "str | PathLike[str] | Device | Sequence[str | PathLike[str] | Device] | None" = None,
     *,
     job: "Job | None" = None,
     global_batch: int | None = None,
     gpus: int | Sequence[int] | None = None,
-    price: Sequence[str] | Mapping[str, float] = (),
+    price: str | float | Sequence[str | float] | Mapping[str, float] = (),
     price_kind: str = "on demand",
     deadline: float | None = None,
     node_power: float | None = None,
     grid_co2: float | None = None,
-    host: "str | Host" = "default",
+    host: "str | PathLike[str] | Host" = "default",
     **options: Any,
 ) -> "Plan":
     """Plan a whole job: its hours, dollars and energy on a GPU, on several, or on every GPU that it fits on.
@@ -219,7 +219,7 @@ def plan(
         global_batch: samples of an optimizer step: micro-batches of `batch` are accumulated to as many; where no batch
             is given, one takes them all if that fits.
         gpus: of the job; of several numbers each is tried, and what does not go is in `Plan.left_out`.
-        price: dollars an hour and GPU, `["2.5"]` for all or `["h100-sxm=2.5"]` for one, or a mapping from slugs.
+        price: dollars an hour and GPU, `2.5` for all or `["h100-sxm=2.5"]` for one, or a mapping from slugs.
             Others are those of data/prices/ and of prices/ in $PERFMODEL_HOME.
         price_kind: on demand, spot or reserved.
         deadline: hours; `in_time()` is the cheapest of what surely ends before.
@@ -275,8 +275,8 @@ def predict_module(
     *,
     loss: Callable[[Any], Any] | None = None,
     setup: "Setup | None" = None,
-    device: "str | Device" = "l40s",
-    host: "str | Host" = "default",
+    device: "str | PathLike[str] | Device" = "l40s",
+    host: "str | PathLike[str] | Host" = "default",
     name: str = "",
 ) -> "Prediction":
     """Predict one training step of your own `nn.Module`, from a trace of its real forward and backward.

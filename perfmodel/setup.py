@@ -1,14 +1,17 @@
 """The training setup: everything about a step that is neither model, method nor device."""
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from math import lcm
+from numbers import Real
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from . import optimizers
-from .errors import UserError, nearest
+from .errors import UserError, as_given, check_kind, one_of
 from .program.dims import Dim
 from .program.formulas import Formula
 from .program.lengths import Lengths, lengths_of
@@ -186,50 +189,45 @@ class Setup:
     image_size: tuple[int, int] = (448, 448)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "gpus"):
-            object.__setattr__(self, name, positive(name, getattr(self, name)))
-        object.__setattr__(self, "grad_accum", positive("grad_accum", self.grad_accum))
-        if isinstance(self.grad_accum, np.ndarray):
-            raise UserError("grad_accum must be one integer")
+        for name, check in (("batch", positive), ("seq", positive), ("gpus", positive), ("grad_accum", single)):
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         for name, choices in (
             ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
-            ("ddp", DDP),
-            ("offload", OFFLOAD),
+            ("ddp", DDP), ("offload", OFFLOAD), ("cp_rotate", (*ROTATE, ULYSSES)), ("fsdp_units", FSDP_UNITS),
         ):  # fmt: skip
             one_of(name, getattr(self, name), choices)
-        one_of("cp_rotate", self.cp_rotate, (*ROTATE, ULYSSES))
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
             one_of("optimizer", self.optimizer, optimizers.optimizer_names())
         if self.amp is not None:
             one_of("amp", self.amp, ("bf16", "fp16"))
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with dtype fp32 or {self.amp}, got {self.dtype}")
-        one_of("fsdp_units", self.fsdp_units, FSDP_UNITS)
         if self.reduce_dtype is not None:
             one_of("reduce_dtype", self.reduce_dtype, DTYPES)
-        if self.prompt is not None and (positive("prompt", self.prompt) >= np.min(self.seq)):
+        if self.prompt is not None and single("prompt", self.prompt) >= np.min(self.seq):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
-        for name in FLAGS:
-            if isinstance(getattr(self, name), str):  # "no" is true; a number is what it is (clip_grad 0.0)
-                raise UserError(f"{name} is True or False, got {getattr(self, name)!r}")
+        for name in FLAGS:  # "no" is true; a number is what it is (clip_grad 0.0)
+            check_kind(name, getattr(self, name), (bool, np.bool_, Real, type(None)), "True or False")
         exponent_of(self.routing)
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
             accumulates = "grad_accum 1" if self.grad_accum > 1 else "compile none"
             other = "no clipping (--no-clip-grad)" if self.clip_grad else accumulates
             raise UserError(f"in_backward goes with {other}: each gradient is gone before the next one is there")
-        if not QAT.fullmatch(self.qat):
-            raise UserError(f"qat {self.qat!r} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
+        if not (isinstance(self.qat, str) and QAT.fullmatch(self.qat)):
+            raise UserError(f"qat {as_given(self.qat)} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
         object.__setattr__(self, "stack", SoftwareStack.of(self.stack))
-        object.__setattr__(self, "image_size", tuple(self.image_size))  # a list where it comes from JSON
-        if self.images < 0 or min(self.image_size) < 1:
-            raise UserError(f"images are counted from 0, their pixels from 1: got {self.images} of {self.image_size}")
+        size = tuple(self.image_size) if isinstance(self.image_size, (list, tuple)) else ()  # a list in JSON
+        counts = zip((self.images, *size), (0, 1, 1), strict=False)
+        if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= least for n, least in counts):
+            got = f"{as_given(self.images)} of {as_given(self.image_size)}"
+            raise UserError(f"images are counted from 0, height and width (image_size) from 1: got {got}")
+        object.__setattr__(self, "image_size", size)
         if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         for name in ("tp", "pp", "cp"):
-            ranks = positive(name, getattr(self, name))
-            if ranks != 1 and np.any(np.asarray(self.gpus) % ranks):
+            if (ranks := single(name, getattr(self, name))) != 1 and np.any(np.asarray(self.gpus) % ranks):
                 raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
         if np.any(np.asarray(self.gpus) % (self.tp * self.pp * self.cp)):
             shared = ", ".join(f"{name} {n}" for name in ("tp", "pp", "cp") if (n := getattr(self, name)) > 1)
@@ -237,14 +235,15 @@ class Setup:
         if self.sequence_parallel and self.tp == 1:
             raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
         if self.shard_group is not None:
-            group, gpus = positive("shard_group", self.shard_group), np.asarray(self.gpus) // (self.tp * self.pp)
+            group, gpus = single("shard_group", self.shard_group), np.asarray(self.gpus) // (self.tp * self.pp)
             if group < 2 or np.any((gpus > group) & (gpus % group > 0)):
                 of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
                 of += "" if self.pp == 1 else f" (of {self.pp} stages)"
                 raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job{of} are no groups of so many")
-        if not SCHEDULE.fullmatch(self.pp_schedule):
-            raise UserError(f"pp_schedule {self.pp_schedule!r} is unknown: use 1f1b, gpipe or interleaved:v=2")
-        if self.nodes is not None and positive("nodes", self.nodes) > np.min(self.gpus):
+        check_kind("node", self.node, (str, PathLike, type(None)), "a name or the path of a TOML")
+        if not (isinstance(self.pp_schedule, str) and SCHEDULE.fullmatch(self.pp_schedule)):
+            raise UserError(f"pp_schedule {as_given(self.pp_schedule)} is unknown: use 1f1b, gpipe or interleaved:v=2")
+        if self.nodes is not None and single("nodes", self.nodes) > np.min(self.gpus):
             raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
         if self.lengths is not None and self.packing == "none" and self.seq_multiple > 1:
@@ -370,20 +369,17 @@ class Setup:
 FLAGS = tuple(f.name for f in fields(Setup) if f.type is bool)
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise `UserError` unless the value is one of the choices."""
-    if value not in choices:
-        raise UserError(f"{name} {value!r} is unknown: {nearest(str(value), choices)}")
-
-
 def positive(name: str, value: Any) -> Dim:
-    """An int (or integer array) from 1 to `LARGEST`; arrays of one value stay arrays.
+    """An int (or integer array, of any sequence) from 1 to `LARGEST`; arrays of one value stay arrays.
 
     Raises:
         UserError: anything else.
     """
     if type(value) is Formula:
         return value
+    if isinstance(value, (list, tuple, range)) or (hasattr(value, "__array__") and np.ndim(value)):
+        with suppress(ValueError):  # rows of different lengths
+            value = np.asanyarray(value)
     if isinstance(value, np.ndarray):
         if value.size == 0 or not np.issubdtype(value.dtype, np.integer):
             raise UserError(f"{name} must hold integers, got {value.dtype} of size {value.size}")
@@ -391,7 +387,14 @@ def positive(name: str, value: Any) -> Dim:
     elif isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         value = low = high = int(value)
     else:
-        raise UserError(f"{name} must be a positive integer, got {value!r}")
+        raise UserError(f"{name} must be a positive integer, got {as_given(value)}")
     if low < 1 or high > LARGEST:
         raise UserError(f"{name} must be from 1 to {LARGEST}, got {low if low < 1 else high}")
     return value if isinstance(value, int) else value.astype(np.int64)
+
+
+def single(name: str, value: Any) -> Dim:
+    """The same of what cannot vary over a grid."""
+    if isinstance(found := positive(name, value), np.ndarray):
+        raise UserError(f"{name} must be one integer, got {as_given(value)}")
+    return found

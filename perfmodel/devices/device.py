@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, nearest
+from ..errors import UserError, as_given, check_kind, nearest
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
 from ..values import immutable
@@ -48,7 +48,7 @@ class Device:
         Raises:
             UserError: no such device, or a broken file.
         """
-        return cls(profile.load(name_or_path))
+        return cls(profile_of(name_or_path))
 
     def gemm(
         self, m: Any, n: Any, k: Any, *, batch: Any = 1, dtype: str = "bf16", layout: str = "tn", in_step: bool = False
@@ -136,12 +136,16 @@ class Device:
         return np.broadcast_to(self.op(call(*uniform), in_step=in_step), flat[0].shape).reshape(shape)
 
 
-def profile_of(device: "str | PathLike[str] | DeviceProfile | Device") -> DeviceProfile:
+GivenDevice = str | PathLike[str] | DeviceProfile | Device
+
+
+def profile_of(device: GivenDevice) -> DeviceProfile:
     """The profile of a device by name, path or as it is.
 
     Raises:
         UserError: no such device, or a broken file.
     """
+    check_kind("device", device, (str, PathLike, DeviceProfile, Device), "a name, the path of a TOML, or a Device")
     if isinstance(device, Device):
         return device.profile
     return device if isinstance(device, DeviceProfile) else profile.load(device)
@@ -157,10 +161,10 @@ def _call(
 def _positive(dim: Any) -> np.ndarray:
     array = np.asarray(dim)
     if not np.issubdtype(array.dtype, np.number) or not np.all((array >= 1) & (array % 1 == 0)):
-        raise UserError(f"dims are whole numbers from 1, got {dim!r}")
+        raise UserError(f"dims are whole numbers from 1, got {as_given(dim)}")
     return array.astype(np.int64)
 
 
 def _one_of(what: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise UserError(f"{what} {value!r} is unknown: {nearest(str(value), known)}")
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{what} {as_given(value)} is unknown: {nearest(str(value), known)}")

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..calls.costs import by_lists
-from ..errors import UserError, nearest
+from ..errors import UserError, check_kind, nearest
 from ..program.op import Op
 from ..program.part import HostWork, Part
 from ..resources import DATA, is_file, mapping, read_toml, stems
@@ -192,13 +193,16 @@ def _tensors(op: Op) -> int:
     return sum(s.copies for s in op.outputs) if op.name.startswith(("_foreach", "_fused")) else 0
 
 
+GivenHost = str | PathLike[str] | Host
+
+
 @cache
 def names() -> tuple[str, ...]:
     """The bundled hosts."""
     return stems(HOSTS, ".toml")
 
 
-def load(name_or_path: str = "default") -> Host:
+def load(name_or_path: str | PathLike[str] = "default") -> Host:
     """A host by bundled name, by the name of an own one (`perfmodel calibrate`), or by the path of a TOML file.
 
     "default" is the usual one, as no device is known here.
@@ -206,13 +210,15 @@ def load(name_or_path: str = "default") -> Host:
     Raises:
         UserError: unknown name, broken TOML, a missing, mistyped or negative figure.
     """
-    if name_or_path in ("default", *names()):
-        return _bundled(USUAL if name_or_path == "default" else name_or_path)
-    mine = own.find(name_or_path, "hosts")
-    if mine is None and not is_file(name_or_path):
+    check_kind("host", name_or_path, (str, PathLike), "a name, the path of a TOML, or a Host")
+    text = str(name_or_path)
+    if text in ("default", *names()):
+        return _bundled(USUAL if text == "default" else text)
+    mine = own.find(text, "hosts")
+    if mine is None and not is_file(text):
         known = ["default", *names(), *own.calibrated("hosts")]
-        raise UserError(f"unknown host {name_or_path!r}: {nearest(name_or_path, known)} (or give a path)")
-    return _read(mine or Path(name_or_path))
+        raise UserError(f"unknown host {text!r}: {nearest(text, known)} (or give a path)")
+    return _read(mine or Path(text))
 
 
 @cache
@@ -241,7 +247,7 @@ def _read(path: Path) -> Host:
     return Host(name=name, source=source, **costs)
 
 
-def host_of(host: str | Host, on: "DeviceProfile") -> Host:
+def host_of(host: GivenHost, on: "DeviceProfile") -> Host:
     """The host that a name, path or `Host` stands for; "default" is the one that goes with the device.
 
     An own device's was made beside it by `perfmodel calibrate`; where that file is gone it is the usual one.
@@ -251,7 +257,7 @@ def host_of(host: str | Host, on: "DeviceProfile") -> Host:
     """
     if isinstance(host, Host):
         return host
-    if host != "default":
+    if not isinstance(host, str) or host != "default":
         return load(host)
     goes_along = on.host in names() or own.find(on.host, "hosts") is not None
     return load(on.host if goes_along else USUAL)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..setup import one_of
+from ..errors import UserError, one_of
 from ..tape.linalg import linear
 from ..tape.nn import embedding
 from ..tape.pointwise import relu

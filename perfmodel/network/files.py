@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..devices import own, toml
-from ..errors import UserError, nearest
+from ..errors import UserError, check_kind, nearest
 from ..resources import DATA, is_file, read_toml, stems
 from .parameters import PROTOCOLS, Between, CollectiveParameters, InSwitch, Nics, Protocol
 from .price import KINDS, Links
@@ -100,6 +100,7 @@ def load(name_or_path: str | PathLike[str]) -> NodeFile:
     Raises:
         UserError: unknown node; broken TOML; a key that is missing, unknown, mistyped or out of range.
     """
+    check_kind("node", name_or_path, (str, PathLike), "a name or the path of a TOML")
     text = str(name_or_path).strip()
     if slug := bundled(text):
         return _bundled(slug)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, nearest
+from ..errors import UserError, as_given, nearest
 from ..program.dtypes import ITEMSIZE
 from ..values import immutable
 from . import files, price
@@ -105,8 +105,8 @@ class GpuNode:
         Raises:
             UserError: an unknown kind or dtype, more GPUs than the nodes hold, nodes without network cards.
         """
-        if dtype not in ITEMSIZE:
-            raise UserError(f"dtype {dtype!r} is unknown: {nearest(dtype, ITEMSIZE)}")
+        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+            raise UserError(f"dtype {as_given(dtype)} is unknown: {nearest(str(dtype), ITEMSIZE)}")
         message, group, over = self._group(kind, message_bytes, gpus, nodes)
         _together(message_bytes=message, gpus=group, nodes=over, beside=(side := _numbers("beside", beside, 1)))
         found = price.collective_seconds(
@@ -126,8 +126,8 @@ class GpuNode:
 
     def _group(self, kind: str, message_bytes: Any, gpus: Any, nodes: Any) -> tuple[Array, Array, Array]:
         """The arguments as arrays, checked."""
-        if kind not in price.KINDS:
-            raise UserError(f"collective {kind!r} is unknown: {nearest(kind, price.KINDS)}")
+        if not isinstance(kind, str) or kind not in price.KINDS:
+            raise UserError(f"collective {as_given(kind)} is unknown: {nearest(str(kind), price.KINDS)}")
         message, over = _numbers("message_bytes", message_bytes, 0), _numbers("nodes", nodes, 1)
         group = _numbers("gpus", over * self.gpus if gpus is None else gpus, 1)
         if np.any(over % 1):
@@ -159,7 +159,7 @@ Node = GpuNode  # its name in the face of the package; in the house a Node is a 
 def _numbers(what: str, value: Any, least: int) -> Array:
     array = np.asarray(value)
     if not np.issubdtype(array.dtype, np.number) or not np.all((array >= least) & np.isfinite(array)):
-        raise UserError(f"{what} must be from {least}, got {value!r}")
+        raise UserError(f"{what} must be from {least}, got {as_given(value)}")
     return array.astype(np.float64)
 
 

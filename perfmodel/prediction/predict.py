@@ -11,10 +11,10 @@ import numpy as np
 from .. import architectures, methods
 from ..architectures import Architecture, Config
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
-from ..devices.host import Host
+from ..devices.device import GivenDevice, profile_of
+from ..devices.host import GivenHost, Host
 from ..devices.profile import DeviceProfile
-from ..errors import UserError, nearest
+from ..errors import UserError, check_kind, nearest
 from ..methods import Method
 from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim, MixedStructure
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipelined
 
 Model = str | PathLike[str] | Architecture | Config
+MODEL = "a name, the path of a config.json, a hub id, a Config or an Architecture"
 
 
 @immutable
@@ -168,7 +169,7 @@ def resolve(model: Model, method: str | Method) -> tuple[Architecture, Method]:
     return architecture, method_of(method).bind(architecture)
 
 
-def method_of(method: str | Method) -> Method:
+def method_of(method: str | PathLike[str] | Method) -> Method:
     """A method by its spec, or by the path of an adapter_config.json, for models whose program is traced.
 
     Raises:
@@ -176,10 +177,11 @@ def method_of(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if method.endswith(".json"):
+    check_kind("method", method, (str, PathLike), "a text such as 'lora:r=16', or a Method")
+    if isinstance(method, PathLike) or method.endswith(".json"):
         from ..methods.parts.peft_adapter import PeftAdapter
 
-        return PeftAdapter.read(Path(method), label=method)
+        return PeftAdapter.read(Path(method), label=str(method))
     return methods.parse(method)
 
 
@@ -189,6 +191,7 @@ def architecture_of(model: Model) -> Architecture:
     Raises:
         UserError: an unknown name, or a config that cannot be read.
     """
+    check_kind("model", model, (str, PathLike, Architecture, Config), MODEL)
     if isinstance(model, str) and model.lower() in architectures.model_names():
         return _bundled(model.lower())
     if isinstance(model, (str, PathLike)):
@@ -206,9 +209,9 @@ def predict(
     model: Model,
     method: str | Method = "full",
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device = "l40s",
+    device: GivenDevice = "l40s",
     *,
-    host: str | Host = "default",
+    host: GivenHost = "default",
     shared: Shared | None = None,
     steps: Steps | None = None,
     **options: Any,
@@ -230,7 +233,7 @@ def predict(
 
 
 def predict_on_each(
-    architecture: Architecture, method: Method, setup: Setup, devices: Devices, host: str | Host
+    architecture: Architecture, method: Method, setup: Setup, devices: Devices, host: GivenHost
 ) -> Prediction:
     """Predict a grid on several devices, every figure of shape (devices, *grid); it has no notes.
 
@@ -257,6 +260,7 @@ def predict_on_each(
 
 def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
     """A setup with some of its fields replaced."""
+    check_kind("setup", setup, (Setup, type(None)), "a Setup; its fields go as options, such as batch=4")
     if not options:
         return setup or Setup()
     known = {f.name for f in fields(Setup)}

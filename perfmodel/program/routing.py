@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, as_given
 from .dims import only
 
 BALANCED = 0.0  # exponent of a router that treats all experts alike
@@ -95,13 +95,15 @@ def exponent_of(text: str) -> float:
     Raises:
         UserError: neither of them.
     """
-    kind, _, value = text.partition(":")
-    if text == "balanced":
+    kind, _, value = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if kind == text == "balanced":
         return BALANCED
     try:
         exponent = float(value) if kind == "zipf" else np.nan
     except ValueError:
         exponent = np.nan
     if not 0 < exponent <= 10:
-        raise UserError(f"routing {text!r} is unknown: write balanced, or zipf:1.1 (an exponent above 0, up to 10)")
+        raise UserError(
+            f"routing {as_given(text)} is unknown: write balanced, or zipf:1.1 (an exponent above 0, up to 10)"
+        )
     return exponent

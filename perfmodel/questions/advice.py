@@ -13,10 +13,10 @@ from typing import Any
 
 from ..architectures import Architecture
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
-from ..devices.host import Host
+from ..devices.device import GivenDevice, profile_of
+from ..devices.host import GivenHost
 from ..devices.profile import DeviceProfile
-from ..errors import UserError
+from ..errors import UserError, check_number, one_or_several
 from ..methods import Method
 from ..prediction import memory
 from ..prediction.predict import Model, Prediction, predict, resolve, with_options
@@ -228,12 +228,12 @@ def advise(
     model: Model,
     method: str | Method = "lora",
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device = "l40s",
+    device: GivenDevice = "l40s",
     *,
-    methods: Sequence[str | Method] = (),
+    methods: str | Method | Sequence[str | Method] = (),
     memory_bytes: float | None = None,
     min_trainable: float | None = None,
-    host: str | Host = "default",
+    host: GivenHost = "default",
     progress: Progress | None = None,
     **options: Any,
 ) -> Advice:
@@ -248,7 +248,7 @@ def advise(
     by = hosts.host_of(host, on)
     if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
         raise UserError("advise takes one batch and one seq; for grids use sweep")
-    limit = _limit(memory_bytes, on)
+    limit, least = _limit(memory_bytes, on), _least(min_trainable)
 
     shared: dict[Any, Shared] = defaultdict(Shared)  # by vocabulary, all of a model that a knob turns, and by dtype
 
@@ -260,11 +260,11 @@ def advise(
             progress(len(searched), len(spaces), f"{method.spec()}, setup {next(tried)}")
         alike = shared[model.vocab, setup.dtype, setup.amp]
         p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=alike)
-        fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= (min_trainable or 0)
+        fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= least
         return Candidate(changes, p, fits)
 
     start = evaluate(architecture, setup, start_method, ())
-    others = [resolve(architecture, m)[1] for m in methods]
+    others = [resolve(architecture, m)[1] for m in one_or_several("methods", methods, (str, Method))]
     if min_trainable is not None:
         others += sized(architecture, setup, on, min_trainable)
     half = in_half_of(on.hardware.half, setup)
@@ -295,9 +295,21 @@ def _offloaded(space: _Space) -> Iterator[_Space]:
 
 
 def _limit(memory_bytes: float | None, on: DeviceProfile) -> float:
-    if memory_bytes is not None and not memory_bytes > 0:
+    if memory_bytes is None:
+        return on.capacity
+    check_number("memory_bytes", memory_bytes)
+    if not memory_bytes > 0:
         raise UserError(f"memory must be positive, got {memory_bytes}")
-    return min(memory_bytes or on.capacity, on.capacity)
+    return min(memory_bytes, on.capacity)
+
+
+def _least(min_trainable: float | None) -> float:
+    if min_trainable is None:
+        return 0.0
+    check_number("min_trainable", min_trainable)
+    if not 0 <= min_trainable < float("inf"):
+        raise UserError(f"min_trainable must be a number of parameters from 0, got {min_trainable}")
+    return min_trainable
 
 
 def _distinct(found: list[Method]) -> list[Method]:

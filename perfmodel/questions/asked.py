@@ -6,7 +6,7 @@ from typing import Any
 
 from ..architectures import Architecture
 from ..devices import host as hosts
-from ..devices.host import Host
+from ..devices.host import GivenHost
 from ..devices.profile import DeviceProfile
 from ..methods import Method
 from ..partitions import fingerprint
@@ -15,7 +15,7 @@ from ..setup import Setup
 
 
 def plain_question(
-    command: str, architecture: Architecture, methods: Sequence[Method], setup: Setup, host: str | Host,
+    command: str, architecture: Architecture, methods: Sequence[Method], setup: Setup, host: GivenHost,
     places: Sequence[tuple[DeviceProfile, int]], **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What a command asks of some numbers of GPUs of some devices: questions that are equal have the same answers.

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
+from ..devices.device import GivenDevice, profile_of
 from ..devices.profile import DeviceProfile
-from ..errors import UserError
+from ..errors import UserError, one_or_several
 from ..methods import Method
 from ..prediction.memory import room
 from ..prediction.predict import Model, Prediction, architecture_of, method_of, plain, predict, with_options
@@ -80,9 +80,9 @@ class Comparison(Shown):
 
 def compare(
     model: Model,
-    methods: Sequence[str | Method] = ("full", "lora"),
+    methods: str | Method | Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device = "l40s",
+    device: GivenDevice = "l40s",
     **options: Any,
 ) -> Comparison:
     """Predict several methods in one setup, the first the baseline; see `perfmodel.compare`.
@@ -92,7 +92,7 @@ def compare(
     Raises:
         UserError: what the baseline or the setup lacks, or why none of the others is modelled.
     """
-    methods = [methods] if isinstance(methods, (str, Method)) else list(methods)
+    methods = one_or_several("methods", methods, (str, Method))
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")

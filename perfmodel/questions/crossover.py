@@ -15,7 +15,7 @@ import numpy as np
 from ..architectures import Architecture
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
-from ..errors import UserError
+from ..errors import UserError, as_given
 from ..methods import Method
 from ..prediction.predict import Prediction, predict
 from ..setup import Setup
@@ -117,7 +117,7 @@ def crossovers(pair: MethodPair, axes: Sequence[str] = AXES) -> list[Crossover]:
     """
     for axis in axes:
         if axis not in AXES:
-            raise UserError(f"axis {axis!r} is unknown: use {', '.join(AXES)}")
+            raise UserError(f"axis {as_given(axis)} is unknown: use {', '.join(AXES)}")
     size = pair.size_option() if "size" in axes else ""
     sized = pair.owner(size)
     gridded = [axis for axis in axes if axis in ("batch", "seq")]

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
-from ..devices.host import Host
+from ..devices.device import GivenDevice, profile_of
+from ..devices.host import GivenHost, Host
 from ..devices.profile import DeviceProfile
+from ..errors import one_or_several
 from ..methods import Method
 from ..prediction.over_lengths import drawn
 from ..prediction.predict import Model, Prediction, predict, resolve, with_options
@@ -115,10 +116,10 @@ def explain(
     a: str | Method = "full",
     b: str | Method = "lora",
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device = "l40s",
+    device: GivenDevice = "l40s",
     *,
-    host: str | Host = "default",
-    axes: Sequence[str] = CHEAP_AXES,
+    host: GivenHost = "default",
+    axes: str | Sequence[str] = CHEAP_AXES,
     **options: Any,
 ) -> Explanation:
     """Explain the step time of `b` against that of `a`; `perfmodel.explain` says what it takes and raises."""
@@ -132,13 +133,14 @@ def explain(
 
 
 def of_predictions(
-    a: Prediction, b: Prediction, on: DeviceProfile, by: Host, axes: Sequence[str] = CHEAP_AXES
+    a: Prediction, b: Prediction, on: DeviceProfile, by: Host, axes: str | Sequence[str] = CHEAP_AXES
 ) -> Explanation:
     """Explain two predictions of one model, setup, device and host.
 
     Raises:
         UserError: one of them is a grid.
     """
+    axes = one_or_several("axes", axes, str)
     before, after = dissect(a, on, by), dissect(b, on, by)
     along = crossovers(pair_of(a, b, on, by), axes)
     return Explanation(a, b, with_reason(a, b, before, after, on), before, after, along, on)

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from ..architectures import Architecture
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
-from ..devices.host import Host
+from ..devices.device import Device, GivenDevice, profile_of
+from ..devices.host import GivenHost
 from ..devices.profile import DeviceProfile
-from ..errors import UserError
+from ..errors import UserError, one_or_several
 from ..methods import Method
 from ..prediction import intervals
 from ..prediction.intervals import Devices
@@ -49,7 +50,7 @@ class Sweep(Shown):
     methods: tuple[Method, ...]
     devices: tuple[DeviceProfile, ...]
     setup: Setup
-    host: str | Host
+    host: GivenHost
     batch: np.ndarray
     seq: np.ndarray
     rank: np.ndarray
@@ -177,7 +178,7 @@ class SweptPoints:
     architecture: Architecture
     devices: Devices
     setup: Setup
-    host: str | Host
+    host: GivenHost
     batch: np.ndarray
     seq: np.ndarray
     gpus: int
@@ -221,33 +222,36 @@ class SweptPoints:
 
 def sweep(
     model: Model,
-    methods: Sequence[str | Method] = ("full", "lora"),
+    methods: str | Method | Sequence[str | Method] = ("full", "lora"),
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device] = "l40s",
+    device: GivenDevice | Sequence[GivenDevice] = "l40s",
     *,
     batch: Any = None,
     seq: Any = None,
     rank: Any = (),
     k: Any = (),
     gpus: Any = None,
-    host: str | Host = "default",
+    host: GivenHost = "default",
     **options: Any,
 ) -> Sweep:
     """Plan a sweep; `perfmodel.sweep` says what it takes and raises."""
     architecture = architecture_of(model)
-    names = [device] if isinstance(device, (str, DeviceProfile, Device)) else list(device)
+    methods = one_or_several("methods", methods, (str, Method))
+    names = one_or_several("device", device, (str, PathLike, DeviceProfile, Device))
     if not methods or not names:
         raise UserError("a sweep needs at least one method and one device")
     ks, ranks = _axis("k", k), _axis("rank", rank)
     bound = tuple({m.spec(): m.bind(architecture) for text in methods for m in _variants(text, ks)}.values())
     if len(ranks) and not any(map(has_rank, bound)):
         raise UserError("a sweep over rank needs a method with a rank, e.g. lora")
+    if len(ks) and not any(map(_has_k, bound)):
+        raise UserError("a sweep over k needs a method that trains the last K blocks: top_k")
     for m in bound:
         if len(ranks) and has_rank(m):
             with_rank(m, ranks).bind(architecture)
     devices = _distinct([profile_of(d) for d in names])
     if gpus is None:
-        gpus = 1 if setup is None else setup.gpus
+        gpus = with_options(setup, {}).gpus
     setups, refused = possible(partial(_with_gpus, setup, options, devices), _axis("gpus", gpus).tolist())
     base = next(iter(setups.values()))
     return Sweep(
@@ -255,7 +259,7 @@ def sweep(
         methods=bound,
         devices=devices,
         setup=base,
-        host=hosts.load(host) if isinstance(host, str) and host != "default" else host,  # a device may have its own
+        host=host if isinstance(host, str) and host == "default" else hosts.host_of(host, devices[0]),
         batch=_axis("batch", base.batch if batch is None else batch),
         seq=_axis("seq", base.seq if seq is None else seq),
         rank=ranks,
@@ -280,6 +284,10 @@ def has_rank(method: Method) -> bool:
     return any(f.name == "r" for f in fields(method)) and getattr(method, "inner", "lora") == "lora"
 
 
+def _has_k(method: Method) -> bool:
+    return any(f.name == "k" for f in fields(method))
+
+
 def with_rank(method: Method, r: Any) -> Method:
     """The method with another rank, or an array of ranks."""
     changed: dict[str, Any] = {"r": r}
@@ -288,7 +296,7 @@ def with_rank(method: Method, r: Any) -> Method:
 
 def _variants(text: str | Method, ks: np.ndarray) -> list[Method]:
     method = method_of(text)
-    if not len(ks) or not any(f.name == "k" for f in fields(method)):
+    if not len(ks) or not _has_k(method):
         return [method]
     changes: list[dict[str, Any]] = [{"k": int(k)} for k in ks]
     return [replace(method, **change) for change in changes]

@@ -8,12 +8,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..devices import host as hosts
-from ..devices.device import Device, profile_of
-from ..devices.host import Host
-from ..devices.profile import DeviceProfile
+from ..devices.device import GivenDevice, profile_of
+from ..devices.host import GivenHost
 from ..errors import UserError
 from ..methods.parts.peft_adapter import PeftAdapter
-from ..prediction.predict import Prediction, of_step
+from ..prediction.predict import Prediction, of_step, with_options
 from ..recording.program import recorded_module
 from ..setup import Setup
 from .calls import Loss
@@ -32,15 +31,15 @@ def predict_module(
     *,
     loss: LossOf | None = None,
     setup: Setup | None = None,
-    device: str | DeviceProfile | Device = "l40s",
-    host: str | Host = "default",
+    device: GivenDevice = "l40s",
+    host: GivenHost = "default",
     name: str = "",
 ) -> Prediction:
     """See `perfmodel.predict_module`."""
     on = profile_of(device)
     by = hosts.host_of(host, on)
     called = name or type(module).__name__
-    setup = setup or _setup(module, inputs)
+    setup = with_options(setup, {}) if setup is not None else _setup(module, inputs)
     check_setup(setup)
     model = _without_data(module)
     prepare(model, setup)

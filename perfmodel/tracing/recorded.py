@@ -25,7 +25,7 @@ from ..calls.sdpa import cudnn_head_size
 from ..devices import own
 from ..devices.device import profile_of
 from ..devices.profile import DeviceProfile
-from ..errors import UserError
+from ..errors import UserError, check_kind
 from ..methods import Method
 from ..methods.parts.peft_adapter import PeftAdapter
 from ..prediction.predict import method_of
@@ -56,6 +56,7 @@ def traced(model: str | PathLike[str] | Config, folder: Path | None = None) -> R
     Args:
         folder: where programs are kept; default: the user's.
     """
+    check_kind("model", model, (str, PathLike, Config), "a name, the path of a config.json, a hub id or a Config")
     config = model if isinstance(model, Config) else load(str(model))
     if MEGATRON in config.values:
         raise UserError(f"{config.name}: Megatron's program has no trace; leave --traced out")

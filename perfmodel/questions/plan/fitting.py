@@ -13,7 +13,7 @@ from typing import Any
 from ... import methods
 from ...architectures import Architecture
 from ...devices import host as hosts
-from ...devices.host import Host
+from ...devices.host import GivenHost
 from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
@@ -93,7 +93,7 @@ class Fitting:
     """
 
     architecture: Architecture
-    host: str | Host
+    host: GivenHost
     steps: Steps = field(default_factory=lambda: Steps(whole=True))
     peaks: dict[Any, int] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import architectures
 from ...architectures.names import name_order
-from ...devices.host import Host
+from ...devices.host import GivenHost
 from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
@@ -61,18 +61,18 @@ class Largest:
 Answers = list[Largest]
 
 
-def largest_batch(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Largest:
+def largest_batch(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Largest:
     """The largest micro-batch that fits, everything else as it is."""
     return _largest("batch", model, method, replace(setup, batch=1), on, host)
 
 
-def longest_context(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Largest:
+def longest_context(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Largest:
     """The longest samples that fit, everything else as it is; all of that length, which ranks can share."""
     return _largest("seq", model, method, replace(setup, seq=1, lengths=None, prompt=None), on, host)
 
 
 def _largest(
-    what: str, model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: str | Host
+    what: str, model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost
 ) -> Largest:
     check_single(setup)
     architecture = architecture_of(model)
@@ -117,9 +117,7 @@ def _search(at: Callable[[int], Prediction | None], smallest: int) -> tuple[int,
     return low, best
 
 
-def smallest_gpus(
-    model: Model, method: str | Method, setup: Setup, device: Devices | None, host: str | Host
-) -> Answers:
+def smallest_gpus(model: Model, method: str | Method, setup: Setup, device: Devices | None, host: GivenHost) -> Answers:
     """The GPUs of least memory on which the step fits: as it is, and with what may be given up; ties included."""
     check_single(setup)
     architecture = architecture_of(model)
@@ -154,7 +152,7 @@ def _least(found: list[tuple[float, Largest]]) -> Answers:
     return [answer for size, answer in found if size == least]
 
 
-def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Largest:
+def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Largest:
     """The bundled model of most parameters whose step fits, everything else as it is."""
     check_single(setup)
     asked = method_of(method)
@@ -168,7 +166,7 @@ def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: s
     return Largest("model", on.slug, asked.spec(), biggest, best, gpus=int(setup.gpus))
 
 
-def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: str | Host) -> Prediction | None:
+def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Prediction | None:
     """The step of a bundled model; None if it does not fit, or the method or setup is none for it."""
     from ...methods.parts.quantised import QuantisedLora  # no other question needs it
 
@@ -192,7 +190,7 @@ QUESTIONS = ("largest_batch", "longest_context", "smallest_gpu", "biggest_model"
 
 def answers(
     questions: Sequence[str], model: Model | None, methods: Sequence[str | Method], setup: Setup,
-    device: Devices | None, host: str | Host = "default",
+    device: Devices | None, host: GivenHost = "default",
 ) -> Answers:  # fmt: skip
     """Answers to some of `QUESTIONS` for every method; all but the smallest GPU on each device.
 
@@ -204,7 +202,7 @@ def answers(
 
 
 def _answers(
-    question: str, model: Model | None, method: str | Method, setup: Setup, device: Devices | None, host: str | Host
+    question: str, model: Model | None, method: str | Method, setup: Setup, device: Devices | None, host: GivenHost
 ) -> Iterator[Largest]:
     if question == "smallest_gpu":
         assert model is not None

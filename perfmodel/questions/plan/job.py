@@ -6,13 +6,13 @@ is evaluated and saved in any case (`DefaultFlowCallback.on_step_end`, 5.24).
 """
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, check_kind, check_number
 from ...program.lengths import Lengths
-from ...setup import LARGEST, Setup
+from ...setup import LARGEST, Setup, single
 from ...values import immutable
 from . import collating
 from .collating import Counts
@@ -58,6 +58,15 @@ class Job:
     def __post_init__(self) -> None:
         if self.samples is not None and self.tokens is not None:
             raise UserError("a data set is so many samples or so many tokens: give one of the two")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is None and name in MAY_BE_NONE:
+                continue
+            check_number(name, value, whole=name in WHOLE)
+            if name in WHOLE:  # 1e4 is one too
+                object.__setattr__(self, name, int(value))
+        for name in FLAGS:
+            check_kind(name, getattr(self, name), (bool, np.bool_), "True or False")
         for name in ("samples", "tokens", "max_steps", "eval_every", "eval_samples"):
             least = 0 if name == "eval_samples" else 1
             value = getattr(self, name)
@@ -74,6 +83,12 @@ class Job:
             raise UserError(f"disk must be positive and startup not negative, got {self.disk} and {self.startup}")
         if (self.eval_every is None) != (self.eval_samples == 0):
             raise UserError("an evaluation takes both: eval_every steps and eval_samples")
+
+
+FLAGS = tuple(f.name for f in fields(Job) if f.type is bool)
+NUMBERS = tuple(f.name for f in fields(Job) if f.type is not bool)
+MAY_BE_NONE = tuple(f.name for f in fields(Job) if f.default is None)
+WHOLE = ("samples", "max_steps", "eval_every", "eval_samples")
 
 
 @immutable
@@ -232,6 +247,7 @@ def with_global_batch(setup: Setup, samples: int | None, *, micro: bool) -> Setu
     """
     if samples is None:
         return setup
+    samples = single("global_batch", samples)
     replicas = int(setup.replicas)
     if not micro:
         if samples % replicas:

@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from itertools import chain, product
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from ... import units
 from ...devices import profile
-from ...devices.device import Device, profile_of
-from ...devices.host import Host
+from ...devices.device import Device, GivenDevice, profile_of
+from ...devices.host import GivenHost
 from ...devices.profile import DeviceProfile
-from ...errors import UserError
+from ...errors import UserError, check_kind, check_number, one_of, one_or_several
 from ...methods import Method
 from ...prediction.predict import Model, Prediction, architecture_of, method_of, with_options
 from ...recording.collector import no_collector
@@ -28,10 +29,10 @@ from ..knobs import in_half_of
 from . import job as jobs
 from .fitting import Concession, Fitting, tried
 from .job import Job, JobCounts
-from .prices import KINDS, known_prices, price_of, typed_prices
+from .prices import KINDS, GivenPrices, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
 
-Devices = str | DeviceProfile | Device | Sequence[str | DeviceProfile | Device]
+Devices = GivenDevice | Sequence[GivenDevice]
 Key = tuple[str, int, str]  # device, number of GPUs, method
 Outcomes = dict[Key, PlannedRun | UserError | str]  # the run, or why there is none
 TOGETHER = 16  # devices of a partition: a step is recorded once for all of them
@@ -145,13 +146,13 @@ def planner_of(
     global_batch: int | None = None,
     micro: bool | None = None,
     gpus: int | Sequence[int] | None = None,
-    price: Sequence[str] | Mapping[str, float] = (),
+    price: GivenPrices = (),
     price_kind: str = KINDS[0],
     deadline: float | None = None,
     node_power: float | None = None,
     grid_co2: float | None = None,
     today: date | None = None,
-    host: str | Host = "default",
+    host: GivenHost = "default",
     **options: Any,
 ) -> "Planner":
     """What plans a job; `perfmodel.plan` says what it takes and raises.
@@ -162,25 +163,33 @@ def planner_of(
     about = {name: options.pop(name) for name in Job.__dataclass_fields__ if name in options}
     if about and job is not None:
         raise UserError(f"give a job, or {', '.join(about)} to make one: not both")
-    job = job or Job(**about)
+    job = Job(**about) if job is None else job
+    check_kind("job", job, Job, "a Job; its fields go as options, such as samples=50_000")
+    one_of("price_kind", price_kind, KINDS)
     _check(deadline=deadline, node_power=node_power, grid_co2=grid_co2)
     if micro is None:
         micro = setup is not None or any(name in options for name in TYPED)
     if gpus is None:
-        gpus = 1 if setup is None else setup.gpus
+        gpus = with_options(setup, {}).gpus
 
     def of_gpus(count: int) -> Setup:
         each = with_options(setup, {**options, "gpus": count})
         jobs.check_single(each)
         return jobs.with_global_batch(each, global_batch, micro=micro)
 
-    setups, refused = possible(of_gpus, np.ravel(gpus).tolist())
+    counts = one_or_several("gpus", gpus, int)
+    if not counts:
+        raise UserError("gpus must be one number of GPUs or several, got none")
+    setups, refused = possible(of_gpus, np.ravel(counts).tolist())
     architecture = architecture_of(model)
-    given = [methods] if isinstance(methods, (str, Method)) else list(methods)
+    given = one_or_several("methods", methods, (str, Method))
     bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
-    typed = dict(price) if isinstance(price, Mapping) else typed_prices(price)
+    if not given:
+        raise UserError("a plan needs a method, such as lora:r=16")
+    devices = tuple(planned_devices(device))
+    typed = typed_prices(price, {on.slug for on in devices})
     planner = Planner(
-        Fitting(architecture, host), job, tuple(setups.values()), tuple(planned_devices(device)), tuple(bound),
+        Fitting(architecture, host), job, tuple(setups.values()), devices, tuple(bound),
         price_kind, typed, node_power, deadline, grid_co2, today or date_of_today(), refused,
     )  # fmt: skip
     for each in planner.setups:  # a job that cannot be counted is refused before anything is predicted
@@ -190,6 +199,8 @@ def planner_of(
 
 def _check(**positive: float | None) -> None:
     for name, value in positive.items():
+        if value is not None:
+            check_number(name, value)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"{name} must be a number from 0, got {value}")
 
@@ -203,7 +214,7 @@ def planned_devices(device: Devices | None) -> list[DeviceProfile]:
     if device is None:
         known = [*profile.own_profiles()[0], *map(profile.load, profile.names())]
         return [on for on in known if on.kind == "cuda"]
-    found = [device] if isinstance(device, (str, DeviceProfile, Device)) else list(device)
+    found = one_or_several("device", device, (str, PathLike, DeviceProfile, Device))
     if not found:
         raise UserError("a plan needs a device; leave it out for all GPUs of the catalogue")
     return list({on.slug: on for on in map(profile_of, found)}.values())

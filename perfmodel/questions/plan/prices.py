@@ -7,15 +7,16 @@ prices/ of $PERFMODEL_HOME (`perfmodel.devices.own`); for a device that they nam
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from ...devices import own, profile, toml
-from ...errors import UserError, nearest
+from ...errors import UserError, as_given, nearest, one_or_several
 from ...resources import DATA, read_toml
 from ...values import immutable
 
@@ -83,22 +84,32 @@ def price_of(
     return min(found, key=lambda price: (price.gpus > 1, price.usd), default=None)
 
 
-def typed_prices(texts: Iterable[str]) -> dict[str, float]:
-    """Prices by slug of `2.5`, for all devices, and `h100-sxm=2.5`.
+GivenPrices = str | float | Iterable[str | float] | Mapping[str, float]
+
+
+def typed_prices(given: GivenPrices, slugs: Container[str] = ()) -> dict[str, float]:
+    """Prices by slug of `2.5`, for all devices, and `h100-sxm=2.5`; or of a mapping from names of devices.
+
+    Args:
+        slugs: of devices that may have no file.
 
     Raises:
         UserError: no price, or a device that is not known.
     """
     found = {}
-    for text in texts:
+    if isinstance(given, Mapping):
+        given = [f"{device}={usd}" if device else f"{usd}" for device, usd in given.items()]
+    for text in map(str, one_or_several("price", given, (str, Real))):
         device, equals, number = text.rpartition("=")
         try:
             usd = float(number)
         except ValueError:
             usd = -1.0
         if not 0 <= usd <= DEAREST:
-            raise UserError(f"price {text!r}: dollars an hour and GPU are expected, such as 2.5 or h100-sxm=2.5")
-        found[profile.load(device).slug if equals else ""] = usd
+            raise UserError(
+                f"price {as_given(text)}: dollars an hour and GPU are expected, such as 2.5 or h100-sxm=2.5"
+            )
+        found[device if not equals or device in slugs else profile.load(device).slug] = usd
     return found
 
 
