@@ -7,6 +7,7 @@ Several ranks wait for the one with the longest (`program.stragglers`): time is 
 """
 
 from dataclasses import fields, replace
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipelined
 
 COUNTS = ("flops", "bytes", "kernels", "dispatches")
+SENT = ("nbytes", "calls")  # of a rank's communication: counts, no times
 GATHERED = ("fsdp1", "fsdp2", "zero2", "zero3")  # forms in which every micro-batch has collectives of all ranks
 
 
@@ -46,19 +48,21 @@ def over_lengths(compute: Compute[Any], setup: Setup, method: Method) -> Any:
         return found if as_asked else replace(found, setup=_asked(setup, found))
     if setup.packing == "flat":
         longest = compute(replace(setup, seq=lengths.most(setup.seq), lengths=None), method)
-        found = compute(setup, method)
-        return replace(found, **_waiting(compute, setup, method, found), memory=longest.memory, fits=longest.fits)
+        return _flat(compute, setup, method, longest)
     return compute(setup, method) if setup.packing == "varlen" else _mean(compute, setup, method, lengths)
 
 
 def drawn(setup: Setup) -> list[tuple[float, Setup]]:
-    """The kinds of micro-batches whose time the steps of a single setup without packing take, with their shares; else
-    the setup itself."""
-    if setup.lengths is None or setup.packing != "none":
+    """The kinds of micro-batches whose time the steps of a single setup take, with their shares: where rows are full
+    all are alike."""
+    if setup.lengths is None or setup.packing not in ("none", "flat"):
         return [(1.0, setup)]
-    kinds = _waited(setup, int(setup.batch), int(setup.seq), int(setup.replicas))
-    plain = _one_length(setup, pads=_pads(setup, int(setup.batch), int(setup.seq)))
-    return [(share, replace(plain, seq=length)) for length, share in kinds]
+    batch, seq, ranks = int(setup.batch), int(setup.seq), int(setup.replicas)
+    if setup.packing == "flat":
+        more, part = _fuller(setup, batch, seq, ranks)
+        return [(1 - part, setup), (part, replace(setup, batch=more))] if part else [(1.0, setup)]
+    plain = _one_length(setup, pads=_pads(setup, batch, seq))
+    return [(share, replace(plain, seq=length)) for length, share in _waited(setup, batch, seq, ranks)]
 
 
 def longest_drawn(setup: Setup) -> Setup:
@@ -86,9 +90,9 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
     own, padded, shares = priced(of_rank)
     slow, _, weights = (own, padded, shares) if waited == of_rank else priced(waited)
     time = _mean_time(slow.time, weights, own.time.communication, shares)
-    mfu = mean_over(own.mfu * own.time.phases["total"], shares) / time.phases["total"]
-    padding = np.maximum(0.0, 1 - lengths.mean(setup.seq) / mean_over(padded, shares)) * decide(pads)  # if not rounded
-    counts = {name: mean_over(getattr(own, name), shares) for name in COUNTS}
+    mfu = _mean_over(own.mfu * own.time.phases["total"], shares) / time.phases["total"]
+    padding = np.maximum(0.0, 1 - lengths.mean(setup.seq) / _mean_over(padded, shares)) * decide(pads)  # if not rounded
+    counts = {name: _mean_over(getattr(own, name), shares) for name in COUNTS}
     if longest.pipeline is not None:
         counts["pipeline"] = _mean_pipeline(longest.pipeline, time, [
             (share, compute(replace(plain, seq=length), method).pipeline) for length, share in waited[0]
@@ -97,10 +101,10 @@ def _mean(compute: Compute[Any], setup: Setup, method: Method, lengths: Lengths)
     return replace(longest, setup=asked, time=time, mfu=mfu, padding=padding if shape else float(padding), **counts)
 
 
-def mean_over(value: Any, shares: np.ndarray) -> Any:
+def _mean_over(value: Any, shares: np.ndarray) -> Any:
     """The means of figures of kinds of micro-batches, (kinds, *grid), by shares of that shape."""
     if isinstance(value, dict):
-        of_phases = {name: mean_over(entry, shares) for name, entry in value.items()}
+        of_phases = {name: _mean_over(entry, shares) for name, entry in value.items()}
         if set(of_phases) == {*PHASES, "total"}:  # numbers are rounded phase by phase
             of_phases["total"] = sum(of_phases[phase] for phase in PHASES)
         return of_phases
@@ -113,59 +117,59 @@ def mean_over(value: Any, shares: np.ndarray) -> Any:
 def _mean_time(time: Time, weights: np.ndarray, of_rank: Communication, shares: np.ndarray) -> Time:
     """The mean of times by their weights, of what is sent by shares of a rank's kinds."""
     given = time.communication
-    sent = {name: mean_over(getattr(of_rank, name), shares) for name in ("nbytes", "calls")}
-    told = {f.name: mean_over(getattr(given, f.name), weights) for f in fields(given) if f.name not in sent}
-    found = {f.name: mean_over(getattr(time, f.name), weights) for f in fields(time) if f.name != "communication"}
-    waits = mean_over(time.launch_bound_share, time.phases["total"] * weights)
+    sent = {name: _mean_over(getattr(of_rank, name), shares) for name in SENT}
+    told = {f.name: _mean_over(getattr(given, f.name), weights) for f in fields(given) if f.name not in sent}
+    found = {f.name: _mean_over(getattr(time, f.name), weights) for f in fields(time) if f.name != "communication"}
+    waits = _mean_over(time.launch_bound_share, time.phases["total"] * weights)
     return replace(time, **{**found, "launch_bound_share": waits, "communication": replace(given, **told, **sent)})
 
 
-def _mean_pipeline(longest: "Pipelined", time: Time, kinds: "list[tuple[float, Pipelined]]") -> "Pipelined":
+def _mean_pipeline(longest: "Pipelined", time: Time, kinds: "list[tuple[Any, Pipelined]]") -> "Pipelined":
     """A pipeline's ranks on average; what they hold is that of the longest micro-batches."""
+
+    def mean(i: int, name: str) -> float:
+        return float(sum(share * getattr(of.stages[i], name) for share, of in kinds))
+
     stages = [
-        replace(stage, **{
-            name: sum(share * getattr(of.stages[i], name) for share, of in kinds)
-            for name in ("forward", "backward", "waiting")
-        })
+        replace(stage, forward=mean(i, "forward"), backward=mean(i, "backward"), waiting=mean(i, "waiting"))
         for i, stage in enumerate(longest.stages)
-    ]  # fmt: skip
+    ]
     return replace(longest, time=time, stages=stages)
 
 
-def _waiting(compute: Compute[Any], setup: Setup, method: Method, found: Any) -> dict[str, Any]:
-    """Time and MFU where samples lie behind one another: of as many tokens as the rank has that is waited for.
+def _flat(compute: Compute[Any], setup: Setup, method: Method, longest: Any) -> Any:
+    """Where samples lie behind one another: the mean rank's counts, the time of the rank that is waited for, and the
+    memory of micro-batches as long as they may be."""
+    found = compute(setup, method)
+    more, between = _fuller_points(setup, method)
+    kinds: list[tuple[Any, Any]] = [(1.0, found.pipeline)]
+    changed: dict[str, Any] = {}
+    if between.any():
+        larger = compute(replace(setup, batch=more if more.ndim else more.item()), method)
+        kinds = [(1 - between, found.pipeline), (between, larger.pipeline)]
+        changed["time"] = _on_the_way(found.time, larger.time, between)
+        changed["mfu"] = found.mfu * found.time.phases["total"] / changed["time"].phases["total"]
+    if longest.pipeline is not None:
+        changed["pipeline"] = _mean_pipeline(longest.pipeline, changed.get("time", found.time), kinds)
+    return replace(found, **changed, memory=longest.memory, fits=longest.fits)
 
-    They lie between those of as many samples and of more, one row after the other.
-    """
-    assert setup.lengths is not None
+
+def _on_the_way(a: Any, b: Any, part: np.ndarray) -> Any:
+    """Figures of a time so far on the way to another's; what is sent is that of the first."""
+    if isinstance(a, dict):
+        return {name: _on_the_way(a.get(name, 0.0), b.get(name, 0.0), part) for name in {**a, **b}}
+    if isinstance(a, (Time, Communication)):
+        names = [f.name for f in fields(a) if f.name not in SENT]
+        return replace(a, **{name: _on_the_way(getattr(a, name), getattr(b, name), part) for name in names})
+    value = a + (b - a) * part
+    return value if np.ndim(value) else float(value)
+
+
+def _fuller_points(setup: Setup, method: Method) -> tuple[np.ndarray, np.ndarray]:
+    """`_fuller` at every point of a grid."""
     shape = grid_shape(setup, method)
-    points = _points(setup, shape)
-    more = np.array([
-        batch * fullest_rank(setup.lengths, batch * setup.of_sample, seq, **_meeting(setup, ranks))
-        for batch, seq, ranks in points
-    ]).reshape(shape)  # fmt: skip
-    few = np.array([batch for batch, *_ in points]).reshape(shape)
-    if np.all(more <= few):
-        return {}
-    many = np.maximum(few + 1, np.ceil(more).astype(np.int64))
-    between = (more - few) / (many - few)
-    larger = compute(replace(setup, batch=many if shape else int(many)), method).time
-    given = found.time.communication
-    sent = {name: getattr(given, name) for name in ("nbytes", "calls")}
-
-    def on_the_way(a: Any, b: Any) -> Any:
-        if isinstance(a, dict):
-            return {name: on_the_way(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}
-        if isinstance(a, Communication):
-            return replace(a, **{f.name: on_the_way(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)})
-        value = a + (b - a) * between
-        return value if np.ndim(value) else float(value)
-
-    time = replace(found.time, **{
-        f.name: on_the_way(getattr(found.time, f.name), getattr(larger, f.name)) for f in fields(found.time)
-    })  # fmt: skip
-    time = replace(time, communication=replace(time.communication, **sent))
-    return {"time": time, "mfu": found.mfu * found.time.phases["total"] / time.phases["total"]}
+    more, part = zip(*(_fuller(setup, *point) for point in _points(setup, shape)), strict=True)
+    return np.reshape(more, shape), np.reshape(part, shape)
 
 
 def _asked(setup: Setup, found: Any) -> Setup:
@@ -205,6 +209,14 @@ def _waited(setup: Setup, batch: int, seq: int, ranks: int) -> Batches:
     assert setup.lengths is not None
     sorts = setup.grad_accum if setup.group_by_length else 0
     return waited_batches(setup.lengths, batch * setup.of_sample, seq, grouped=sorts, **_meeting(setup, ranks))
+
+
+def _fuller(setup: Setup, batch: int, seq: int, ranks: int) -> tuple[int, float]:
+    """More samples than a rank has on average, and how far on the way to their tokens the one is that is waited for."""
+    assert setup.lengths is not None
+    times = fullest_rank(setup.lengths, batch * setup.of_sample, seq, **_meeting(setup, ranks))
+    more = max(batch + 1, ceil(batch * times))
+    return more, batch * (times - 1) / (more - batch)
 
 
 def _meeting(setup: Setup, ranks: int) -> dict[str, int]:

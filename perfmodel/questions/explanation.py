@@ -83,7 +83,8 @@ class Explanation(Shown):
     @property
     def of_longest(self) -> str:
         """Of which of several kinds of micro-batches the kernels are; empty where they are those of the step."""
-        return "" if len(drawn(self.a.setup)) == 1 else ", of its longest micro-batch"
+        padded = self.a.setup.packing == "none" and len(drawn(self.a.setup)) > 1
+        return ", of its longest micro-batch" if padded else ""
 
     def kernels(self, of: str) -> list[RooflineKernel]:
         """The kernels of step "a" or "b" for the roofline (`of_longest`)."""

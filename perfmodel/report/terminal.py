@@ -51,8 +51,8 @@ def show_prediction(p: Prediction) -> None:
     if p.setup.offload != "none":
         show(paragraph(offloading_line(p)))
     if p.setup.lengths:
-        shares = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
-        show(paragraph(f"{shares}{p.tokens_per_second:,.0f} tokens/s count"))
+        padding = f"{units.percent(p.padding, 1)} of the tokens are padding, " if p.setup.packing == "none" else ""
+        show(paragraph(f"{padding}{p.tokens_per_second:,.0f} tokens/s of documents"))
     m = p.memory
     fits = "fits" if p.fits else style("does not fit", fg="red")
     show(

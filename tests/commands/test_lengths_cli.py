@@ -29,7 +29,7 @@ def test_every_question_says_what_share_is_padding(command: str) -> None:
 
 def test_predict_tells_tokens_that_count() -> None:
     """Tokens per second of padding would flatter the larger batch."""
-    assert "tokens/s count" in told("predict", *PADDED)
+    assert "tokens/s of documents" in told("predict", *PADDED)
     value = json.loads(told("predict", *PADDED, "--json"))
     assert 0 < value["padding_share"] < 1
     assert value["setup"]["lengths"] == "60:150"
