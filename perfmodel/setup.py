@@ -240,7 +240,7 @@ class Setup:
                 of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
                 of += "" if self.pp == 1 else f" (of {self.pp} stages)"
                 raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job{of} are no groups of so many")
-        check_kind("node", self.node, (str, PathLike, type(None)), "a name or the path of a TOML")
+        check_kind("node", self.node, (type(None), str, PathLike), "a name or the path of a TOML")
         if not (isinstance(self.pp_schedule, str) and SCHEDULE.fullmatch(self.pp_schedule)):
             raise UserError(f"pp_schedule {as_given(self.pp_schedule)} is unknown: use 1f1b, gpipe or interleaved:v=2")
         if self.nodes is not None and single("nodes", self.nodes) > np.min(self.gpus):
@@ -375,7 +375,7 @@ def positive(name: str, value: Any) -> Dim:
     Raises:
         UserError: anything else.
     """
-    if type(value) is Formula:
+    if type(value) is Formula or (type(value) is int and 0 < value <= LARGEST):  # nearly all
         return value
     if isinstance(value, (list, tuple, range)) or (hasattr(value, "__array__") and np.ndim(value)):
         with suppress(ValueError):  # rows of different lengths
