@@ -56,6 +56,8 @@ def predict(
         method: `name[:key=value,…]` or a `Method`; of a `traced` model also the path of an adapter_config.json.
         setup: a `Setup`; keyword options such as `batch=4, seq=210` make or change one. `batch`, `seq` (and a method's
             rank) may be integer arrays or lists that broadcast together: then every figure is an array over the grid.
+            Without a setup, what no option names is the usual: weights in bf16, or in fp16 on a GPU without units for
+            bf16; SDPA, or eager attention where a model's program lacks it.
         device: slug, path of a TOML, or a `Device`.
         host: slug, path of a TOML, or a `Host`.
 

@@ -15,6 +15,7 @@ from ..architectures.names import bundled_for
 from ..devices import profile
 from ..errors import UserError, nearest
 from ..network import files as nodes
+from ..prediction.given import usual_attention
 from ..setup import Setup
 from ..values import immutable
 
@@ -211,15 +212,11 @@ def of_query(query: str) -> Choices:
     known = setup_fields()
     usual = Setup() if any(name in given for name in known) else DEFAULTS
     named = {k: v for k, v in given.items() if k in known}
-    return Choices(setup=with_fields(usual, own_attention(given.get("model")) | named), **changes)
+    return Choices(setup=with_fields(usual, _own(given.get("model")) | named), **changes)
 
 
-def own_attention(model: str | None) -> dict[str, str]:
-    """The attention of a model that lacks the usual one, as a field of a setup; none for the others."""
-    if model is None:
-        return {}
-    has = from_config(load(bundled_model(model))).traits.attention
-    return {} if Setup().attention in has else {"attention": has[0]}
+def _own(model: str | None) -> dict[str, str]:
+    return {} if model is None else usual_attention(from_config(load(bundled_model(model))))
 
 
 def positive_number(name: str, text: Any, *, whole: bool = False) -> Any:
@@ -252,7 +249,7 @@ def of_form(
         UserError: what cannot be chosen.
     """
     in_fields = {name: str(value).lower() for name, value in typed.items()}
-    given = own_attention(model) | in_fields | further_fields(further)
+    given = _own(model) | in_fields | further_fields(further)
     return Choices(
         model, device, tuple(methods), with_fields(Setup(), given), positive_number("samples", samples, whole=True),
         positive_number("epochs", epochs), positive_number("price", price) if price not in (None, "", 0) else None,

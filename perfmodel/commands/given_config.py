@@ -172,7 +172,7 @@ config_option = click.option(
 
 def is_traced(options: dict[str, Any]) -> bool:
     """Whether the steps of a command come from a trace."""
-    asked = options["traced"] or options["peft_config"] or options["images"]
+    asked = options.get("traced") or options.get("peft_config") or options.get("images")
     return bool(asked or traces.traced_type(options["model"]))
 
 

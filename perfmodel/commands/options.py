@@ -28,6 +28,8 @@ from .given_config import adapter_of_config, config_option, instead_of_config, i
 from .given_launch import Command, Decorator, accelerate_option, of_several
 from .parted import PARTED
 
+WHERE_LEFT_OUT = ("dtype", "amp", "attention")  # of a setup: then they go by the model and the GPU
+
 methods_option = click.option(
     "--methods",
     shell_complete=names.methods,
@@ -197,9 +199,10 @@ def _sizes(size: Any) -> tuple[Decorator, ...]:
 def _precision() -> tuple[Decorator, ...]:
     """What weights and products are in."""
     return (
-        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Base weights."),
+        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", help="Base weights.",
+                     show_default="bf16; fp16 on a GPU without units for bf16"),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
-    )
+    )  # fmt: skip
 
 
 def _usual() -> tuple[Decorator, ...]:
@@ -210,7 +213,8 @@ def _usual() -> tuple[Decorator, ...]:
         click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
         click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
                      help="Activation checkpointing per block."),
-        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True,
+        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa",
+                     show_default="sdpa; what the model's program has where it lacks that",
                      help="sdpa: PyTorch's fused kernels; flash2: the flash-attn package."),
     )  # fmt: skip
 
@@ -315,21 +319,37 @@ def _under(command: Command, *decorators: Decorator) -> Command:
     return command
 
 
-def setup_of(options: dict[str, Any]) -> Any:
-    """The `Setup` of a command's options; of a training config's, as a trace can follow it where only that answers."""
+def setup_of(options: dict[str, Any], devices: Sequence[str] | None = None) -> Any:
+    """The `Setup` of a command's options; of a training config's, as a trace can follow it where only that answers.
+
+    Args:
+        devices: those that are asked for, where they are not the options' one.
+    """
     from dataclasses import fields
 
+    from ..devices.device import profile_of
+    from ..prediction.given import setup_given
+    from ..prediction.predict import architecture_of
     from ..setup import Setup
 
     options = settled(options)
-    return Setup(**{f.name: options[f.name] for f in fields(Setup) if f.name in options})
+    given = {f.name: options[f.name] for f in fields(Setup) if f.name in options}
+    source = click.get_current_context().get_parameter_source
+    for name in WHERE_LEFT_OUT:
+        if source(name) is ParameterSource.DEFAULT:
+            given.pop(name, None)
+    by_tape = options["model"] is not None and not is_traced(options)
+    architecture = architecture_of(options["model"]) if by_tape else None
+    return setup_given(
+        None, given, architecture, [profile_of(d) for d in ([options["device"]] if devices is None else devices)]
+    )
 
 
-def setup_of_counts(options: dict[str, Any], counts: Sequence[int]) -> Any:
+def setup_of_counts(options: dict[str, Any], counts: Sequence[int], devices: Sequence[str] = ()) -> Any:
     """The same of the first number of GPUs that can have it, of several."""
     from ..questions.counts import possible
 
-    setups, _ = possible(lambda count: setup_of({**options, "gpus": int(count)}), counts)
+    setups, _ = possible(lambda count: setup_of({**options, "gpus": int(count)}, devices), counts)
     return next(iter(setups.values()))
 
 

@@ -49,7 +49,7 @@ def sweep(
     from ..questions.sweeps import sweep as plan
 
     axes = {name: options.pop(name) for name in ("batch", "seq", "gpus", "device")}
-    setup = setup_of_counts(options, axes["gpus"])
+    setup = setup_of_counts(options, axes["gpus"], axes["device"])
     planned = plan(
         model_of(options), methods_of(methods, options), setup, axes["device"], host=options["host"],
         batch=axes["batch"], seq=axes["seq"], rank=rank, k=k, gpus=axes["gpus"],

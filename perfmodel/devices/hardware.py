@@ -61,7 +61,7 @@ class Hardware:
 
     @property
     def half(self) -> str:
-        """The 16-bit dtype to train in: bf16, but fp16 on GPUs before Ampere, where PyTorch only emulates bf16."""
+        """The 16-bit dtype to train in: bf16, but fp16 where tensor cores have that alone (Volta and Turing)."""
         return "fp16" if self.bf16_flops is None and self.fp16_flops is not None else "bf16"
 
     def tensor_peak(self, dtype: str) -> float | None:

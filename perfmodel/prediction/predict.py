@@ -14,7 +14,7 @@ from ..devices import host as hosts
 from ..devices.device import GivenDevice, profile_of
 from ..devices.host import GivenHost, Host
 from ..devices.profile import DeviceProfile
-from ..errors import UserError, check_kind, nearest
+from ..errors import check_kind
 from ..methods import Method
 from ..methods.parts.periodic import PeriodicCost, PeriodicOps
 from ..program.dims import Dim, MixedStructure
@@ -27,6 +27,7 @@ from ..shown import Shown
 from ..values import immutable
 from . import memory, part_costs
 from .contention import Seconds, on_each
+from .given import setup_given
 from .grid import Compute, grid_shape, over_devices, over_grid
 from .intervals import Devices, of_each
 from .memory import Memory
@@ -222,9 +223,9 @@ def predict(
         shared: what earlier predictions of one setup each, with the same model, device and host, have in common.
         steps: what was recorded for earlier predictions of the same model, whatever the device.
     """
-    setup = with_options(setup, options)
     architecture, bound = resolve(model, method)
     on = profile_of(device)
+    setup = setup_given(setup, options, architecture, [on])
     by = hosts.host_of(host, on)
     compute = partial(predict_alike, architecture, on=on, by=by, shared=shared, steps=steps)
     p: Prediction = over_grid(partial(over_lengths, compute), setup, bound)
@@ -256,18 +257,6 @@ def predict_on_each(
 
     found = over_devices([(places, compute(places)) for places in alike.values()], setup, bound)
     return replace(found, device=", ".join(on.slug for on in devices), notes=[])
-
-
-def with_options(setup: Setup | None, options: dict[str, Any]) -> Setup:
-    """A setup with some of its fields replaced."""
-    check_kind("setup", setup, (Setup, type(None)), "a Setup; its fields go as options, such as batch=4")
-    if not options:
-        return setup or Setup()
-    known = {f.name for f in fields(Setup)}
-    for name in options:
-        if name not in known:
-            raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
-    return Setup(**options) if setup is None else replace(setup, **options)
 
 
 def predict_alike(

@@ -19,7 +19,8 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError, check_number, one_or_several
 from ..methods import Method
 from ..prediction import memory
-from ..prediction.predict import Model, Prediction, predict, resolve, with_options
+from ..prediction.given import setup_given
+from ..prediction.predict import Model, Prediction, predict, resolve
 from ..recording.collector import no_collector
 from ..recording.reuse import Shared
 from ..setup import Setup
@@ -242,9 +243,9 @@ def advise(
     Args:
         progress: called before each setup is tried.
     """
-    setup = with_options(setup, options)
     architecture, start_method = resolve(model, method)
     on = profile_of(device)
+    setup = setup_given(setup, options, architecture, [on])
     by = hosts.host_of(host, on)
     if not isinstance(setup.batch, int) or not isinstance(setup.seq, int):
         raise UserError("advise takes one batch and one seq; for grids use sweep")

@@ -11,8 +11,9 @@ from ..devices.device import GivenDevice, profile_of
 from ..devices.profile import DeviceProfile
 from ..errors import UserError, one_or_several
 from ..methods import Method
+from ..prediction.given import setup_given
 from ..prediction.memory import room
-from ..prediction.predict import Model, Prediction, architecture_of, method_of, plain, predict, with_options
+from ..prediction.predict import Model, Prediction, architecture_of, method_of, plain, predict
 from ..program.part import PHASES
 from ..setup import Setup
 from ..shown import Shown, frame
@@ -96,8 +97,8 @@ def compare(
     if len(methods) < 2:
         raise UserError("compare needs at least two methods, e.g. --methods full lora:r=16")
     host = options.pop("host", "default")
-    setup = with_options(setup, options)
     model, on = architecture_of(model), profile_of(device)
+    setup = setup_given(setup, options, model, [on])
     by = hosts.host_of(host, on)
     first, *rest = [method_of(m) for m in methods]
     base = predict(model, first, setup, on, host=by)

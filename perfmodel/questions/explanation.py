@@ -10,8 +10,9 @@ from ..devices.host import GivenHost, Host
 from ..devices.profile import DeviceProfile
 from ..errors import one_or_several
 from ..methods import Method
+from ..prediction.given import setup_given
 from ..prediction.over_lengths import drawn
-from ..prediction.predict import Model, Prediction, predict, resolve, with_options
+from ..prediction.predict import Model, Prediction, predict, resolve
 from ..setup import Setup
 from ..shown import Shown
 from .anatomy import PARTS, Anatomy, dissect
@@ -124,10 +125,10 @@ def explain(
     **options: Any,
 ) -> Explanation:
     """Explain the step time of `b` against that of `a`; `perfmodel.explain` says what it takes and raises."""
-    setup = with_options(setup, options)
     architecture, one = resolve(model, a)
     _, two = resolve(architecture, b)
     on = profile_of(device)
+    setup = setup_given(setup, options, architecture, [on])
     by = hosts.host_of(host, on)
     first, second = (predict(architecture, m, setup, on, host=by) for m in (one, two))
     return of_predictions(first, second, on, by, axes)

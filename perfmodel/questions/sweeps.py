@@ -21,8 +21,9 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError, one_or_several
 from ..methods import Method
 from ..prediction import intervals
+from ..prediction.given import setup_given
 from ..prediction.intervals import Devices
-from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each, with_options
+from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each
 from ..setup import Setup, positive
 from ..shown import Shown, frame
 from ..values import immutable
@@ -251,8 +252,9 @@ def sweep(
             with_rank(m, ranks).bind(architecture)
     devices = _distinct([profile_of(d) for d in names])
     if gpus is None:
-        gpus = with_options(setup, {}).gpus
-    setups, refused = possible(partial(_with_gpus, setup, options, devices), _axis("gpus", gpus).tolist())
+        gpus = setup_given(setup, {}).gpus
+    given = partial(_with_gpus, setup, options, architecture, devices)
+    setups, refused = possible(given, _axis("gpus", gpus).tolist())
     base = next(iter(setups.values()))
     return Sweep(
         model=architecture.name,
@@ -268,9 +270,11 @@ def sweep(
     )
 
 
-def _with_gpus(setup: Setup | None, options: dict[str, Any], devices: Devices, gpus: int) -> Setup:
+def _with_gpus(
+    setup: Setup | None, options: dict[str, Any], architecture: Architecture, devices: Devices, gpus: int
+) -> Setup:
     """The setup of so many GPUs, which the nodes of each device hold."""
-    found = with_options(setup, {**options, "gpus": gpus})
+    found = setup_given(setup, {**options, "gpus": gpus}, architecture, devices)
     if gpus > 1:
         from ..prediction.placed import placed  # few ask for several
 

@@ -12,7 +12,8 @@ from ..devices.device import GivenDevice, profile_of
 from ..devices.host import GivenHost
 from ..errors import UserError
 from ..methods.parts.peft_adapter import PeftAdapter
-from ..prediction.predict import Prediction, of_step, with_options
+from ..prediction.given import setup_given
+from ..prediction.predict import Prediction, of_step
 from ..recording.program import recorded_module
 from ..setup import Setup
 from .calls import Loss
@@ -39,7 +40,7 @@ def predict_module(
     on = profile_of(device)
     by = hosts.host_of(host, on)
     called = name or type(module).__name__
-    setup = with_options(setup, {}) if setup is not None else _setup(module, inputs)
+    setup = _setup(module, inputs) if setup is None else setup_given(setup, {})
     check_setup(setup)
     model = _without_data(module)
     prepare(model, setup)

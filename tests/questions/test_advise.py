@@ -352,7 +352,7 @@ def test_each_setup_is_told_to_whoever_watches() -> None:
 
 def test_a_gpu_without_bf16_units_is_advised_to_leave_bf16() -> None:
     """PyTorch emulates bf16 on a T4; advice stayed in it, at twice the time of fp16."""
-    found = advise("gpt2", "lora", device="t4", batch=2, seq=128)
+    found = advise("gpt2", "lora", device="t4", batch=2, seq=128, dtype="bf16")
     assert found.best is not None
     assert found.best.prediction.setup.dtype == "fp16"
     assert found.path[0].label.startswith("fp16")

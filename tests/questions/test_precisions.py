@@ -37,7 +37,7 @@ def test_a_gpu_without_bf16_units_is_answered_in_fp16() -> None:
     e = estimated("gpt2", Setup(batch=2, seq=64), "t4")
     assert {row.precision for row in e.rows} == precisions("fp16").keys()
     assert not any("bf16 units" in note for note in e.notes)
-    emulated = predict("gpt2", "lora", device="t4", batch=2, seq=64).notes
+    emulated = predict("gpt2", "lora", device="t4", batch=2, seq=64, dtype="bf16").notes
     assert any("t4 has no bf16 units" in note and "--dtype fp16" in note for note in emulated)
     assert any("--amp fp16" in note for note in predict("gpt2", device="v100", dtype="fp32", amp="bf16").notes)
     assert not any("bf16 units" in note for note in predict("gpt2", device="l4").notes)

@@ -15,7 +15,7 @@ from typing import Any
 from perfmodel import architectures, methods
 from perfmodel.architectures import Config
 from perfmodel.errors import UserError, nearest
-from perfmodel.prediction.predict import with_options
+from perfmodel.prediction.given import setup_given
 from perfmodel.resources import DATA, is_file, read_toml
 from perfmodel.setup import Setup
 
@@ -74,7 +74,7 @@ class Cell:
             UserError: an option that no setup has, or a value that it cannot take.
         """
         config = Config(values["config"], values["model"], values["model"])
-        return cls(config, values["method"], with_options(None, values["setup"]))
+        return cls(config, values["method"], setup_given(None, values["setup"]))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _config(values: Any, where: str, name: str) -> Config:
 def _setup(values: Any, where: str) -> Setup:
     if not isinstance(values, dict):
         raise UserError(f"{where}: a setup is a table such as {{batch = 2, seq = 128}}, got {values!r}")
-    found = with_options(None, values)
+    found = setup_given(None, values)
     if found.gpus != 1:
         raise UserError(f"{where}: a setup is that of one process, got gpus = {found.gpus}: torchrun starts several")
     return found

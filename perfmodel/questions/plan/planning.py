@@ -18,7 +18,8 @@ from ...devices.host import GivenHost
 from ...devices.profile import DeviceProfile
 from ...errors import UserError, check_kind, check_number, one_of, one_or_several
 from ...methods import Method
-from ...prediction.predict import Model, Prediction, architecture_of, method_of, with_options
+from ...prediction.given import setup_given
+from ...prediction.predict import Model, Prediction, architecture_of, method_of
 from ...recording.collector import no_collector
 from ...recording.reuse import recalled
 from ...setup import Setup
@@ -36,7 +37,6 @@ Devices = GivenDevice | Sequence[GivenDevice]
 Key = tuple[str, int, str]  # device, number of GPUs, method
 Outcomes = dict[Key, PlannedRun | UserError | str]  # the run, or why there is none
 TOGETHER = 16  # devices of a partition: a step is recorded once for all of them
-TOO_LARGE = "having tried"  # before what may be given up
 TIE = 0.02  # of dollars or hours: what is closer than this is the same
 TYPED = ("batch", "grad_accum")  # options that fix the micro-batch beside a global batch
 
@@ -52,6 +52,7 @@ class Plan(Shown):
         runs: one for each device, number of GPUs and method that fits, by dollars; what has no price comes last, by
             hours.
         left_out: device, number of GPUs, method -> why it is none of the runs.
+        too_large: those of them that fit in none of the ways that were tried.
         dtype: that products were asked for in; a GPU without bf16 units takes fp16 in its place.
         deadline: hours, None for none.
         grid_co2: g of CO2 for a kWh, None if it was not given.
@@ -63,6 +64,7 @@ class Plan(Shown):
     job: Job
     runs: list[PlannedRun]
     left_out: dict[Key, str]
+    too_large: frozenset[Key]
     dtype: str
     deadline: float | None
     grid_co2: float | None
@@ -169,11 +171,12 @@ def planner_of(
     _check(deadline=deadline, node_power=node_power, grid_co2=grid_co2)
     if micro is None:
         micro = setup is not None or any(name in options for name in TYPED)
+    architecture = architecture_of(model)
     if gpus is None:
-        gpus = with_options(setup, {}).gpus
+        gpus = setup_given(setup, {}).gpus
 
     def of_gpus(count: int) -> Setup:
-        each = with_options(setup, {**options, "gpus": count})
+        each = setup_given(setup, {**options, "gpus": count}, architecture)
         jobs.check_single(each)
         return jobs.with_global_batch(each, global_batch, micro=micro)
 
@@ -181,7 +184,6 @@ def planner_of(
     if not counts:
         raise UserError("gpus must be one number of GPUs or several, got none")
     setups, refused = possible(of_gpus, np.ravel(counts).tolist())
-    architecture = architecture_of(model)
     given = one_or_several("methods", methods, (str, Method))
     bound = list({m.spec(): m for m in (method_of(method).bind(architecture) for method in given)}.values())
     if not given:
@@ -283,6 +285,7 @@ class Planner:
             raise refused[0]
         places = product(self.refused, self.devices, self.methods)
         found |= {(on.slug, gpus, m.spec()): self.refused[gpus] for gpus, on, m in places}
+        too_large = frozenset(key for key, outcome in found.items() if isinstance(outcome, str))
         found = {key: self._once(outcome) for key, outcome in found.items()}
         runs = [outcome for outcome in found.values() if isinstance(outcome, PlannedRun)]
         return Plan(
@@ -292,6 +295,7 @@ class Planner:
             runs=sorted(runs, key=lambda run: (_dollars(run), run.seconds)),
             dtype=self.setups[0].computes_in,
             left_out={key: str(why) for key, why in found.items() if not isinstance(why, PlannedRun)},
+            too_large=too_large,
             deadline=self.deadline,
             grid_co2=self.grid_co2,
             today=self.today,
@@ -321,7 +325,7 @@ class Planner:
         if run is None:
             least = self.fitting.least(in_half_of_device(setup, on), method, on)
             under = f" under {setup.parallel}" if int(setup.gpus) > 1 else ""
-            return f"needs {units.nbytes(least)} at least{under}, {TOO_LARGE} {tried(method)}"
+            return f"needs {units.nbytes(least)} at least{under}, having tried {tried(method)}"
         return run
 
     def on(self, setup: Setup, on: DeviceProfile, method: Method) -> PlannedRun | None:
