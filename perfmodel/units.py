@@ -35,6 +35,11 @@ def nbytes(value: float) -> str:
     return count(value, "B")
 
 
+def of_these(n: int, noun: str) -> str:
+    """A whole number with its noun: 1 GPU, 1,200 steps."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def alike(values: Sequence[float], digits: int = 3) -> list[str]:
     """Times of one column in one unit and with equally many decimals, so that their points line up; the unit last.
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..questions.plan.planning import Outcomes, Planner
 
 
+OF_A_JOB = ("global_batch", "price", "spot", "deadline", "node_power", "grid_co2")  # beside what a `Job` has
+
+
 @click.command(cls=Lists)
 @methods_option
 @click.option(
@@ -88,6 +91,10 @@ def plan(
     if options["model"] is None and asked != ["biggest_model"]:
         raise click.UsageError("Missing option '--model'.")
     about = {name: options.pop(name) for name in Job.__dataclass_fields__}
+    of_job = [name for name in (*about, *OF_A_JOB) if _typed(name)]
+    if asked and of_job:
+        one, other = (f"--{name.replace('_', '-')}" for name in (asked[0], of_job[0]))
+        raise UserError(f"{one} asks about one step, not about a job: leave out {other}")
     if _typed("epochs") and not _typed("max_steps"):
         about["max_steps"] = None  # of a training config
     counts = options.pop("gpus")

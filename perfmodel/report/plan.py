@@ -93,7 +93,7 @@ def _given_up(run: PlannedRun) -> str:
 
 def show_answers(answers: list[Largest]) -> None:
     """What fits: the largest batch, the longest context, the smallest GPU, the biggest model; a line each."""
-    for answer in answers:
-        show(paragraph(words.what_fits(answer)))
+    for line in words.what_fits(answers):
+        show(paragraph(line))
     if any(answer.gpus > 1 for answer in answers):  # where they stand, and how they exchange
         notes(dict.fromkeys(note for answer in answers if answer.prediction for note in answer.prediction.notes))

@@ -32,7 +32,7 @@ def test_the_largest_fits_and_one_more_does_not(question: str, name: str, memory
     assert isinstance(found.value, int)
     fits = [predict(MODEL, METHOD, replace(setup, **{name: found.value + more}), on).fits for more in (0, 1)]  # type: ignore[arg-type]
     assert fits == [True, False]
-    assert words.what_fits(found).count(f"{found.value:,}") == 1
+    assert "".join(words.what_fits([found])).count(f"{found.value:,}") == 1
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_context_that_the_model_does_not_take_is_no_question_of_memory() -> No
     (found,) = answers(["longest_context"], "gpt2", ["lora"], Setup(), "h100-sxm")
     assert found.value == 1024
     assert "1024" in found.limited_by
-    assert found.limited_by in words.what_fits(found)
+    assert found.limited_by in "".join(words.what_fits([found]))
 
 
 @pytest.mark.parametrize("question", ["largest_batch", "smallest_gpu"])
@@ -74,7 +74,7 @@ def test_an_answer_names_its_gpus(question: str) -> None:
 def test_nothing_fits_is_an_answer() -> None:
     (found,) = answers(["largest_batch"], MODEL, ["full"], Setup(), small(1e8))
     assert (found.value, found.prediction) == (None, None)
-    assert words.what_fits(found) == "largest micro-batch of full on small: none fits"
+    assert list(words.what_fits([found])) == ["largest micro-batch of full on small: none fits"]
 
 
 def test_the_smallest_gpu_as_it_is_and_with_what_is_given_up() -> None:
@@ -122,6 +122,24 @@ def test_the_command_line_asks_each(tmp_path: Any) -> None:
     assert (missing.exit_code, "asks about a device" in missing.output) == (2, True)
     without = run.invoke(main, ["plan", "--largest-batch", "--device", "t4"])
     assert (without.exit_code, "Missing option '--model'" in without.output) == (2, True)
+
+
+@pytest.mark.parametrize("typed", [("--samples", "100"), ("--price", "2"), ("--deadline", "3"), ("--spot",)])
+def test_what_belongs_to_a_job_is_refused_beside_a_question_about_one_step(typed: tuple[str, ...]) -> None:
+    """A price beside `--smallest-gpu` was passed over in silence."""
+    done = CliRunner().invoke(main, ["plan", "--model", MODEL, "--smallest-gpu", *typed])
+    assert (done.exit_code, f"leave out {typed[0]}" in done.output) == (2, True)
+
+
+def test_gpus_of_one_size_share_a_line() -> None:
+    """Each was a line of its own."""
+    devices = [small(8e9, "one"), small(8e9, "twin"), small(2e9, "tiny")]
+    found = answers(["smallest_gpu"], MODEL, [METHOD], Setup(batch=8, seq=512), devices)
+    fits, gives_up = words.what_fits(found)
+    assert "one (" in fits
+    assert "twin (" in fits
+    assert "tiny (" in gives_up
+    assert gives_up.startswith("smallest GPU of LoRA r=4 on q,v, with ")
 
 
 def test_an_answer_is_plain_values() -> None:

@@ -5,7 +5,6 @@ Of a peak that grows with what is searched, the largest value that fits is found
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from ... import architectures
@@ -19,7 +18,7 @@ from ...recording.collector import no_collector
 from ...setup import LARGEST, Setup
 from .fitting import Concession, Fitting
 from .job import check_single
-from .planning import Devices, planned_devices
+from .planning import Devices, in_half_of_device, planned_devices
 
 LEAST_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}  # of a weight, by the dtype of the base
 FEW_BITS = 0.5  # of a weight of a base in 4 bits, its scales not counted
@@ -132,7 +131,7 @@ def smallest_gpus(model: Model, method: str | Method, setup: Setup, device: Devi
             if any(not answer.given_up and smaller < size for smaller, answer in found):
                 break
             try:
-                best = fitting.best(setup, bound, on, lambda p: float(p.time.phases["total"]))
+                best = fitting.best(in_half_of_device(setup, on), bound, on, lambda p: float(p.time.phases["total"]))
             except UserError as error:
                 refused.append(error)
                 continue
@@ -212,8 +211,8 @@ def _answers(
         raise UserError(f"--{question.replace('_', '-')} asks about a device: give --device")
     for on in planned_devices(device):
         if question == "biggest_model":
-            yield biggest_model(method, setup, on, host)
+            yield biggest_model(method, in_half_of_device(setup, on), on, host)
         else:
             assert model is not None
             ask = {"largest_batch": largest_batch, "longest_context": longest_context}[question]
-            yield partial(ask, model, method, setup, on, host)()
+            yield ask(model, method, in_half_of_device(setup, on), on, host)

@@ -1,12 +1,15 @@
 """A plan in sentences: which run, what it costs, what LoRA costs against full fine-tuning, what is not known."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 from ... import units
+from ...prediction.predict import Prediction
 from ..sentences import capitalised, in_words
 from .inverse import Largest
 from .job import Job, JobCounts, samples_of_step
-from .planning import TOO_LARGE, Plan
+from .planning import Plan
 from .runs import HOUR, PlannedRun, gpus_in_words
 
 NAMED = 6  # devices in a list
@@ -137,22 +140,46 @@ WHAT = {
 }  # fmt: skip
 
 
-def what_fits(answer: Largest) -> str:
-    """An answer to what fits, in a line."""
-    what, p = WHAT[answer.what], answer.prediction
-    gpus = gpus_in_words(answer.device, answer.gpus)
-    where = "" if answer.what == "device" else f" on {gpus}"
+def what_fits(answers: Iterable[Largest]) -> Iterator[str]:
+    """Answers to what fits, a line each; GPUs of one size share theirs."""
+    for (what, *_), group in groupby(answers, lambda a: (a.what, a.method, a.given_up)):
+        if what == "device":
+            yield _smallest_gpus(sorted(group, key=lambda a: _step(a.prediction)))
+        else:
+            yield from map(_what_fits, group)
+
+
+def _what_fits(answer: Largest) -> str:
+    what, p, where = WHAT[answer.what], answer.prediction, gpus_in_words(answer.device, answer.gpus)
     if p is None:
-        return f"{what} of {answer.method}{where}: none fits"
+        return f"{what} of {answer.method} on {where}: none fits"
     setup = p.setup
     size = {"batch": f" at {setup.seq} tokens", "seq": f" at batch {setup.batch}"}.get(answer.what, "")
     unit = " tokens" if answer.what == "seq" else ""
-    value = gpus if answer.what == "device" else answer.value
-    value = f"{value:,}" if isinstance(value, int) else value
-    given = f", with {' and '.join(answer.given_up)}" if answer.given_up else ""
+    value = f"{answer.value:,}" if isinstance(answer.value, int) else answer.value
     limit = "" if answer.limited_by == "memory" else f"; {answer.limited_by}"
-    found = f"{units.nbytes(p.memory.peak)}, {units.seconds(float(p.time.phases['total']))} a step"
-    return f"{what} of {in_words(p)}{where}{size}: {value}{unit}{given} ({found}){limit}"
+    found = f"{units.nbytes(p.memory.peak)}, {units.seconds(_step(p))} a step"
+    return f"{what} of {in_words(p)} on {where}{size}{_half(p)}: {value}{unit} ({found}){limit}"
+
+
+def _smallest_gpus(answers: Sequence[Largest]) -> str:
+    """GPUs of one size, each with its step."""
+    first = answers[0]
+    assert first.prediction is not None
+    given = f", with {' and '.join(first.given_up)}" if first.given_up else ""
+    each = (f"{gpus_in_words(a.device, a.gpus)} ({units.seconds(_step(a.prediction))} a step)" for a in answers)
+    peak = units.nbytes(first.prediction.memory.peak)
+    asked = first.method if "QLoRA" in first.given_up else in_words(first.prediction)
+    return f"{WHAT['device']} of {asked}{given}{_half(first.prediction)}, {peak}: {', '.join(each)}"
+
+
+def _half(p: Prediction) -> str:
+    """What a GPU without units for bf16 computes in instead."""
+    return " in fp16" if p.setup.computes_in == "fp16" else ""
+
+
+def _step(p: Prediction | None) -> float:
+    return math.inf if p is None else float(p.time.phases["total"])
 
 
 def job_in_words(plan: Plan, run: PlannedRun) -> str:
@@ -161,28 +188,23 @@ def job_in_words(plan: Plan, run: PlannedRun) -> str:
     group = samples_of_step(setup)
     rows = "" if work.rows == work.samples else f" in {work.rows:,} rows"
     padded = "" if work.computed == work.tokens else f", {work.computed:,} with padding"
-    what = f"{_of(work.samples, 'sample')}{rows} of {work.tokens:,} tokens{padded}"
+    what = f"{units.of_these(work.samples, 'sample')}{rows} of {work.tokens:,} tokens{padded}"
     told = [f"{what}, {_passes(job, work)}"]
     short = f", {work.short} of them with {round(work.last * group)}" if work.short else ""
     on = f" on {run.where}" if len({other.gpus for other in plan.runs}) > 1 else ""  # others make other steps
-    told.append(f"{_of(work.steps, 'step')} of {group}{short}{on}")
+    told.append(f"{units.of_these(work.steps, 'step')} of {group}{short}{on}")
     if work.evaluated:
-        told.append(f"{_of(work.evaluated, 'evaluation')} of {_of(job.eval_samples, 'sample')}")
-    told.append(_of(work.saved, "checkpoint"))
+        told.append(f"{units.of_these(work.evaluated, 'evaluation')} of {units.of_these(job.eval_samples, 'sample')}")
+    told.append(units.of_these(work.saved, "checkpoint"))
     told.append(f"{span(job.startup)} of start-up")
     return "; ".join(told)
 
 
-def _of(count: int, what: str) -> str:
-    """A count with its noun."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
 def _further(plan: Plan) -> str:
     """Where to look for what fits after all, where a run is too large for its GPUs."""
-    if not any(TOO_LARGE in why for why in plan.left_out.values()):
+    if not plan.too_large:
         return ""
-    forms = "other --parallel, " if any(gpus > 1 for _, gpus, _ in plan.left_out) else ""
+    forms = "other --parallel, " if any(gpus > 1 for _, gpus, _ in plan.too_large) else ""
     return f" advise tries more: {forms}optimizers, kernels and methods."
 
 
