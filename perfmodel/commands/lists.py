@@ -6,31 +6,41 @@ from typing import Any
 
 import click
 
+from ..errors import UserError, nearest
 from ..report.plain import print_json
 from .options import json_option
 
+Rows = list[dict[str, Any]]
 Formats = dict[str, Callable[[Any], str]]
 HEADS = {"memory_bytes": "memory", "hidden": "width", "intermediate": "MLP"}  # the names of the JSON would be too wide
 
 
+part_of_name = click.argument("name", required=False)
+
+
 @click.command()
+@part_of_name
 @json_option
-def models(as_json: bool) -> None:
-    """List the bundled models: those of a built-in form, then the traced."""
+def models(name: str | None, as_json: bool) -> None:
+    """List the bundled models, or those with a part of a NAME: of a built-in form, then the traced."""
     from .. import units
     from ..architectures.names import name_order
     from ..questions import listing
 
     columns = ("model", "model_type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
     formats: Formats = {"vocab": units.count}
-    rows = listing.models()
+    rows = _named(listing.models(), "model", name)
     known = rows if as_json else [row for row in rows if row["layers"] is not None]
-    _list(known, columns, as_json, formats, left=(0, 1), group=lambda row: name_order(row["model"])[0])
-    if not as_json:
+    if known or as_json:
+        _list(known, columns, as_json, formats, left=(0, 1), group=lambda row: name_order(row["model"])[0])
+    names = ", ".join(row["model"] for row in rows if row["layers"] is None)
+    if names and not as_json:
         from ..report.plain import paragraph, show
 
-        names = ", ".join(row["model"] for row in rows if row["layers"] is None)
-        show("\n" + paragraph(f"traced when they are asked for (pip install 'perfmodel[validate]'): {names}"))
+        show(
+            "\n" * bool(known)
+            + paragraph(f"traced when they are asked for (pip install 'perfmodel[validate]'): {names}")
+        )
 
 
 @click.command()
@@ -62,9 +72,10 @@ def _short(source: str) -> str:
 
 
 @click.command()
+@part_of_name
 @json_option
-def devices(as_json: bool) -> None:
-    """List the devices and what was measured on them."""
+def devices(name: str | None, as_json: bool) -> None:
+    """List the devices, or those with a part of a NAME, and what was measured on them."""
     from .. import units
     from ..devices.profile import own_profiles
     from ..questions import listing
@@ -75,15 +86,17 @@ def devices(as_json: bool) -> None:
         "measured": _measured,
     }  # fmt: skip
     columns = ("device", "memory_bytes", "memory_bandwidth", "bf16_flops", "fp32_flops", "measured")
-    _list(listing.devices(), columns, as_json, formats, left=(0, 5), group=lambda row: row["architecture"])
+    rows = _named(listing.devices(), "device", name)
+    _list(rows, columns, as_json, formats, left=(0, 5), group=lambda row: row["architecture"])
     for complaint in own_profiles()[1]:
         click.echo(f"perfmodel: left out: {complaint}", err=True)
 
 
 @click.command()
+@part_of_name
 @json_option
-def nodes(as_json: bool) -> None:
-    """List the nodes of GPUs and what was measured on them."""
+def nodes(name: str | None, as_json: bool) -> None:
+    """List the nodes of GPUs, or those with a part of a NAME, and what was measured on them."""
     from .. import units
     from ..questions import listing
 
@@ -92,11 +105,26 @@ def nodes(as_json: bool) -> None:
         "figures_of": ", ".join,
     }  # fmt: skip
     columns = ("node", "gpu", "link", "bandwidth", "network", "figures_of")
-    rows, complaints = listing.nodes()
+    found, complaints = listing.nodes()
+    rows = _named(found, "node", name)
     shown = rows if as_json else [{**row, "gpu": f"{row['gpus']} x {row['gpu']}"} for row in rows]
     _list(shown, columns, as_json, formats, left=(0, 1, 2, 5), group=lambda row: row["link"])
     for complaint in complaints:
         click.echo(f"perfmodel: left out: {complaint}", err=True)
+
+
+def _named(rows: Rows, key: str, part: str | None) -> Rows:
+    """The rows whose short or full name holds a part of it, or else every word of that; all without one."""
+    if part is None:
+        return rows
+    asked = part.lower().replace("-", " ")
+    names = [f"{row[key]} {row.get('name', '')}".lower().replace("-", " ") for row in rows]
+    for words in ([asked], asked.split()):
+        found = [row for row, name in zip(rows, names, strict=True) if all(word in name for word in words)]
+        if found:
+            return found
+    near = nearest(part, [row[key] for row in rows], otherwise=f"perfmodel {key}s lists all")
+    raise UserError(f"no {key} is named {part!r}: {near}")
 
 
 def _measured(origins: dict[str, str]) -> str:
