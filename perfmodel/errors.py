@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 SHOWN = 80  # characters of what was given, in a message
 
 
@@ -51,6 +53,22 @@ def check_number(name: str, value: Any, *, whole: bool = False) -> None:
     """Raise `UserError` unless an argument is one number that is no truth value; how large is for others to check."""
     if isinstance(value, bool) or not isinstance(value, Real) or (whole and value % 1 != 0):
         raise UserError(f"{name} must be a {'whole ' if whole else ''}number, got {as_given(value)}")
+
+
+def number_array(name: str, value: Any, least: int, *, whole: bool = False) -> np.ndarray:
+    """One number or several as an array of float64.
+
+    Raises:
+        UserError: something else, rows of different lengths, or a number below the least.
+    """
+    try:
+        array = np.asarray(value)
+        right = np.issubdtype(array.dtype, np.number) and (array >= least) & np.isfinite(array)
+    except ValueError:
+        right = False
+    if not np.all(right) or (whole and np.any(array % 1)):
+        raise UserError(f"{name} must be {'whole numbers ' if whole else ''}from {least}, got {as_given(value)}")
+    return array.astype(np.float64)
 
 
 def one_or_several(name: str, value: Any, one: type | tuple[type, ...]) -> list[Any]:

@@ -17,6 +17,7 @@ from .program.formulas import Formula
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
 from .program.software import CURRENT, SoftwareStack
+from .units import of_these
 from .values import immutable
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -228,10 +229,10 @@ class Setup:
             raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         for name in ("tp", "pp", "cp"):
             if (ranks := single(name, getattr(self, name))) != 1 and np.any(np.asarray(self.gpus) % ranks):
-                raise UserError(f"{name} {ranks} does not divide the {np.max(self.gpus)} GPUs of the job")
+                raise UserError(f"{name} {ranks} does not divide the {of_these(np.max(self.gpus), 'GPU')} of the job")
         if np.any(np.asarray(self.gpus) % (self.tp * self.pp * self.cp)):
             shared = ", ".join(f"{name} {n}" for name in ("tp", "pp", "cp") if (n := getattr(self, name)) > 1)
-            raise UserError(f"{shared} do not divide the {np.max(self.gpus)} GPUs of the job together")
+            raise UserError(f"{shared} do not divide the {of_these(np.max(self.gpus), 'GPU')} of the job together")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
         if self.shard_group is not None:
@@ -244,7 +245,7 @@ class Setup:
         if not (isinstance(self.pp_schedule, str) and SCHEDULE.fullmatch(self.pp_schedule)):
             raise UserError(f"pp_schedule {as_given(self.pp_schedule)} is unknown: use 1f1b, gpipe or interleaved:v=2")
         if self.nodes is not None and single("nodes", self.nodes) > np.min(self.gpus):
-            raise UserError(f"nodes {self.nodes} are more than the {np.min(self.gpus)} GPUs of the job")
+            raise UserError(f"nodes {self.nodes} are more than the {of_these(np.min(self.gpus), 'GPU')} of the job")
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
         if self.lengths is not None and self.packing == "none" and self.seq_multiple > 1:
             ranks = f"cp {self.cp}" if self.cp > 1 else f"tp {self.tp} with sequence_parallel"
@@ -357,8 +358,7 @@ class Setup:
     @property
     def images_in_words(self) -> str:
         """How many images a sample has, and how large they are."""
-        height, width = self.image_size
-        return f"{self.images} image{'s' if self.images > 1 else ''} of {height} x {width} pixels a sample"
+        return f"{of_these(self.images, 'image')} of {' x '.join(map(str, self.image_size))} pixels a sample"
 
     def as_dict(self) -> dict[str, Any]:
         """The setup as plain values."""

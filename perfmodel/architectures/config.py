@@ -145,6 +145,8 @@ def load(name_or_path: str) -> Config:
     Raises:
         UserError: nothing found, or the file is not a JSON object.
     """
+    if not name_or_path.strip():
+        raise UserError("model: no name is given; perfmodel models lists those that are known")
     if name_or_path.startswith(f"{MEGATRON}:"):
         if not (name := name_or_path.removeprefix(f"{MEGATRON}:")):
             raise UserError(f"model {name_or_path!r} names none: give one behind it, such as megatron:llama-3.1-8b")

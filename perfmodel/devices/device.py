@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, as_given, check_kind, nearest
+from ..errors import UserError, as_given, check_kind, nearest, number_array
 from ..program.dtypes import ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
 from ..values import immutable
@@ -159,10 +159,7 @@ def _call(
 
 
 def _positive(dim: Any) -> np.ndarray:
-    array = np.asarray(dim)
-    if not np.issubdtype(array.dtype, np.number) or not np.all((array >= 1) & (array % 1 == 0)):
-        raise UserError(f"dims are whole numbers from 1, got {as_given(dim)}")
-    return array.astype(np.int64)
+    return number_array("dims", dim, 1, whole=True).astype(np.int64)
 
 
 def _one_of(what: str, value: str, known: Any) -> None:

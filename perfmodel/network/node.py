@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, as_given, nearest
+from ..errors import UserError, as_given, nearest, number_array
 from ..program.dtypes import ITEMSIZE
 from ..values import immutable
 from . import files, price
@@ -108,7 +108,7 @@ class GpuNode:
         if not isinstance(dtype, str) or dtype not in ITEMSIZE:
             raise UserError(f"dtype {as_given(dtype)} is unknown: {nearest(str(dtype), ITEMSIZE)}")
         message, group, over = self._group(kind, message_bytes, gpus, nodes)
-        _together(message_bytes=message, gpus=group, nodes=over, beside=(side := _numbers("beside", beside, 1)))
+        _together(message_bytes=message, gpus=group, nodes=over, beside=(side := number_array("beside", beside, 1)))
         found = price.collective_seconds(
             kind, message, group, over, links=self.file.links, parameters=self.file.blocks[kind].parameters,
             between=self.file.blocks[BETWEEN].parameters if BETWEEN in self.file.blocks else None,
@@ -128,8 +128,8 @@ class GpuNode:
         """The arguments as arrays, checked."""
         if not isinstance(kind, str) or kind not in price.KINDS:
             raise UserError(f"collective {as_given(kind)} is unknown: {nearest(str(kind), price.KINDS)}")
-        message, over = _numbers("message_bytes", message_bytes, 0), _numbers("nodes", nodes, 1)
-        group = _numbers("gpus", over * self.gpus if gpus is None else gpus, 1)
+        message, over = number_array("message_bytes", message_bytes, 0), number_array("nodes", nodes, 1)
+        group = number_array("gpus", over * self.gpus if gpus is None else gpus, 1)
         if np.any(over % 1):
             raise UserError(f"nodes must be whole numbers, got {nodes!r}")
         _together(message_bytes=message, gpus=group, nodes=over)
@@ -154,13 +154,6 @@ class GpuNode:
 
 
 Node = GpuNode  # its name in the face of the package; in the house a Node is a step of autograd, as in PyTorch
-
-
-def _numbers(what: str, value: Any, least: int) -> Array:
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.number) or not np.all((array >= least) & np.isfinite(array)):
-        raise UserError(f"{what} must be from {least}, got {as_given(value)}")
-    return array.astype(np.float64)
 
 
 def _together(**arrays: Array) -> None:

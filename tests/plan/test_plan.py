@@ -181,9 +181,9 @@ def test_a_number_of_gpus_that_does_not_go_is_left_out_and_said() -> None:
     assert {(run.device, run.gpus) for run in found.runs} == {("rtx-4090", 4), ("h100-sxm", 4)}
     why = {(device, gpus): words for (device, gpus, _), words in found.left_out.items()}
     assert {gpus for _, gpus in why} == {1, 6, 16}
-    assert why["h100-sxm", 1] == "tp 2 does not divide the 1 GPUs of the job"
+    assert why["h100-sxm", 1] == "tp 2 does not divide the 1 GPU of the job"
     assert why["rtx-4090", 16] == why["h100-sxm", 16] == "global batch 4 does not divide among 8 GPUs"
-    with pytest.raises(UserError, match="tp 2 does not divide the 1 GPUs"):
+    with pytest.raises(UserError, match="tp 2 does not divide the 1 GPU of"):
         plan("llama-3.2-1b", "lora:r=4", **asked, gpus=(1, 3))
 
 

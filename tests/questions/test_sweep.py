@@ -265,11 +265,11 @@ def test_numbers_of_gpus_that_do_not_go_are_left_out_and_said(tmp_path: Path) ->
     assert grid.gpus.tolist() == [4, 8]
     assert set(grid.refused) == {*range(1, 17)} - {4, 8}
     assert "no network cards" in str(grid.refused[16])
-    with pytest.raises(UserError, match="tp 4 does not divide the 1 GPUs of the job"):
+    with pytest.raises(UserError, match="tp 4 does not divide the 1 GPU of the job"):
         sweep("llama-3.2-1b", ["full", "lora"], device="h100-sxm", gpus=(1, 2), tp=4)
     asked = ["sweep", "--model", "llama-3.2-1b", "--device", "h100-sxm", "--tp", "2", "--gpus", "1-4*2", "--seq", "64"]
     told = CliRunner().invoke(main, [*asked, "--output", str(tmp_path / "rows.csv")])
-    assert "note: left out: 1 GPU: tp 2 does not divide the 1 GPUs of the job" in told.stdout
+    assert "note: left out: 1 GPU: tp 2 does not divide the 1 GPU of the job" in told.stdout
     plain = json.loads(CliRunner().invoke(main, [*asked, "--json"]).stdout)
     assert {row["gpus"] for row in plain["rows"]} == {2, 4}
-    assert plain["left_out"] == [{"gpus": 1, "why": "tp 2 does not divide the 1 GPUs of the job"}]
+    assert plain["left_out"] == [{"gpus": 1, "why": "tp 2 does not divide the 1 GPU of the job"}]

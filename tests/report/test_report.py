@@ -46,6 +46,7 @@ PAGES: dict[str, dict[str, Any]] = {
                      "checkpoint": "block", "axes": ()},
     "the same twice": {"model": "bert-base", "methods": ("lora", "lora"), "device": "t4", "dtype": "fp32",
                        "amp": "fp16", "batch": 2, "seq": 64, "axes": ("size",)},
+    "on 8 GPUs": {"model": "gpt2", "methods": METHODS, **SETUP, "gpus": 8, "parallel": "zero3", "offload": "params"},
 }  # fmt: skip
 
 
