@@ -5,7 +5,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from hypothesis import event
+from hypothesis import event, reject
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
@@ -124,13 +124,13 @@ class Question:
         return hosts.host_of(self.host, self.on)
 
 
-def asked(question: Question) -> Prediction | None:
-    """The answer, or None where it is refused in one line, as combinations of options are."""
+def asked(question: Question) -> Prediction:
+    """The answer; what is refused in one line, as combinations of options are, is no example."""
     try:
         found = question.answered()
     except UserError as error:
         event(f"refused: {str(error)[:40]}")
-        return None
+        reject()
     event("answered")
     return found
 
