@@ -110,20 +110,28 @@ def test_a_grid_of_rank_and_batch_equals_its_points(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("batch", "seq"), [(512, 32_768), (64, 1_000_000), (4096, 131_072)])
+HUGE = Setup(batch=64, seq=32_768, optimizer="sgd", checkpoint="block")  # of 70 B it has a fifth of 2^63 FLOPs
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_grid_of_huge_steps_equals_its_points_or_is_refused(device: str, batch: int, seq: int) -> None:
-    """Integers of an array wrap around at 2^63 without a word; Python's do not. 70 B over 2^24 tokens is beyond it."""
-    fixed: Any = {"optimizer": "sgd", "checkpoint": "block"}
-    alone = predict("llama-3.1-70b", "full", Setup(batch=batch, seq=seq, **fixed), device)
-    try:
-        whole = predict("llama-3.1-70b", "full", Setup(batch=np.array([batch // 2, batch]), seq=seq, **fixed), device)
-    except UserError:
-        return
+def test_a_grid_of_huge_steps_equals_its_points(device: str) -> None:
+    """Integers of an array wrap around at 2^63 without a word; Python's do not."""
+    alone = predict("llama-3.1-70b", "full", HUGE, device)
+    whole = predict("llama-3.1-70b", "full", replace(HUGE, batch=np.array([32, 64])), device)
     for figure in ("flops", "bytes"):
         assert int(getattr(whole, figure)["total"][1]) == getattr(alone, figure)["total"] > 0, figure
     assert int(whole.memory.peak[1]) == alone.memory.peak > 0
     assert whole.time.phases["total"][1] == pytest.approx(alone.time.phases["total"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(512, 32_768), (64, 1_000_000), (4096, 131_072)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_grid_of_steps_beyond_what_integers_of_arrays_hold_is_refused(device: str, batch: int, seq: int) -> None:
+    """Each of them has an answer alone."""
+    setup = replace(HUGE, batch=batch, seq=seq)
+    assert predict("llama-3.1-70b", "full", setup, device).flops["total"] > 2**62
+    with pytest.raises(UserError, match="exceed 64-bit integers"):
+        predict("llama-3.1-70b", "full", replace(setup, batch=np.array([batch // 2, batch])), device)
 
 
 @few
@@ -216,6 +224,7 @@ def test_work_between_steps_over_a_grid_of_ranks() -> None:
     whole = predict(architecture_of("llama"), replace(parse("cola:r=4"), r=ranks), setup, "l40s")
     for i, r in enumerate(ranks):
         alone = predict(architecture_of("llama"), f"cola:r={r}", setup, "l40s")
+        assert alone.periodic
         for a, b in zip(whole.periodic, alone.periodic, strict=True):
             assert np.broadcast_to(a.seconds, 3)[i] == pytest.approx(float(b.seconds), rel=1e-9)
             assert np.broadcast_to(a.bytes, 3)[i] == b.bytes
