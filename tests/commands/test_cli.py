@@ -357,36 +357,36 @@ def test_help_exits_with_0(args: tuple[str, ...]) -> None:
     assert result.stdout
 
 
-def commands(command: click.Command = main, *path: str) -> Iterator[tuple[tuple[str, ...], list[click.Option]]]:
-    """Every command with its options."""
+def options(command: click.Command = main, *path: str) -> Iterator[tuple[tuple[str, ...], click.Option]]:
+    """Every option of every command."""
     if not isinstance(command, click.Group):
-        yield path, [p for p in command.params if isinstance(p, click.Option)]
+        yield from ((path, p) for p in command.params if isinstance(p, click.Option))
         return
     for name in command.list_commands(click.Context(command)):
         child = command.get_command(click.Context(command), name)
         assert child is not None
-        yield from commands(child, *path, name)
+        yield from options(child, *path, name)
 
 
 def test_a_folder_is_refused_where_a_file_is_written_or_read(tmp_path: Path) -> None:
     """Before the work begins: after an hour of measuring, a page that cannot be written is an hour lost."""
     refused = 0
-    for path, options in commands():
-        for option in options:
-            if isinstance(option.type, click.Path) and option.type.file_okay and option.name != "peft_config":
-                done = call(*path, option.opts[0], str(tmp_path))
-                assert (done.exit_code, "is a directory" in done.stderr) == (2, True), (path, option.name)
-                refused += 1
+    for path, option in options():
+        if isinstance(option.type, click.Path) and option.type.file_okay and option.name != "peft_config":
+            done = call(*path, option.opts[0], str(tmp_path))
+            assert (done.exit_code, "is a directory" in done.stderr) == (2, True), (path, option.name)
+            refused += 1
     assert refused > 15
 
 
 def test_help_tells_what_is_taken_where_nothing_is_given() -> None:
     """A default that is nowhere to be read is found out by a run."""
-    for path, options in commands():
-        for option in options:
-            if isinstance(option.default, str | int | float | Path) and not option.is_flag:
-                _, told = option.get_help_record(click.Context(main)) or ("", "")
-                assert f"[default: {option.default}" in told, (path, option.name)
+    kinds = str | int | float | Path
+    preset = [(path, o) for path, o in options() if isinstance(o.default, kinds) and not o.is_flag]
+    assert len(preset) > 15
+    for path, option in preset:
+        _, told = option.get_help_record(click.Context(main)) or ("", "")
+        assert f"[default: {option.default}" in told, (path, option.name)
 
 
 @pytest.mark.parametrize("command", ["predict", "compare", "sweep", "explain", "advise"])

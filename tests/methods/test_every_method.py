@@ -187,6 +187,8 @@ def test_sizes_of_zero_are_refused(name: str) -> None:
     """Rank 0 or 0 blocks would train nothing."""
     cls, model = methods.registered()[name], some_model(name)
     sizes = [f.name for f in fields(cls) if f.name in cls().sizes() and not isinstance(f.default, str)]
+    if not sizes:
+        pytest.skip("has no sizes")
     for size in sizes:
         with pytest.raises(UserError) as caught:
             predict(architecture_of(model), f"{name}:{size}=0", device="l40s")
@@ -209,12 +211,10 @@ def test_a_method_says_whether_it_brings_its_own_optimizer(name: str) -> None:
     assert (step_of(one).method.own_optimizer is not None) == (one.kernels == other.kernels)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_whoever_adapts_in_its_own_way_has_no_fused_kernels(name: str) -> None:
+def test_whoever_adapts_in_its_own_way_has_no_fused_kernels() -> None:
     """They would take the place of layers whose program is not LoRA's, and be answered for it."""
-    cls = type(methods.parse(name))
-    if issubclass(cls, Lora) and cls.adapted is not Lora.adapted:
-        assert cls.implementations == ("peft",)
+    kin = [cls for cls in methods.registered().values() if issubclass(cls, Lora)]
+    assert {cls.implementations for cls in kin if cls.adapted is not Lora.adapted} == {("peft",)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -122,12 +122,10 @@ def test_an_array_has_the_single_answers(
             assert (work.channels[i, j], work.hbm_bytes[i, j]) == (single.channels, single.hbm_bytes)
 
 
-@pytest.mark.parametrize("name", files.names())
+@pytest.mark.parametrize("name", [name for name in files.names() if Node.load(name).gpus > 1])
 def test_large_messages_stay_below_the_wire(name: str) -> None:
     """A ring cannot carry more than its link; only the switch's own reduction beats that, and not in 8-bit integers."""
     node, size = Node.load(name), 2**34
-    if node.gpus == 1:
-        return
     smallest = node.file.links.tiers[0][1]
     for kind in ("all_gather", "reduce_scatter", "all_reduce"):
         passed = (2 if kind == "all_reduce" else 1) * (node.gpus - 1) / node.gpus

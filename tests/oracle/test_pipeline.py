@@ -94,8 +94,8 @@ def test_interleaved_orders_are_those_of_the_real_schedule(ranks: int, chunks: i
     passes = {r: schedules._add_reduce_grad(order, micros) for r, order in orders.items()}
     theirs = schedules._add_send_recv(passes, lambda stage: stage % ranks, ranks * chunks)
     ours = recording.Schedule("interleaved", chunks).orders(ranks, micros, lambda stage: True, sharded=sharded)
-    for rank, order in enumerate(ours):
-        assert [word for a in order for word in said_by_torch(a)] == list(map(str, theirs[rank]))
+    said = [[word for action in order for word in said_by_torch(action)] for order in ours]
+    assert said == [list(map(str, theirs[rank])) for rank in range(ranks)]
 
 
 def said_by_torch(action: object) -> list[str]:

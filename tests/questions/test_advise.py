@@ -197,13 +197,13 @@ def test_no_single_change_makes_the_best_faster(method: str, limit: float) -> No
 
         patched.setattr(advise_module, "_answer", noted)
         advise(MODEL, method, device=DEVICE, batch=2, seq=256, memory_bytes=limit)
-        for space in spaces:
-            best = space.best()
-            if best is not None:
-                count = len(space.known)
-                assert list(space.neighbours(best))
-                assert len(space.known) == count
-                assert all(space._order(p) >= space._order(best) for p in space.neighbours(best))
+        found = [(space, best) for space in spaces if (best := space.best()) is not None]
+        assert found
+        for space, best in found:
+            count = len(space.known)
+            assert list(space.neighbours(best))
+            assert len(space.known) == count
+            assert all(space._order(p) >= space._order(best) for p in space.neighbours(best))
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,8 @@ def refusal(ask: Ask, **given: Any) -> str:
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(("given", "begins"), ALIKE, ids=str)
 def test_every_entry_names_the_argument(entry: str, given: dict[str, Any], begins: str) -> None:
-    if entry == "sweep" and "batch" in given:  # its axes take any iterable
-        return
+    if entry == "sweep" and "batch" in given:
+        pytest.skip("its axes take any iterable")
     assert refusal(ENTRIES[entry], **{"model": MODEL, **given}).startswith(begins)
 
 

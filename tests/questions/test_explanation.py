@@ -144,16 +144,17 @@ def test_the_reason_is_the_largest_part_of_the_waterfall(case: str) -> None:
     assert sentences.why(before, after, verdict_, 840) == said
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
-@given(
-    a=st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1]), min_size=len(PARTS), max_size=len(PARTS)),
-    b=st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1]), min_size=len(PARTS), max_size=len(PARTS)),
+some_seconds = st.lists(  # whose sums are exact: rounding must not decide which of two is larger
+    st.sampled_from([0.0, 1 / 128, 1 / 64, 1 / 16, 1 / 8]), min_size=len(PARTS), max_size=len(PARTS)
 )
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(a=some_seconds, b=some_seconds)
 def test_a_reason_never_contradicts_its_verdict(a: list[float], b: list[float]) -> None:
     """Faster in spite of more added than saved is only true of sums, and must then be said of sums."""
     before, after = (step_of(**dict(zip(PARTS, seconds, strict=True))) for seconds in (a, b))
-    if not sum(a) or not sum(b):
-        return
+    assume(sum(a) and sum(b))
     said = sentences.why(before, after, verdict(before.total / after.total), 1000)
     assert said.startswith("because ")
     change = [y - x for name, x, y in zip(PARTS, a, b, strict=True) if name not in STEP]

@@ -228,6 +228,7 @@ def test_the_bars_of_the_waterfall_join_up(pair: tuple[str, str]) -> None:
     for width in (720, 360):
         first, *middle, last = bars(waterfall(e, width).svg())
         at = first[1]
+        assert middle
         for start, end, kind in middle:
             assert kind in ("f-saved", "f-added")
             assert at == pytest.approx(end if kind == "f-saved" else start, abs=1.1)  # a bar is at least 1 px wide

@@ -149,6 +149,8 @@ def test_a_trace_has_it_too(name: str, tmp_path: Path, monkeypatch: Any) -> None
     asked: dict[str, Any] = {"device": "h100-sxm", "batch": 2, "seq": np.array([16, 24, 32]), "kernels": "trl"}
     asked |= {"attention": "eager"} if name == "gemma2" else {}
     found = predict(traced(config), "full", **asked)
+    plain = predict(traced(config), "full", **{**asked, "kernels": "torch"})
+    assert (found.flops["total"] > plain.flops["total"]).all()  # backward has the logits a second time
     if from_config(config).traits.cut_loss:
         tape = predict(config, "full", **asked)
         for figure in ("flops", "kernels", "dispatches", "bytes"):
