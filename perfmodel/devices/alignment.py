@@ -22,12 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..program.dims import Array
 from .gemm_parameters import LAYOUTS, GemmParameters
 from .hardware import Hardware
-
-Array = NDArray[np.float64]
 
 WIDE = 8  # elements that a thread loads at once of rows at multiples of 16 bytes; of others two or one
 LOADED = {2: 11.0, 1: 8.0}  # bytes a clock that an SM loads so, padding of a tile included

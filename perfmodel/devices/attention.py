@@ -26,12 +26,12 @@ dk, dv written, dq is accumulated in fp32; three launches (row sums of do*o, mai
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ..program.dims import Array
 from ..values import immutable
 from .hardware import ITEMSIZE, Hardware
 
-Array = NDArray[np.float64]
 Kinds = tuple[Array, Array]  # lengths of documents, and how many of each there are, both (kinds, *grid)
 
 ROWS = 128.0  # query rows of a CTA (FlashAttention 2 and 3 use 128 for head sizes 64 to 256)

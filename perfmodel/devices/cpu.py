@@ -20,15 +20,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..program.dims import Array
 from ..program.op import Op
 from .cpu_work import FEW_ROWS, KINDS, PAGE, REGIMES, VECTOR, sort
 from .hardware import ITEMSIZE, Hardware
 from .solver import solver_time
 from .tables import Model, Tables
 
-Array = NDArray[np.float64]
 GRAIN = 32768.0  # elements that a thread takes at least (at::internal::GRAIN_SIZE)
 CACHE_SHARPNESS = 3.0  # exponent of the passage from cache to memory
 

@@ -22,12 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..program.dims import Array, Index
 from .alignment import LOADED, WIDE, load_width, older_kernels
 from .gemm_parameters import LAYOUTS, GemmParameters, Layout, Tiles, layout_index
 from .hardware import ITEMSIZE, Hardware
-
-Array = NDArray[np.float64]
-Numbers = NDArray[np.intp]
 
 SPLIT_WAVES = 2  # a split of k fills so many waves of the SMs at most
 CHUNK = 16_384  # shapes evaluated together: bounds the working set
@@ -99,7 +97,7 @@ def gemm_time(
     dtype: str = "bf16",
     output_itemsize: float | None = None,
     accumulate: ArrayLike = False,
-    layout: Layout | NDArray[np.intp] = "tn",
+    layout: Layout | Index = "tn",
     a_copies: ArrayLike = 1.0,
     b_copies: ArrayLike = np.inf,
 ) -> Array:
@@ -259,7 +257,7 @@ def _column(sides: tuple[int, ...]) -> Array:
 
 def _with_tiles(
     tiles: Tiles, along_m: _Extent, along_n: _Extent, product: _Product, r: _Rates
-) -> tuple[Array, Numbers, Array]:
+) -> tuple[Array, Index, Array]:
     """Seconds of whole k with the best of some tiles; which products a split of k may pay for, and seconds of that.
 
     Of whole k in all where power is limited, else of the SMs alone. A product is there once for each tile.

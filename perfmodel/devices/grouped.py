@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..program.dims import Array
 from ..program.routing import Routing
-from .gemm import LAYOUTS, Array, _bytes, _flop_time, _overlap, _Rates, _throttled, _waves, gemm_time
+from .gemm import LAYOUTS, _bytes, _flop_time, _overlap, _Rates, _throttled, _waves, gemm_time
 from .gemm_parameters import GroupedParameters
 from .profile import DeviceProfile
 

@@ -20,13 +20,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..errors import nearest
+from ..program.dims import Array
 from ..values import immutable
 from .hardware import Hardware
-
-Array = NDArray[np.float64]
 
 SPILL_SHARPNESS = 6.0  # exponent of the passage from rows that stay in L1 to rows that do not
 REGISTERS = 262144.0  # B of registers of an SM

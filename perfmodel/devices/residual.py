@@ -20,14 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UserError, nearest
+from ..program.dims import Array, Index
 from ..resources import DATA, is_file, parsed, read_text, stems
 from ..values import immutable
-
-Array = NDArray[np.float64]
-Index = NDArray[np.intp]
 
 FOLDER = DATA / "residuals"
 OCTAVES = ((0, 15), (5, 16), (5, 16))  # log2 of the m, n and k that were measured: first and last node of g

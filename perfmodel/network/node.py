@@ -13,15 +13,13 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UserError, as_given, nearest, number_array
+from ..program.dims import Array
 from ..program.dtypes import ITEMSIZE
 from ..values import immutable
 from . import files, price
 from .files import BETWEEN, NodeFile
-
-Array = NDArray[np.float64]
 
 SWITCH_ADDS = ("fp64", "fp32", "bf16", "fp16", "i32", "i64")  # what reduction in the switch (NVLS) can add
 # Bytes below which NCCL takes fewer channels: so many threads, each with its 64 bytes in Simple or 8 in LL

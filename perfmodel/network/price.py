@@ -21,11 +21,9 @@ its smallest tier. Behind a switch, which is one tier, each GPU has its own.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..program.dims import Array
 from .parameters import Between, CollectiveParameters, Nics, Protocol
-
-Array = NDArray[np.float64]
 
 
 class CollectiveKind(NamedTuple):

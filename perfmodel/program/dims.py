@@ -13,11 +13,14 @@ from threading import local
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .formulas import Formula
 
 Dim = Any  # int | np.ndarray[int64]; spelled Any because NumPy's operators defeat static narrowing
 Shape = tuple[Dim, ...]
+Array = NDArray[np.float64]  # figures over a grid, as seconds and bytes
+Index = NDArray[np.intp]
 R = TypeVar("R")
 VARIES = (np.ndarray, Formula)
 

@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from .judging import Array
+from perfmodel.program.dims import Array
 
 RUNS, FASTEST = 26, 5  # of a shape: in all, and those that its latency is the mean of
 POOL = 0.9  # share of the memory that operands and result can take

@@ -26,9 +26,10 @@ from perfmodel.devices.cpu import (
 from perfmodel.devices.cpu_work import KINDS, LIKE, REGIMES, STATE
 from perfmodel.devices.hardware import ITEMSIZE, Hardware
 from perfmodel.errors import UserError
+from perfmodel.program.dims import Array
 
 from .cpu_ops import Amounts, passes
-from .judging import Array, Doubts, Fit, FitErrors, fold
+from .judging import Doubts, Fit, FitErrors, fold
 
 PACKED_AS = {  # regimes that differ in the rate of their products alone
     "nn_aliased": "nn_few", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",

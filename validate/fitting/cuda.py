@@ -18,13 +18,14 @@ from perfmodel.devices.gemm_parameters import LAYOUTS, GemmParameters, Layout
 from perfmodel.devices.price import ROW_WISE
 from perfmodel.devices.profile import DeviceProfile
 from perfmodel.errors import UserError
+from perfmodel.program.dims import Array
 
 from . import gemm, pointwise
 from .attention import fit as attention
 from .attention import flash_papers
 from .cpu import SOURCE, CpuRow, cpu_rows
 from .cpu_ops import op
-from .judging import Array, Doubts, Fit, FitErrors, column, fold, shape_hash
+from .judging import Doubts, Fit, FitErrors, column, fold, shape_hash
 from .sequences import TimedKernel
 
 Record = Mapping[str, Any]

@@ -19,9 +19,10 @@ import pandas as pd
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.gemm_parameters import EarlyGemmParameters
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
 from .gemm import BOUNDS, least
-from .judging import Array, Fit, FitErrors, column, hardware, measured_table, settled
+from .judging import Fit, FitErrors, column, hardware, measured_table, settled
 
 H100 = "h100-sxm"
 VIDUR = "https://github.com/microsoft/vidur"

@@ -17,11 +17,11 @@ from scipy.optimize import OptimizeResult, least_squares
 
 from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
 from . import sgemm
 from .campaigns import REACTION
 from .judging import (
-    Array,
     Doubts,
     Fit,
     FitErrors,

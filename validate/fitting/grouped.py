@@ -24,10 +24,11 @@ from perfmodel.devices.gemm import GemmParameters
 from perfmodel.devices.gemm_parameters import GroupedParameters
 from perfmodel.devices.grouped import grouped_time
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 from perfmodel.program.routing import BALANCED, Routing
 
 from .gemm import AICONFIGURATOR, least
-from .judging import Array, Doubts, Fit, FitErrors, column, hardware, measured_table, settled
+from .judging import Doubts, Fit, FitErrors, column, hardware, measured_table, settled
 
 FILE = "moe_kernels.parquet"
 # Device -> its name there, and the kernels.

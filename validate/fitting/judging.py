@@ -19,9 +19,9 @@ from perfmodel.devices.pointwise import PointwiseParameters
 from perfmodel.devices.profile import DEVICES
 from perfmodel.errors import UserError
 from perfmodel.network.parameters import Between, CollectiveParameters
+from perfmodel.program.dims import Array
 from perfmodel.resources import read_toml
 
-Array = NDArray[np.float64]
 OfGpu = GemmParameters | EarlyGemmParameters | AttentionParameters | PointwiseParameters | GroupedParameters
 OfNode = CollectiveParameters | Between
 Parameters = OfGpu | OfNode | CpuGemmParameters | CpuAttentionParameters | CpuStreamParameters

@@ -13,9 +13,10 @@ import pandas as pd
 
 from perfmodel.devices.gemm import GemmParameters, Layout, gemm_time
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
 from .gemm import least, roofline_seconds
-from .judging import Array, Fit, FitErrors, column, hardware, measured_table, settled, shape_hash, unsearched
+from .judging import Fit, FitErrors, column, hardware, measured_table, settled, shape_hash, unsearched
 
 SIMUMAX = "https://github.com/MooreThreads/SimuMax"
 BOARDS = {"a100-80gb-pcie": "a100_pcie_bf16", "b200": "b200_bf16_ceperm"}

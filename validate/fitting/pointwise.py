@@ -16,10 +16,10 @@ from scipy.optimize import least_squares
 
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.pointwise import KINDS, PointwiseParameters, pointwise_time
+from perfmodel.program.dims import Array
 
 from . import liger
 from .judging import (
-    Array,
     Doubts,
     Fit,
     FitErrors,

@@ -16,9 +16,10 @@ from scipy.sparse.linalg import lsmr
 from perfmodel.devices.gemm import GemmParameters, gemm_time
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.residual import NODES, NODES_OF_WAVES, Residual, Spot, area_place, idle_place, shape_places
+from perfmodel.program.dims import Array
 
 from .gemm import AICONFIGURATOR, errors_by_slice, gemm_rows, software
-from .judging import Array, FitErrors, Shapes, column, hardware
+from .judging import FitErrors, Shapes, column, hardware
 
 # Tiles: of seven tried the two whose waves say most on an A100, H100, B200 and L40S. Weights: the best of nine pairs on
 # a quarter of the rows of the fit that was held out of it.

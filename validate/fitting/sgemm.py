@@ -13,15 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from perfmodel.devices.gemm import GemmParameters, Tiles, gemm_time
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array, Index
 
 from .campaigns import Campaign, board_campaign, boosts, entries
-from .judging import Array, Shapes, measured_table
-
-Index = NDArray[np.intp]
+from .judging import Shapes, measured_table
 
 NEUSIGHT = "https://github.com/sitar-lab/NeuSight"
 FILE = "kernels_fp32_neusight.parquet"

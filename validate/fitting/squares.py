@@ -13,8 +13,9 @@ import numpy as np
 from scipy.optimize import brentq
 
 from perfmodel.devices.gemm import GemmParameters, gemm_time
+from perfmodel.program.dims import Array
 
-from .judging import Array, Fit, FitErrors, hardware
+from .judging import Fit, FitErrors, hardware
 
 SOURCE = "https://github.com/zzc0721/torch-performance-test-data (database.md of 9d828276; issues 107 to 200)"
 SIZES = np.array([1024.0, 2048.0, 4096.0, 8192.0, 10240.0])

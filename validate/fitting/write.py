@@ -11,9 +11,10 @@ import numpy as np
 
 from perfmodel.devices import profile
 from perfmodel.devices.residual import load_residual
+from perfmodel.program.dims import Array
 from perfmodel.resources import write_text, written
 
-from .judging import Array, Fit
+from .judging import Fit
 from .residual import Learned
 
 AS_USUAL = ("tiles", "backward_wide", "row_tiles", "downcast_rate")  # left out of files where they are the default

@@ -16,8 +16,9 @@ from scipy.optimize import least_squares
 
 from perfmodel.devices.attention import WIDE, AttentionParameters
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
-from ..judging import Array, Fit, FitErrors, Told, column, hardware, settled, unsearched
+from ..judging import Fit, FitErrors, Told, column, hardware, settled, unsearched
 from . import flash_papers, serving
 from .flash_papers import published_errors, published_time
 from .serving import AICONFIGURATOR, Own, Served, ServedKernel, attention_rows, fit_served, serving_errors, shares_of

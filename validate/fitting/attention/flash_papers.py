@@ -28,8 +28,9 @@ import pandas as pd
 
 from perfmodel.devices.attention import AttentionParameters, attention_backward_time, attention_forward_time
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
-from ..judging import Array, FitErrors, column, fold
+from ..judging import FitErrors, column, fold
 
 A100_BACKWARD_EFFICIENCY = 0.63 / 0.73  # the FlashAttention-2 paper's peak shares on A100
 A100_BACKWARD = "63 % of peak against forward's 73 % (https://arxiv.org/abs/2307.08691)"

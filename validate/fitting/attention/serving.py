@@ -25,8 +25,9 @@ from scipy.optimize import least_squares
 
 from perfmodel.devices.attention import AttentionParameters, attention_flops, attention_forward_time, seconds_per_byte
 from perfmodel.devices.hardware import Hardware
+from perfmodel.program.dims import Array
 
-from ..judging import Array, Doubts, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
+from ..judging import Doubts, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
 from .flash_papers import published_time
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"

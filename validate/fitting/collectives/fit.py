@@ -25,8 +25,9 @@ from perfmodel.network import files, price
 from perfmodel.network.files import BETWEEN, NODES
 from perfmodel.network.parameters import PROTOCOLS, Between, CollectiveParameters, InSwitch, Protocol
 from perfmodel.network.price import Links
+from perfmodel.program.dims import Array
 
-from ..judging import Array, Fit, FitErrors, column, settled
+from ..judging import Fit, FitErrors, column, settled
 from ..write import write_blocks
 from .rows import ACROSS, ADDING, BLACKWELL, SOURCES, SWITCHED, WITHIN, node_file, read_collectives
 
