@@ -13,6 +13,7 @@ import numpy as np
 from . import optimizers
 from .errors import UserError, as_given, check_kind, one_of
 from .program.dims import Dim
+from .program.dtypes import FLOATING
 from .program.formulas import Formula
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
@@ -20,7 +21,6 @@ from .program.software import CURRENT, SoftwareStack
 from .units import of_these
 from .values import immutable
 
-DTYPES = ("bf16", "fp16", "fp32")
 ATTENTION = ("sdpa", "eager", "flash2")
 CHECKPOINT = ("none", "block", "block-reentrant")
 KERNELS = ("torch", "liger", "cce", "liger+cce", "trl", "liger+trl")
@@ -193,7 +193,7 @@ class Setup:
         for name, check in (("batch", positive), ("seq", positive), ("gpus", positive), ("grad_accum", single)):
             object.__setattr__(self, name, check(name, getattr(self, name)))
         for name, choices in (
-            ("dtype", DTYPES), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
+            ("dtype", FLOATING), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
             ("ddp", DDP), ("offload", OFFLOAD), ("cp_rotate", (*ROTATE, ULYSSES)), ("fsdp_units", FSDP_UNITS),
@@ -206,7 +206,7 @@ class Setup:
             if self.dtype not in ("fp32", self.amp):
                 raise UserError(f"amp {self.amp} goes with dtype fp32 or {self.amp}, got {self.dtype}")
         if self.reduce_dtype is not None:
-            one_of("reduce_dtype", self.reduce_dtype, DTYPES)
+            one_of("reduce_dtype", self.reduce_dtype, FLOATING)
         if self.prompt is not None and single("prompt", self.prompt) >= np.min(self.seq):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
         for name in FLAGS:  # "no" is true; a number is what it is (clip_grad 0.0)

@@ -19,12 +19,12 @@ from perfmodel.errors import UserError
 from perfmodel.methods import Method
 from perfmodel.optimizers import optimizer_names
 from perfmodel.prediction.predict import Prediction, architecture_of, predict
+from perfmodel.program.dtypes import FLOATING
 from perfmodel.setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
     DDP,
-    DTYPES,
     ENGINES,
     EXPERTS,
     FP8,
@@ -54,7 +54,7 @@ SIZES = st.sampled_from([1, 1, 2, 3, 4, 7, 8, 16, 17, 31, 33, 64])
 LENGTHS = st.sampled_from([1, 2, 3, 16, 17, 33, 60, 64, 64, 128, 210, 512, 1000, 2048, 4096])
 # field of a setup -> its values; of fields that are missing here, those that the default's type has
 VALUES: dict[str, tuple[Any, ...]] = {
-    "dtype": DTYPES, "amp": ("bf16", "fp16"), "optimizer": optimizer_names(), "grad_accum": (2, 3, 8),
+    "dtype": FLOATING, "amp": ("bf16", "fp16"), "optimizer": optimizer_names(), "grad_accum": (2, 3, 8),
     "checkpoint": CHECKPOINT, "attention": ATTENTION, "kernels": KERNELS, "compile": COMPILE, "fp8": FP8, "int8": INT8,
     "qat": ("int8-int4:32",), "engine": ENGINES, "routing": ("zipf:0.5", "zipf:1.1"), "experts": EXPERTS,
     "objective": OBJECTIVES, "prompt": (1, 5, 30), "reference": REFERENCES, "packing": PACKING,

@@ -10,7 +10,8 @@ from ..architectures.names import name_order
 from ..devices import profile
 from ..errors import UserError
 from ..optimizers import optimizer_names
-from ..setup import CHECKPOINT, DTYPES, PARALLEL
+from ..program.dtypes import FLOATING
+from ..setup import CHECKPOINT, PARALLEL
 from . import several
 from .choices import Choices, chosen_fields, of_form, setup_fields
 
@@ -128,7 +129,7 @@ def fields_of_form() -> tuple[list[Any], Any]:
     seq = gr.Slider(1, MOST_SEQ, value=first.setup.seq, step=1, label="Tokens per sample")
     with gr.Row():
         accum = gr.Number(1, label="Micro-batches", precision=0, minimum=1, min_width=90)
-        dtype = gr.Dropdown(list(DTYPES), value="bf16", label="Base weights", min_width=90)
+        dtype = gr.Dropdown(list(FLOATING), value="bf16", label="Base weights", min_width=90)
     with gr.Row():
         checkpoint = gr.Dropdown(list(CHECKPOINT), value="none", label="Checkpointing", min_width=90)
         optimizer = gr.Dropdown(list(optimizer_names()), value="adamw", label="Optimizer", min_width=90)

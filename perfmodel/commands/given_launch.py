@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..setup import DDP, DTYPES, FSDP_UNITS, OFFLOAD, PARALLEL, ROTATE, ULYSSES
+from ..program.dtypes import FLOATING
+from ..setup import DDP, FSDP_UNITS, OFFLOAD, PARALLEL, ROTATE, ULYSSES
 
 if TYPE_CHECKING:
     from ..imports import Imported
@@ -139,7 +140,8 @@ def of_several() -> tuple[Decorator, ...]:
         click.option("--fsdp-units", type=click.Choice(FSDP_UNITS), default="accelerate", show_default=True,
                      help="What FSDP2 gathers at once. accelerate: blocks, embedding, last norm and head; blocks: "
                      "these, and all else; adapters: each half of a LoRA, too (Axolotl, LLaMA-Factory v1)."),
-        click.option("--reduce-dtype", type=click.Choice(DTYPES), help="FSDP reduces gradients in it; default: as is."),
+        click.option("--reduce-dtype", type=click.Choice(FLOATING),
+                     help="FSDP reduces gradients in it; default: as is."),
         click.option("--sync-each-batch", is_flag=True, help="Gradients are exchanged for every micro-batch."),
         click.option("--overlap", is_flag=True,
                      help="Of megatron:NAME: gradients go beside backward, weights are gathered ahead of their use."),

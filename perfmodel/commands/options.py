@@ -9,11 +9,11 @@ import click
 from click.core import ParameterSource
 
 from ..optimizers import is_optimizer, optimizer_names
+from ..program.dtypes import FLOATING
 from ..setup import (
     ATTENTION,
     CHECKPOINT,
     COMPILE,
-    DTYPES,
     ENGINES,
     EXPERTS,
     FP8,
@@ -199,7 +199,7 @@ def _sizes(size: Any) -> tuple[Decorator, ...]:
 def _precision() -> tuple[Decorator, ...]:
     """What weights and products are in."""
     return (
-        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", help="Base weights.",
+        click.option("--dtype", type=click.Choice(FLOATING), default="bf16", help="Base weights.",
                      show_default="bf16; fp16 on a GPU without units for bf16"),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, as_given, check_kind, nearest, number_array
-from ..program.dtypes import ITEMSIZE
+from ..program.dtypes import FLOATING, ITEMSIZE
 from ..program.op import PLAIN, Attrs, Op, Spec
 from ..values import immutable
 from . import gemm, price, profile
@@ -30,7 +30,6 @@ ATTENTION = {  # kernel -> the call that runs it on a GPU
     "cudnn": "_scaled_dot_product_cudnn_attention",
 }
 ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
-DTYPES = ("bf16", "fp16", "fp32")
 
 
 @immutable
@@ -64,7 +63,7 @@ class Device:
         Raises:
             UserError: a dim below 1, an unknown dtype or layout, a batch in another layout than tn.
         """
-        _one_of("dtype", dtype, DTYPES)
+        _one_of("dtype", dtype, FLOATING)
         _one_of("layout", layout, gemm.LAYOUTS)
         if np.any(np.not_equal(batch, 1)) and layout != "tn":
             raise UserError("batched products have one layout: leave layout out")
@@ -90,7 +89,7 @@ class Device:
         Raises:
             UserError: a dim below 1, an unknown dtype or kernel, key heads that do not divide the heads.
         """
-        _one_of("dtype", dtype, DTYPES)
+        _one_of("dtype", dtype, FLOATING)
         kernel = kernel or ("flash" if self.profile.cudnn_attention is self.profile.attention else "cudnn")
         _one_of("kernel", kernel, ATTENTION)
         kv_heads = heads if kv_heads is None else kv_heads
@@ -110,7 +109,7 @@ class Device:
         Raises:
             UserError: less than a byte, or an unknown dtype.
         """
-        _one_of("dtype", dtype, DTYPES)
+        _one_of("dtype", dtype, FLOATING)
 
         def call(read: Any, written: Any) -> Op:
             item = ITEMSIZE[dtype]

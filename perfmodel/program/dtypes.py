@@ -4,7 +4,7 @@ ITEMSIZE = {
     "fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "e4m3": 1, "e5m2": 1, "c64": 8, "i64": 8, "i32": 4, "u32": 4,
     "u8": 1, "i8": 1, "bool": 1,
 }  # fmt: skip
-FLOATING = ("fp32", "bf16", "fp16")
+FLOATING = ("bf16", "fp16", "fp32")  # that weights, activations and gradients may be in
 FLOAT8 = ("e4m3", "e5m2")  # floats of 8 bits, by the bits of exponent and mantissa
 
 

@@ -20,9 +20,10 @@ from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
 from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
+from perfmodel.program.dtypes import FLOATING
 from perfmodel.program.software import SoftwareStack
 from perfmodel.resources import DATA, read_rows
-from perfmodel.setup import DTYPES, Setup
+from perfmodel.setup import Setup
 
 from ..accuracy import Errors, Pair, beyond, paired
 
@@ -142,7 +143,7 @@ def stack_of(software: str, date: str = "") -> SoftwareStack:
 
 
 def _row(r: dict[str, str]) -> PublishedStep:
-    amp = r["dtype"] if r["amp"] == "1" else r["amp"] if r["amp"] in DTYPES else None
+    amp = r["dtype"] if r["amp"] == "1" else r["amp"] if r["amp"] in FLOATING else None
     setup = Setup(
         batch=int(r["batch"]),
         seq=int(r["seq"]),
