@@ -44,7 +44,6 @@ CUDNN = ("wgmma", "tcgen05")  # families on which PyTorch prefers cuDNN's attent
 CUDNN_ATTENTION = "attention_cudnn"  # its block
 CPU_ATTENTION16 = "attention_bf16"  # a block that a CPU may lack: 16-bit attention is then priced as fp32's
 KINDS = ("cuda", "cpu")
-PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 RESIDUALS = ("mean", "median", "p90")
 NOT_MODELLED = {  # kinds of devices without a profile, and how their names begin
     "AMD cards": r"amd|instinct|radeon|mi\d|rx-?\d|gfx\d",
@@ -338,7 +337,7 @@ def _parse(kind: type[P], table: Any, where: str) -> _Block[P]:
         toml.text(table, key, where)
     return _Block(
         parameters=parameters,
-        provenance={key: table[key] for key in PROVENANCE if key in table},
+        provenance={key: table[key] for key in toml.PROVENANCE if key in table},
         residuals={key: toml.number(residual, key, f"{where} residuals") for key in RESIDUALS},
         origin="fitted" if rows else "sibling",
     )

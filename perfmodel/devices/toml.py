@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Table = dict[str, Any]
+PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")  # keys of a fitted block
 SMALLEST, LARGEST = 1e-20, 1e20  # no figure of a device, in SI units, comes near them
 RANGES = {  # ends of keys -> a tighter range, from the first computers to any that may come
     "_flops": (1e3, 1e19), "memory_bandwidth": (1e3, 1e17), "clock_hz": (1e3, 1e12), "memory_bytes": (1e3, 1e17),

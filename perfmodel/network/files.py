@@ -45,7 +45,6 @@ KEYS = (
     "fitted",
     "host_bandwidth",
 )
-PROVENANCE = ("source", "date", "software", "rows_fitted", "rows_left_out", "notes")
 
 Table = dict[str, Any]
 
@@ -198,7 +197,7 @@ def _parsed(kind: str, block: Any, origin: str, node: str, tiers: int, where: st
     values, inside = toml.subtable(block, "parameters", where), f"{where} parameters"
     residuals = toml.subtable(block, "residuals", where)
     parameters = _between(values, inside) if kind == BETWEEN else _collective(values, tiers, inside)
-    provenance = {key: block[key] for key in PROVENANCE if key in block}
+    provenance = {key: block[key] for key in toml.PROVENANCE if key in block}
     return NodeBlock(parameters, origin, node, kind, provenance, residuals)
 
 

@@ -36,7 +36,6 @@ Record = dict[str, Any]
 
 SECONDS = 150.0  # of a whole calibration, the host's part included
 HOST_SHARE = 0.35  # of the seconds
-DTYPES = ("fp32", "bf16")
 MEASURED = "measured by perfmodel calibrate"
 BIG = 8e6  # B: calls that move at least so much show the memory's bandwidth
 
@@ -131,7 +130,7 @@ def microbenchmarks(device: str, threads: int, seconds: float, progress: Progres
         here = environment.describe(device, threads)
         head = {"kind": "environment", "id": environment.identity(here), "started": time.time(), **here}
         watch = stopwatch.stopwatch(device, threads)
-        measured = run.run_blocks(designs.design(device, DTYPES), device, watch, seconds, progress)
+        measured = run.run_blocks(designs.design(device, designs.DTYPES), device, watch, seconds, progress)
     finally:
         torch.set_num_threads(before)
     return [head, *({**r, "environment": head["id"]} for r in measured)]
@@ -178,7 +177,7 @@ def cpu_datasheet(rows: Sequence[cpu_fit.CpuRow], here: Record) -> dict[str, tup
     host = here["host"]
     threads = int(host["threads"])
     products = [r for r in rows if r.case["block"] == "gemm"]
-    best = {d: max((_rate(r) for r in products if r.case["dtype"] == d), default=0.0) for d in DTYPES}
+    best = {d: max((_rate(r) for r in products if r.case["dtype"] == d), default=0.0) for d in designs.DTYPES}
     bandwidth = max((_bandwidth(r) for r in rows if r.case["op"] in STATE), default=0.0)
     if not bandwidth or not all(best.values()):
         raise UserError("too few microbenchmarks to tell the peaks of this machine: give the calibration more time")

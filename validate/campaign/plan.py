@@ -28,12 +28,11 @@ from perfmodel.resources import is_file, read_toml
 from ..calibration import hosts
 from ..measuring import cells
 from ..measuring.cells import COUNTS, GRIDS, Cell
-from ..microbench import wider
+from ..microbench import designs, wider
 from ..microbench.designs import MicroCase
 from .guide import around
 
 KEYS = ("name", "blocks", "most", "programs", "cells", "around", "longest", "needs")
-DTYPES = ("fp32", "bf16")
 SEED = 0
 LONGEST = 2048  # tokens of a sequence around the break-even
 
@@ -129,7 +128,7 @@ def load_plan(name: Path | None, device: str) -> CampaignPlan:
 
 @cache
 def _blocks(device: str) -> dict[str, list[MicroCase]]:
-    return wider.campaign_blocks(device, DTYPES)
+    return wider.campaign_blocks(device, designs.DTYPES)
 
 
 def _check(stage: Any, device: str, where: str) -> None:

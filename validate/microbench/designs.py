@@ -12,6 +12,7 @@ from typing import Any
 from perfmodel.devices.gemm_parameters import LAYOUTS
 
 SEED = 0
+DTYPES = ("fp32", "bf16")  # of the kernels that are measured
 
 
 @dataclass(frozen=True)
