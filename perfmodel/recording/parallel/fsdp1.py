@@ -41,8 +41,8 @@ from ...tape.autograd import differentiate
 from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, exchange, set_event, travelling, wait_event
-from .form import OfBlocks
 from .offload import keep_on_host, to_device, to_host
+from .sharded import Sharded
 from .units import ROOT, ShardedUnit, of_all_layers, predivided
 
 GATHERED, REDUCED = "gathered", "reduced"  # events
@@ -130,14 +130,11 @@ class FlatUnit:
         set_event(FREED[0], COMPUTE)
 
 
-class FlatShard(OfBlocks):
+class FlatShard(Sharded):
     """The hooks of FSDP1 around the blocks of a model, its adapters and the whole.
 
     Attributes:
-        across: the replicas of a rank's part, over which its gradient is reduced, too (HYBRID_SHARD); None: none.
         keeps: whether what is gathered stays up to the backward pass that reduces gradients (SHARD_GRAD_OP).
-        frozen: the hooks around a reference model, if there is one.
-        reduce_dtype: what gradients are reduced in; None: the dtype of what is gathered.
         holds: whether what goes into a frozen block, and its gradient, stay to the end of the backward pass: where
             reentrant checkpoints lie around units, the hook that frees one in its recomputation holds both
             (`_register_post_backward_reshard_only_hook`).
@@ -147,22 +144,15 @@ class FlatShard(OfBlocks):
         amp: the dtype of mixed precision.
     """
 
-    shares_norm = True
-
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, across: Ranks | None = None, *,
         offloads: bool = False, keeps: bool = False, holds: bool = False, frozen: "FlatShard | None" = None,
         amp: str | None = None, reduce_dtype: str | None = None,
     ) -> None:  # fmt: skip
-        self.frozen = frozen
+        super().__init__(ranks, across, frozen, offloads=offloads, reduce_dtype=reduce_dtype)
         self.holds = holds
         self.held: list[Tensor] = []
-        self.ranks = ranks
-        self.across = across
-        self.offloads = offloads
         self.keeps = keeps
-        self.reduce_dtype = reduce_dtype
-        self.reduces = True
         self.units: dict[str, FlatUnit] = {}
         self.of_adapter: dict[int, FlatUnit] = {}
         self.idle: list[FlatUnit] = []  # blocks that no pass runs, as an encoder's of images beside text alone
@@ -184,13 +174,6 @@ class FlatShard(OfBlocks):
             first = next((p for p in left if p.requires_grad), left[0] if left else None)
             dtypes = (first.dtype, kept[id(first)]) if first is not None else ("", "")
             self.units[unit.path] = FlatUnit(unit.path, left, ranks, *dtypes, offloaded=offloads)
-        self.ran: list[tuple[str, Any]] = []  # paths of units in the order of their forward passes, with their parts
-        self.done: set[str] = set()
-
-    @property
-    def reference(self) -> "FlatShard | None":
-        """A frozen model is cut as well."""
-        return self.frozen
 
     @property
     def kept_bytes(self) -> Dim:
@@ -262,10 +245,6 @@ class FlatShard(OfBlocks):
         shards = [s for unit in units for s in unit.shards]
         return [*shards, *(p for p in parameters if id(p) not in known)]
 
-    def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """What is gathered dies with its use, but for what stays of a frozen model."""
-        return self.frozen.kept_bytes if self.frozen is not None else 0
-
     def _unshard(self, unit: FlatUnit) -> None:
         if unit.parameters:
             tape().part.host.units += 1
@@ -276,14 +255,6 @@ class FlatShard(OfBlocks):
     def _free(self, unit: FlatUnit) -> None:
         """`_post_backward_reshard`: what was kept stays for the next micro-batch (`_should_free_in_backward`)."""
         unit.leave(frees=self.reduces or not self.keeps)
-
-    def _before_backward(self, path: str, out: Tensor) -> Tensor:
-        node = differentiate("pre_backward", (out,), self._pre_backward, (path,))
-        if node is None:
-            return out
-        hooked = out.alias()
-        node.produces(hooked)
-        return hooked
 
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
         """Its unit, and then the one whose backward follows (`BackwardPrefetch.BACKWARD_PRE`)."""

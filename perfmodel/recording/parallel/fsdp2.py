@@ -43,27 +43,21 @@ from ...tape.pointwise import cast
 from ...tape.shape import narrow
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, travelling, wait_event
-from .form import WholeUnits
 from .gathered import Gathered
 from .offload import keep_on_host, to_host
+from .sharded import Sharded
 from .units import HEAD, ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
 
 COPIED, SCATTERED, REDUCED = "copied out", "scattered", "reduced"  # events
 
 
-class FullyShard(WholeUnits):
+class FullyShard(Sharded):
     """The hooks of FSDP2 around the blocks of a model and around the whole.
 
     Attributes:
         output: the dtype that the model's output is cast to (`output_dtype`), None: it stays as it is.
-        reduces: whether gradients are reduced behind backward; if not, they wait whole for the next micro-batch.
-        across: the replicas of a shard, over which its gradient is reduced, too; None: there are none.
-        offloads: whether shards, their gradients and the update are the host's (`CPUOffloadPolicy`).
-        reduce_dtype: what gradients are reduced in, and summed in up to then; None: as they are.
-        waiting: sums of gradients in that dtype, which wait whole.
+        waiting: sums of gradients in `reduce_dtype`, which wait whole.
     """
-
-    shares_norm = True
 
     def __init__(
         self,
@@ -76,30 +70,18 @@ class FullyShard(WholeUnits):
         offloads: bool = False,
         reduce_dtype: str | None = None,
     ) -> None:
-        self.ranks = ranks
-        self.across = across
-        self.frozen = frozen
+        super().__init__(ranks, across, frozen, offloads=offloads, reduce_dtype=reduce_dtype)
         self.output = output
-        self.offloads = offloads
-        self.reduce_dtype = reduce_dtype
         self.waiting: dict[Parameter, Tensor] = {}
         self.units = {unit.path: Gathered(unit, offloads) for unit in units}
         keep_on_host(shard for unit in units for shard in unit.shards if offloads)
         self.ends = {unit.last: unit.path for unit in units}
-        self.reduces = True
-        self.ran: list[tuple[str, Part]] = []  # paths of units in the order of their forward passes, with their parts
         self.copied: Tensor | None = None  # what was copied out last, until the next one is
         self.reducing: Tensor | None = None  # what is being reduced, until the next one is
         self.summed: list[Tensor] = []  # what was reduced across groups and is no gradient, to the end
         self.within: list[str] = []  # units whose last module has not run yet
-        self.done: set[str] = set()
         self.last: str | None = None  # the unit whose forward pass was the last one
         self.before: str | None = None  # that of the pass before, if there are several before a backward pass
-
-    @property
-    def reference(self) -> "FullyShard | None":
-        """A frozen model is cut as well."""
-        return self.frozen
 
     @property
     def kept_bytes(self) -> Dim:
@@ -219,19 +201,7 @@ class FullyShard(WholeUnits):
         shards = {id(p): s for state in (*self.units.values(), *of_reference) for p, s in state.unit.pairs}
         return [shards.get(id(p), p) for p in parameters]
 
-    def held_bytes(self, parameters: list[Parameter]) -> Dim:
-        """What is gathered dies with its use, but for a frozen model that stays gathered."""
-        return self.frozen.kept_bytes if self.frozen is not None else 0
-
     # Forward and before backward
-
-    def _before_backward(self, path: str, out: Tensor) -> Tensor:
-        node = differentiate("pre_backward", (out,), self._pre_backward, (path,))
-        if node is None:
-            return out
-        hooked = out.alias()
-        node.produces(hooked)
-        return hooked
 
     @hooked
     def _pre_backward(self, node: Node, grads: Sequence[Tensor | None]) -> Grads:
