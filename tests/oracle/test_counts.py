@@ -17,15 +17,14 @@ from helpers import NAMES, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 import torch
+from both_sides import model_of, tape_of
 
 from perfmodel import methods
 from perfmodel.architectures import Config, from_config
 from perfmodel.cli import main
 from perfmodel.program.op import Spec
-from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
-from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import Trace, trace_step
 from validate.oracle import cases, counts
 from validate.oracle.cases import NO_DROPOUT, REAL, STACKS, WHOLE, Case, fitting, further, grid, with_targets
@@ -108,12 +107,9 @@ def test_the_tape_equals_the_real_program(case: Case) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts_equal_pefts(name: str, method: str) -> None:
     """The line that every user of peft has seen (`print_trainable_parameters`) is the easiest check they can make."""
-    architecture, config = architecture_of(name), config_of(name)
-    bound = methods.parse(with_targets(method, architecture)).bind(architecture)
-    setup = setup_of(name, batch=1, seq=5)
-    step = build(architecture, bound, setup, "cpu")
-    model = models.apply_method(models.build_model(config, setup), bound, architecture)
-    assert (step.trainable, step.total) == tuple(model.get_nb_trainable_parameters())
+    case = Case(config_of(name), with_targets(method, architecture_of(name)), setup_of(name, batch=1, seq=5))
+    step = tape_of(case)
+    assert (step.trainable, step.total) == tuple(model_of(case).get_nb_trainable_parameters())
 
 
 def shifted_logits_loss(logits: Any, labels: Any, vocab_size: int, **ignored: Any) -> Any:
@@ -147,11 +143,8 @@ def test_the_tape_equals_an_old_program(case: Case, monkeypatch: pytest.MonkeyPa
 def traced() -> tuple[Case, Step, Trace]:
     """A case whose tape and trace agree."""
     case = Case(config_of("llama", layers=2), LORA, Setup(batch=2, seq=9))
-    architecture = architecture_of("llama", layers=2)
-    method = methods.parse(case.method).bind(architecture)
-    step = build(architecture, method, case.setup, "cpu", view_replay=True)
-    model = models.apply_method(models.build_model(case.config, case.setup), method, architecture)
-    trace = trace_step(model, case.setup, step.optimizer)
+    step = tape_of(case, view_replay=True)
+    trace = trace_step(model_of(case), case.setup, step.optimizer)
     assert counts.judge_step(case, step, trace).differences == []
     return case, step, trace
 

@@ -15,13 +15,12 @@ pytest.importorskip("peft")
 
 import torch
 import torch.distributed as dist
+from both_sides import flat_collectives, rank_of, tape_of
 from helpers import config_of
 
-from perfmodel import methods
 from perfmodel.architectures import from_config
 from perfmodel.prediction import memory
 from perfmodel.program.software import SoftwareStack
-from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from validate.oracle import parallel
 from validate.oracle.cases import Case
@@ -61,12 +60,9 @@ def test_units_are_gathered_and_reduced_as_the_real_ones(method: str, options: d
     """Full shards are gathered twice a micro-batch; what is kept is gathered once a step, however many there are."""
     setup = Setup(**{"batch": 2, "seq": 17, "gpus": 4, "parallel": "fsdp1", "clip_grad": False, **options})
     case = Case(config_of("llama"), method, setup)
-    architecture = from_config(case.config)
-    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
-    with parallel.process_group("fsdp1", setup.gpus):
-        real = parallel.traced_rank(case, step.optimizer)
-    ours = parallel.collectives(step)
-    theirs = [c._replace(name=c.name.replace("::allgather_", "::_allgather_base_")) for c in real.collectives]
+    step = tape_of(case)
+    real = rank_of(case, step)
+    ours, theirs = parallel.collectives(step), flat_collectives(real)
     if method in ("lora:r=4", "dora:r=4"):  # second units are gathered a product early, and prefetched after a block
         ours, theirs = ([c._replace(products=0) for c in those] for those in (ours, theirs))
         assert Counter(ours) == Counter(theirs)
@@ -99,13 +95,12 @@ def test_hooks_of_frozen_blocks_hold_hidden_states_where_checkpoints_lie_around_
         checkpoint="block-reentrant",
     )  # fmt: skip
     case = Case(config_of("llama", layers=layers), method, setup)
-    architecture = from_config(case.config)
     wrapped_for_ranks = parallel.wrapped_for_ranks
 
     def around(model: Any, *given: Any) -> Any:
         model.enable_input_require_grads()
         wrapped = wrapped_for_ranks(model, *given)
-        for path in parallel.stacks_in(wrapped, architecture):
+        for path in parallel.stacks_in(wrapped, from_config(case.config)):
             row = wrapped.get_submodule(path)
             for i, unit in enumerate(row):
                 row[i] = Around(unit)
@@ -113,10 +108,8 @@ def test_hooks_of_frozen_blocks_hold_hidden_states_where_checkpoints_lie_around_
 
     monkeypatch.setattr(parallel, "wrapped_for_ranks", around)
     monkeypatch.setattr(parallel, "checkpointed", lambda model, setup: None)
-    step = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
-    with parallel.process_group("fsdp1", setup.gpus):
-        real = parallel.traced_rank(case, step.optimizer)
+    step = tape_of(case)
+    real = rank_of(case, step)
     assert memory.peak_bytes(step) == pytest.approx(real.trace.peak, rel=parallel.PEAK_TOLERANCE)
     monkeypatch.setattr(SoftwareStack, "checkpoints_around_blocks", property(lambda stack: False))
-    today = build(architecture, methods.parse(method).bind(architecture), setup, "cpu")
-    assert (memory.peak_bytes(today) < 0.9 * memory.peak_bytes(step)) is (method != "full")
+    assert (memory.peak_bytes(tape_of(case)) < 0.9 * memory.peak_bytes(step)) is (method != "full")

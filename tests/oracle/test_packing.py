@@ -8,10 +8,9 @@ from helpers import SMALL, architecture_of, config_of, setup_of
 pytest.importorskip("peft")
 
 import reference_flash_attn
+from both_sides import method_of, tape_of
 
-from perfmodel import methods
 from perfmodel.architectures import Config, from_config
-from perfmodel.recording.record import build
 from perfmodel.setup import Setup
 from perfmodel.tracing.programs import models
 from perfmodel.tracing.trace import trace_step
@@ -73,11 +72,11 @@ def test_what_transformers_does_around_flash_attn(name: str, method: str, setup:
     lengths = [1] if "packing" in setup else None
     setup_here = setup_of("llama", **{"batch": 3, "seq": 40, "lengths": lengths, **setup, "attention": "flash2"})
     config = Config(MIXTURES[name], name, name) if name in MIXTURES else config_of(name)
-    architecture = from_config(config)
-    bound = methods.parse(method).bind(architecture)
-    step = build(architecture, bound, setup_here, "cpu", view_replay=True)
+    case = Case(config, method, setup_here)
+    step = tape_of(case, view_replay=True)
     base = models.build_model(config, Setup(attention="eager", dtype=setup_here.dtype))
     base.config._attn_implementation = "flash_attention_2"
     with reference_flash_attn.installed(1 if lengths else setup_here.seq, packed=bool(lengths)):
-        trace = trace_step(models.apply_method(base, bound, architecture), setup_here, step.optimizer)
-    assert counts.judge_step(Case(config, method, setup_here), step, trace).differences == []
+        model = models.apply_method(base, method_of(case), from_config(config))
+        trace = trace_step(model, setup_here, step.optimizer)
+    assert counts.judge_step(case, step, trace).differences == []

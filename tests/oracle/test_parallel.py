@@ -20,13 +20,11 @@ pytest.importorskip("peft")
 
 import reference_axolotl
 import torch.distributed as dist
+from both_sides import rank_of, tape_of
 from helpers import config_of
 
-from perfmodel import methods
-from perfmodel.architectures import from_config
 from perfmodel.cli import main
 from perfmodel.program.ranks import Ranks
-from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from validate.oracle import counts, parallel, parallel_cases, show_counts, traced_ranks
@@ -143,19 +141,12 @@ def test_two_processes_exchange_what_the_tape_has(form: str, ready: list[str], t
 # the oracle itself
 
 
-def tape_of(case: Case) -> Step:
-    """The tape of a case."""
-    architecture = from_config(case.config)
-    return build(architecture, methods.parse(case.method).bind(architecture), case.setup, "cpu")
-
-
 @pytest.fixture(scope="module")
 def traced() -> tuple[Case, Step, parallel.RankRecorder]:
     """A case whose tape and trace agree."""
     case = Case(config_of("llama"), "lora:r=4", replace(SETUP, parallel="fsdp2"))
     step = tape_of(case)
-    with parallel.process_group("fsdp2", 2):
-        real = parallel.traced_rank(case, step.optimizer)
+    real = rank_of(case, step)
     assert parallel.judge_rank(case, step, real).differences == []
     return case, step, real
 

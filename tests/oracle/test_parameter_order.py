@@ -6,13 +6,12 @@ import pytest
 
 pytest.importorskip("peft")
 
-from perfmodel import methods
+from both_sides import model_of, tape_of
+
 from perfmodel.architectures import Config, from_config
 from perfmodel.recording.deepspeed import stages
-from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.tracing.programs import models
-from validate.oracle.cases import SMALL, fitting
+from validate.oracle.cases import SMALL, Case, fitting
 
 # Made in another order than they are used in, beyond what `Architecture.registers_late` says: a few parameters at the
 # edges of ranks' parts then count for a neighbour.
@@ -23,8 +22,7 @@ OTHERWISE = ("gpt_neo", "opt", "bert", "phi3", "glm4", "gpt_neox", "phi", "falco
 def test_parameters_lie_as_their_modules_were_made(name: str) -> None:
     """`named_parameters` of the real model."""
     config = Config(SMALL[name], name, name)
-    architecture = from_config(config)
-    setup = fitting(Setup(batch=1, seq=8, gpus=2, parallel="zero1"), architecture.traits)
+    case = Case(config, "full", fitting(Setup(batch=1, seq=8, gpus=2, parallel="zero1"), from_config(config).traits))
     found: list[str] = []
     known = stages.flat_places
 
@@ -37,6 +35,5 @@ def test_parameters_lie_as_their_modules_were_made(name: str) -> None:
         return places, total
 
     with patch.object(stages, "flat_places", noted):
-        build(architecture, methods.parse("full").bind(architecture), setup, "cpu")
-    model = models.build_model(config, setup, device="meta")
-    assert found == [name for name, p in model.named_parameters() if p.requires_grad]
+        tape_of(case)
+    assert found == [name for name, p in model_of(case).named_parameters() if p.requires_grad]

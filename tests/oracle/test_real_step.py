@@ -13,15 +13,13 @@ from helpers import config_of
 pytest.importorskip("peft")
 
 import torch
+from both_sides import model_of, tape_of
 from real_steps import real_steps
 
-from perfmodel import methods
-from perfmodel.architectures import from_config
 from perfmodel.program.part import PHASES
-from perfmodel.recording.record import build
 from perfmodel.setup import Setup
-from perfmodel.tracing.programs import models
 from validate.oracle import counts
+from validate.oracle.cases import Case
 
 SETUPS = {
     "fp32": Setup(batch=2, seq=9, dtype="fp32"),
@@ -38,13 +36,10 @@ SETUPS = {
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_real_step_makes_the_calls_of_the_tape(name: str, method: str, setup: str) -> None:
     """If this fails while test_counts passes, the oracle traces a program that nobody runs."""
-    config, chosen = config_of(name, layers=2), SETUPS[setup]
-    architecture = from_config(config)
-    bound = methods.parse(method).bind(architecture)
-    step = build(architecture, bound, chosen, "cpu")
+    case = Case(config_of(name, layers=2), method, SETUPS[setup])
+    step = tape_of(case)
     torch.manual_seed(0)
-    model = models.apply_method(models.build_model(config, chosen, device="cpu"), bound, architecture)
-    recorder, losses = real_steps(model, chosen, step.optimizer, 3)
+    recorder, losses = real_steps(model_of(case, device="cpu"), case.setup, step.optimizer, 3)
     assert losses[-1] < losses[0], "the real step does not train"
     tape = counts.tape_calls(step)
     for phase in PHASES:
@@ -68,12 +63,10 @@ def graph(loss: torch.Tensor) -> Counter[str]:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "opt"])
 def test_the_engine_works_off_as_many_nodes_as_pytorchs(name: str) -> None:
     """The host pays for each, which decides small steps. Aliases (reshapes that copy nothing) are left out."""
-    config, setup = config_of(name, layers=3), Setup(batch=2, seq=17)
-    architecture = from_config(config)
-    step = build(architecture, methods.parse("full").bind(architecture), setup, "cpu")
-    model = models.build_model(config, setup, device="cpu")
+    case = Case(config_of(name, layers=3), "full", Setup(batch=2, seq=17))
+    step = tape_of(case)
     ids = torch.zeros(2, 17, dtype=torch.long)
-    found = graph(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss)
+    found = graph(model_of(case, device="cpu")(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss)
     aliases = sum(n for name, n in found.items() if "Alias" in name)
     assert aliases <= 3 + 1
     assert sum(part.host.nodes * times for part, times in step.parts()) == sum(found.values()) - aliases
