@@ -43,7 +43,7 @@ SOFTMAX_DIMS = 32.0  # the exponential of a cell costs as much as so many head d
 
 @immutable
 class AttentionParameters:
-    """What a measurement must tell about one attention kernel on one device.
+    """What a measurement must tell about one attention kernel on one device; defaults: as of `GemmParameters`.
 
     Attributes:
         launch_floor: seconds of an empty call.

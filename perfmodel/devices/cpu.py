@@ -38,7 +38,7 @@ def _each(names: Sequence[str], value: float) -> Any:
 
 @dataclass(frozen=True)
 class CpuGemmParameters:
-    """Products of one dtype.
+    """Products of one dtype. Defaults, here and below, are as of `GemmParameters`: where a fit begins.
 
     Attributes:
         floor: seconds of a product of next to nothing.

@@ -20,6 +20,9 @@ TENSOR_CORE_TILES: Tiles = (
 class GemmParameters:
     """What the datasheet does not say. Ratios and clocks, not absolute rates, so that they carry over between GPUs.
 
+    Defaults are where a fit begins. Predictions take what stands in a device's file, or in that of its class, and a
+    default only for a key that is newer than the file (`toml`).
+
     Attributes:
         launch_clocks: clocks of an empty kernel, from the end of the one before to its own end.
         math_efficiency: share of the peak that the main loop reaches in a short burst.
@@ -119,7 +122,9 @@ class EarlyGemmParameters:
 
 @immutable
 class GroupedParameters:
-    """How the one kernel of all products by expert differs from a dense product; the defaults: not at all.
+    """How the one kernel of all products by expert differs from a dense product.
+
+    With the defaults, where a fit begins, it hardly does: so a device is priced whose file has no such block.
 
     Attributes:
         main_loop: time of its main loop over the dense product's.

@@ -70,6 +70,8 @@ class HostCalls(NamedTuple):
 class Host:
     """Host costs in seconds; they belong to the machine's CPU and Python, not to its GPU.
 
+    A default stands where a host's file has no figure of its own; what it rests on is written beside it.
+
     Attributes:
         call: an ATen call in forward: Python, dispatcher, autograd node.
         view: a view in forward.

@@ -48,6 +48,8 @@ DEQUANTISE_RATE_OF = {"10": 2.5}  # by major compute capability
 class PointwiseParameters:
     """What measurements must tell about a device's memory-bound kernels. Bandwidths are shares of the datasheet's.
 
+    Defaults: as of `GemmParameters`; they stand, too, for what the rows of a fit do not tell.
+
     Attributes:
         launch_floor: seconds of an empty kernel by the profiler's clock.
         kernel_gap: seconds between two kernels of a stream (0 to predict a profiler's kernel duration).
