@@ -93,6 +93,12 @@ def test_arrows_go_down(module: str) -> None:
             assert FLOORS.index(floor(other)) >= level, f"{module} knows {other}, which stands above it"
 
 
+def test_a_newcomer_is_told_of_every_floor() -> None:
+    """The table of CONTRIBUTING.md: a room that is not in it is found by chance."""
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert [name for name in FLOORS if f"`{name}/`" not in told and f"`{name}.py`" not in told] == []
+
+
 def test_rooms_and_files_are_small() -> None:
     """What needs minutes of scrolling wants splitting."""
     top = list((ROOT / "perfmodel").glob("*.py"))
