@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from documented import install_wheel
+from hypothesis import HealthCheck, settings
 from ready import ready_python
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores: threads of theirs wait in turn
+settings.register_profile("steps", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # an example is a step
+settings.load_profile("steps")
 TESTS = Path(__file__).parent
 KERNELS = TESTS / "fixtures" / "kernels"
 # Long ones, many of them beside a process that has PyTorch loaded (`ready`)

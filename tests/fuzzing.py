@@ -26,6 +26,7 @@ from perfmodel.commands.options import GridAxis
 
 TRIES = int(os.environ.get("FUZZ_TRIES", "0"))
 SECONDS = 10.0  # of the processor's time that any question may take
+NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking an example that takes seconds takes minutes
 MEMORY = 900 * 2**20  # B beside the 100 MiB that the program has before it is asked
 
 

@@ -51,7 +51,7 @@ def prices(device: DeviceProfile, m: int, n: int, k: int, b: int) -> list[Any]:
 
 
 @given(devices, sizes, sizes, sizes, small)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prices_are_finite_and_positive(name: str, m: int, n: int, k: int, b: int) -> None:
     """No size may break a sweep."""
     with np.errstate(all="raise", under="ignore"):
@@ -63,7 +63,7 @@ K_STEP = 0.98  # doubling k may shorten a bf16 product by up to 2 %: a split tha
 
 
 @given(st.sampled_from(FITTED_BF16), sizes, sizes, sizes, small)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_work_never_takes_less_time_in_gemm(name: str, m: int, n: int, k: int, b: int) -> None:
     """Predictions that fall with more work would give absurd advice; sides that other kernels run have a law below."""
     device = profile.load(name)
@@ -77,7 +77,7 @@ def test_more_work_never_takes_less_time_in_gemm(name: str, m: int, n: int, k: i
 
 
 @given(devices, sizes, sizes, sizes, small, st.sampled_from(LAYOUTS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_side_beyond_a_multiple_of_8_never_costs_less(
     name: str, m: int, n: int, k: int, b: int, layout: Layout
 ) -> None:
@@ -90,7 +90,7 @@ def test_a_side_beyond_a_multiple_of_8_never_costs_less(
 
 
 @given(devices, sizes, small, st.integers(1, 128), st.sampled_from([16, 32, 64, 128]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_work_never_takes_less_time_in_attention(
     name: str, seq: int, batch: int, heads: int, dim: int, causal: bool
 ) -> None:
@@ -112,7 +112,7 @@ def test_more_work_never_takes_less_time_in_attention(
 
 
 @given(devices, sizes, small, sizes)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_wider_window_is_never_cheaper(name: str, seq: int, heads: int, window: int) -> None:
     """Up to no window at all, which one as wide as the sequence is."""
     device = profile.load(name)
@@ -126,7 +126,7 @@ def test_a_wider_window_is_never_cheaper(name: str, seq: int, heads: int, window
 
 
 @given(devices, st.sampled_from(sorted(KINDS)), st.floats(0, 1e12), st.floats(0, 1e12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_more_bytes_never_take_less_time(name: str, kind: str, read: float, written: float) -> None:
     """The same for memory-bound kernels, across the edge of L2 too."""
     device = profile.load(name)

@@ -26,7 +26,7 @@ def without(device: Device) -> Device:
 
 
 @given(files, sizes, sizes, sizes, st.integers(1, 200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_factor_is_bounded(name: str, m: int, n: int, k: int, sm_count: int) -> None:
     """No shape may be priced by a factor that no measurement shows."""
     residual = load_residual(name)
@@ -36,7 +36,7 @@ def test_the_factor_is_bounded(name: str, m: int, n: int, k: int, sm_count: int)
 
 
 @given(files, st.integers(0, 2), sizes, sizes, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_far_from_what_was_measured_the_factor_is_one(name: str, axis: int, x: int, y: int, above: bool) -> None:
     """A fit says nothing there: physics alone does."""
     first, last = OCTAVES[axis]

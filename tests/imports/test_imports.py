@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import Phase, given, settings
+from fuzzing import NO_SHRINK
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import Setup, methods
@@ -271,7 +272,7 @@ values = st.one_of(st.none(), st.booleans(), st.integers(-2, 4), st.text(max_siz
 originals = {name: yaml.safe_load((CONFIGS / name).read_text()) for name in EXPECTED}
 
 
-@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=150, phases=NO_SHRINK)
 @given(name=st.sampled_from(sorted(EXPECTED)), data=st.data())
 def test_a_spoilt_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, name: str, data: Any) -> None:
     """Whatever stands under a key: a setup or a `UserError`, never another exception."""

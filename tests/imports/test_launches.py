@@ -377,7 +377,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 values = st.none() | st.booleans() | st.integers(-2, 9) | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
-@settings(deadline=None, max_examples=60, phases=(Phase.generate,))
+@settings(max_examples=60, phases=(Phase.generate,))
 @given(place=st.sampled_from(range(len(LAUNCHES))), data=st.data())
 def test_a_spoilt_launch_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, place: int, data: st.DataObject

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import architecture_of, calls_by_name
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import explain, methods
@@ -269,7 +269,7 @@ def test_options_and_source_are_documented(name: str) -> None:
         assert text, option
 
 
-@settings(deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, derandomize=True)
 @given(
     name=st.sampled_from(NAMES), model=st.sampled_from(MODELS), batch=st.integers(1, 4), seq=st.integers(1, 64),
     dtype=st.sampled_from(("bf16", "fp32")), checkpoint=st.sampled_from(("none", "block", "block-reentrant")),

@@ -31,7 +31,7 @@ CHUNK = 65_536
 BLOCKS = 320
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 TENSORS_WITH_SCALARS = {1: 96, 2: 64, 3: 48, 4: 36, 5: 30}
-many = settings(deadline=None, max_examples=100, derandomize=True)
+many = settings(max_examples=100, derandomize=True)
 
 
 def launches(sizes: Iterable[int], limit: int, most: int = BLOCKS) -> int:

@@ -50,7 +50,7 @@ def test_all_weights_are_gathered_once_for_what_is_done_with_them(parallel: str,
     assert freed.time.communication.nbytes["all_gather"] >= WEIGHTS * 3 + blocks * 3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     parallel=st.sampled_from(FSDP), method=st.sampled_from(METHODS), gpus=st.sampled_from((2, 3, 8, 16)),
     grad_accum=st.sampled_from((1, 2, 4)), checkpoint=st.sampled_from(("none", "block")),

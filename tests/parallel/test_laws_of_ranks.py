@@ -65,7 +65,7 @@ def test_a_grid_of_gpus_equals_its_points_in_every_form_of_fsdp(parallel: str, h
         assert grid.memory.peak[i] == one.memory.peak
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_one_gpu_is_what_it_was(setup: Setup, method: str) -> None:
     """A form of several GPUs is nothing to one of them."""
@@ -74,7 +74,7 @@ def test_one_gpu_is_what_it_was(setup: Setup, method: str) -> None:
     assert {**alone, "setup": {}} == {**usual, "setup": {}}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_faster_network_is_never_slower_and_a_free_one_leaves_the_work(setup: Setup, method: str) -> None:
     """Time falls with the bandwidth to that of the work alone, and never rises above work and collectives in a row."""
@@ -91,7 +91,7 @@ def test_a_faster_network_is_never_slower_and_a_free_one_leaves_the_work(setup: 
     assert free.time.communication.hidden["total"] == pytest.approx(0.0, abs=1e-12)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_ddp_sends_what_trains_and_no_more(setup: Setup, method: str) -> None:
     """What LoRA saves under DDP: the traffic of gradients that do not exist."""
@@ -104,7 +104,7 @@ def test_ddp_sends_what_trains_and_no_more(setup: Setup, method: str) -> None:
     assert others["broadcast"] < 2**10
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SETUPS, st.sampled_from(("lora:r=8,targets=all-linear,adapter_dtype=bf16", "lora:r=4", "top_k:k=2", "ia3")))
 def test_fsdp_gathers_frozen_shards_like_all_others(setup: Setup, method: str) -> None:
     """What LoRA does not save under FSDP: each block is gathered forward, whatever of it trains."""
@@ -116,7 +116,7 @@ def test_fsdp_gathers_frozen_shards_like_all_others(setup: Setup, method: str) -
     assert other.time.communication.calls["all_gather"] <= full.time.communication.calls["all_gather"] + 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(SETUPS, st.sampled_from(METHODS[:5]))
 def test_a_grid_of_gpus_equals_its_points(setup: Setup, method: str) -> None:
     """A scaling curve is so many predictions."""
@@ -130,7 +130,7 @@ def test_a_grid_of_gpus_equals_its_points(setup: Setup, method: str) -> None:
             assert np.broadcast_to(grid.time.communication.nbytes[kind], counts.shape)[i] == nbytes
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_shards_of_more_gpus_take_less_room(setup: Setup, method: str) -> None:
     """Memory under FSDP falls with the GPUs, to no less than what is gathered at a time."""

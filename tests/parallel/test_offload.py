@@ -83,7 +83,7 @@ def test_a_slot_with_fewer_lanes_than_the_card_sets_the_pace(tmp_path: Path, lin
     assert (wide == narrow) is is_slot
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     form=st.sampled_from(FORMS), gpus=st.sampled_from((1, 2, 8)), faster=st.sampled_from((1.5, 4.0, 1e6)),
     method=st.sampled_from(("full", "lora:r=4")), grad_accum=st.sampled_from((1, 3)),

@@ -149,7 +149,7 @@ def test_every_message_has_two_ends_and_every_pass_its_input(spec: str, ranks: i
                 assert before in known or before not in forth | back
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_one_stage_is_what_it_was(setup: Setup, method: str) -> None:
     """A schedule is nothing to a model that is all on one GPU."""
@@ -181,7 +181,7 @@ def test_the_answered_rank_is_the_one_whose_device_works_most(spec: str) -> None
     assert more.flops["backward"] == 4 * few.flops["backward"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(JOBS)
 def test_stages_have_the_model_and_its_work_between_them(job: Job) -> None:
     """No block is lost or done twice: parameters and FLOPs add up, and all that lived in a step has died at its end."""
@@ -205,7 +205,7 @@ def flops_of(ours: pipeline.RankStep) -> Any:
     return StepWork.of(ours.step).counted["flops"]["total"]
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(JOBS)
 def test_slower_links_never_help_a_step(job: Job) -> None:
     """Time falls with the links to that of free ones, and no further; what is exposed is what they cost."""
@@ -224,7 +224,7 @@ def test_slower_links_never_help_a_step(job: Job) -> None:
     assert 0 <= usual.pipeline.bubble < usual.time.phases["total"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_micro_batches_in_flight_are_those_of_the_schedule(setup: Setup, method: str) -> None:
     """1F1B holds as many micro-batches as there are stages from a rank on, GPipe all: that is what 1F1B is for."""
@@ -238,7 +238,7 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(setup: Setup, method:
     assert p.memory.peak == max(stage.peak for stage in p.pipeline.stages)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(JOBS)
 def test_links_that_cost_nothing_leave_work_and_bubbles(job: Job) -> None:
     """Whatever replicas, stages and those that share layers exchange: without it a step is its work and its bubble."""
@@ -251,7 +251,7 @@ def test_links_that_cost_nothing_leave_work_and_bubbles(job: Job) -> None:
     assert p.time.device_busy + p.pipeline.bubble <= p.time.phases["total"] * (1 + ROUNDING)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(JOBS)
 def test_more_micro_batches_never_raise_the_share_of_the_bubble(job: Job) -> None:
     """It is paid once a step, however long that is; where hosts are slow, few micro-batches hide it in their queues."""
@@ -280,7 +280,7 @@ def test_weights_that_stay_are_gathered_once_a_step(spec: str) -> None:
     assert lora["reduce_scatter"] < 0.1 * stays[0]["reduce_scatter"]
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(JOBS)
 def test_a_grid_of_pipelines_equals_its_points(job: Job) -> None:
     """A sweep along batch and GPUs is so many predictions."""

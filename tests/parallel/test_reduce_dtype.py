@@ -15,7 +15,7 @@ from perfmodel.errors import UserError
 from perfmodel.setup import Setup
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     parallel=st.sampled_from(("fsdp1", "fsdp2")), method=st.sampled_from(METHODS), gpus=st.sampled_from((2, 3, 8)),
     grad_accum=st.sampled_from((1, 2, 4)), group=st.sampled_from((None, 2)),

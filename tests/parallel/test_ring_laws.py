@@ -45,7 +45,7 @@ def on_network(slower: float, method: str, setup: Setup) -> Prediction:
         return predict(LLAMA, method, setup, "h100-sxm")
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_keys_and_values_go_around_once_and_their_gradients_too(setup: Setup, method: str) -> None:
     """What LoRA does not save here: every layer's keys and values, forward, recomputed and backward, and fp32 gradients
@@ -63,7 +63,7 @@ def test_keys_and_values_go_around_once_and_their_gradients_too(setup: Setup, me
     assert cut.nbytes["reduce_scatter"] == whole.nbytes["reduce_scatter"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_part_of_a_sequence_takes_less_memory_and_no_more_work(setup: Setup, method: str) -> None:
     """That is what it is for: activations fall with the ranks; what no rank needs of the mask nobody computes."""
@@ -75,7 +75,7 @@ def test_a_part_of_a_sequence_takes_less_memory_and_no_more_work(setup: Setup, m
     assert tokens == pytest.approx([setup.tokens * setup.gpus / cp for cp in (1, 2, 4)])
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_faster_network_is_never_slower(setup: Setup, method: str) -> None:
     """Time falls with the bandwidth to that of the work alone."""
@@ -84,7 +84,7 @@ def test_a_faster_network_is_never_slower(setup: Setup, method: str) -> None:
     assert usual <= slow * (1 + 1e-9)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_sequence_of_one_rank_is_what_it_was(setup: Setup, method: str) -> None:
     """How keys and values would travel is nothing to a rank that has them all."""
@@ -95,7 +95,7 @@ def test_a_sequence_of_one_rank_is_what_it_was(setup: Setup, method: str) -> Non
     assert {**usual, "setup": {}} == {**other, "setup": {}}
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_grid_equals_its_points(setup: Setup, method: str) -> None:
     """A sweep along length and GPUs is so many predictions."""

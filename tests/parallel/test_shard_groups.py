@@ -26,7 +26,7 @@ USUAL: dict[str, Any] = {"dtype": "bf16", "batch": 2, "seq": 64, "gpus": 16}
 FSDP = ("fsdp1", "fsdp2")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     parallel=st.sampled_from(FSDP), method=st.sampled_from(METHODS), gpus=st.sampled_from((4, 8, 16, 32)),
     grad_accum=st.sampled_from((1, 3)), reshard=st.booleans(),

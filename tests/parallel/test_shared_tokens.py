@@ -24,7 +24,7 @@ def shared(method: str, **options: Any) -> Prediction:
     return predict(LLAMA, method, device=ON, **{"gpus": 4, "tp": 4, "seq": 256, "sequence_parallel": True, **options})
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     method=st.sampled_from(METHODS), ranks=st.sampled_from((2, 4, 8)), batch=st.sampled_from((1, 3, 8)),
     checkpoint=st.sampled_from(("none", "block")), grad_accum=st.sampled_from((1, 2)),

@@ -28,7 +28,7 @@ SETUPS = st.builds(
 )
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_what_attention_takes_and_gives_goes_round_in_each_pass(setup: Setup, method: str) -> None:
     """Queries, keys, values and the output of a rank's own tokens, forward, backward and recomputed: a LoRA saves
@@ -42,7 +42,7 @@ def test_what_attention_takes_and_gives_goes_round_in_each_pass(setup: Setup, me
     assert passes * LAYERS * of_layer - kept <= sent <= passes * LAYERS * of_layer
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SETUPS, st.sampled_from([m for m in METHODS if not m.startswith("dora")]))
 def test_a_part_of_a_sequence_takes_less_memory_and_no_more_work(setup: Setup, method: str) -> None:
     """That is what it is for; DoRA's norms of weights are the same work for any number of tokens."""
@@ -52,7 +52,7 @@ def test_a_part_of_a_sequence_takes_less_memory_and_no_more_work(setup: Setup, m
     assert (whole.total_params, whole.trainable_params) == (half.total_params, half.trainable_params)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_faster_network_is_never_slower(setup: Setup, method: str) -> None:
     """Time falls with the bandwidth to that of the work alone."""
@@ -60,7 +60,7 @@ def test_a_faster_network_is_never_slower(setup: Setup, method: str) -> None:
     assert free <= usual * (1 + 1e-9) <= slow * (1 + 2e-9)
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(SETUPS, st.sampled_from(METHODS))
 def test_a_grid_equals_its_points(setup: Setup, method: str) -> None:
     """A sweep along length and GPUs is so many predictions."""

@@ -19,7 +19,7 @@ USUAL = Setup(batch=2, seq=64, gpus=4, parallel="fsdp2", fsdp_units="blocks")
 BESIDE = 2 * (2 * 2048 * 512 + 512)  # bytes of LLAMA in bf16 beside its blocks
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     method=st.sampled_from(METHODS), checkpoint=st.sampled_from(("none", "block")), gpus=st.sampled_from((2, 3, 8)),
     compile=st.sampled_from(("none", "default")),

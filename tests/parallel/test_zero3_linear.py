@@ -28,7 +28,7 @@ def products(step: Step) -> int:
     return sum(count for _, op, count in step.ops() if op.name in PRODUCTS)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.sampled_from((1024, 4096)), st.sampled_from((1, 2)))
 def test_a_lora_keeps_the_inputs_of_frozen_layers(seq: int, batch: int) -> None:
     """PyTorch's layer keeps nothing of x for a weight without a gradient; a Function that saves x does: the gated

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grids import check_every_point
 from helpers import NAMES, architecture_of, free_host, period_of, setup_of, step_of
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from perfmodel import advise, explain, methods, predict
@@ -29,7 +29,7 @@ from perfmodel.setup import Setup
 from validate.oracle.cases import with_targets
 
 few = settings(
-    deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow], derandomize=True,
+    max_examples=4, derandomize=True,
     phases=[Phase.explicit, Phase.generate],
 )  # fmt: skip
 LLAMA = {

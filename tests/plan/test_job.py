@@ -25,7 +25,7 @@ def of(lengths: list[int], packing: str, **options: Any) -> Setup:
     return Setup(batch=BATCH, seq=SEQ, lengths=lengths, packing=packing, **options)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=60), seq=st.integers(1, 20))
 def test_best_fit_rows_are_those_of_the_plain_algorithm(lengths: list[int], seq: int) -> None:
     """Rows alike in the room left are counted together, which must change nothing."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import Phase, given, settings
+from fuzzing import NO_SHRINK
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import plan, predict
@@ -28,7 +29,6 @@ from perfmodel.questions.plan.runs import PlannedRun, checkpoint_bytes
 from perfmodel.setup import Setup
 
 MODEL = "smollm2-135m"
-NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
 HOUR = 3600.0
 
 
@@ -122,7 +122,7 @@ def by_brute_force(
     return found
 
 
-@settings(max_examples=6, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=6, phases=NO_SHRINK)
 @given(
     method=st.sampled_from(("full", "lora:r=4")), batch=st.sampled_from((2, 8)),
     memory=st.lists(st.sampled_from((1.05e9, 1.4e9, 2e9, 3e9, 8e9)), min_size=3, max_size=3),

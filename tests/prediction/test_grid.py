@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grids import check_every_point
 from helpers import FIGURES, METHODS, NAMES, architecture_of, setup_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel.calls import costs
@@ -27,7 +27,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
 from validate.oracle.cases import with_targets
 
-few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few = settings(max_examples=30, derandomize=True)
 names = st.sampled_from(NAMES)
 sizes = st.lists(st.one_of(st.just(1), st.integers(1, 64)), min_size=1, max_size=4)
 DEVICES = ("l40s", next(name for name in profile.names() if name.startswith("cpu")))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perfmodel import compare, predict
@@ -16,7 +16,6 @@ shares = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(center=st.floats(1e-6, 1e3), spread=st.floats(0, 2))
 def test_an_interval_contains_its_centre(center: float, spread: float) -> None:
     """Whatever else is wrong, the stated value must lie between the stated bounds."""
@@ -24,7 +23,6 @@ def test_an_interval_contains_its_centre(center: float, spread: float) -> None:
     assert low <= center <= high
 
 
-@settings(deadline=None)
 @given(parts=shares)
 def test_a_step_against_itself_has_only_the_unexplained_error(parts: dict[str, float]) -> None:
     """Errors shared by both methods cancel in their ratio: that is why a verdict is surer than a time."""

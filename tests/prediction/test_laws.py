@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import FIGURES, METHODS, NAMES, architecture_of, by_phase, calls_by_name, period_of, step_of, total
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import predict
@@ -22,7 +22,7 @@ from perfmodel.tape.tensor import Parameter
 
 names = st.sampled_from(NAMES)
 methods = st.sampled_from(METHODS)
-few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few = settings(max_examples=60, derandomize=True)
 many = settings(few, max_examples=300)
 PRECISIONS = ({"dtype": "bf16"}, {"dtype": "fp16"}, {"dtype": "fp32"}, {"dtype": "fp32", "amp": "bf16"})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import METHODS, NAMES, step_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import predict
@@ -19,7 +19,7 @@ from perfmodel.prediction import memory
 from perfmodel.prediction.memory import Segment
 from perfmodel.recording.step import Step
 
-few = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few = settings(max_examples=60, derandomize=True)
 names = st.sampled_from(NAMES)
 methods = st.sampled_from(METHODS)
 attentions = st.sampled_from(("sdpa", "eager"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import predict
@@ -17,7 +17,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.questions.anatomy import WAITING, dissect
 
 MODEL, DEVICE = "tinyllama-1.1b", "a100-80gb-sxm"
-few = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few = settings(max_examples=15, derandomize=True)
 attentions = st.sampled_from(("sdpa", "eager", "flash2"))
 
 

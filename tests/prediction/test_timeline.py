@@ -28,7 +28,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.program.streams import COMMUNICATION, COMPUTE, COPY, HOST, MAIN, Run
 from perfmodel.recording.step import Step
 
-quick = settings(deadline=None, max_examples=200, derandomize=True)
+quick = settings(max_examples=200, derandomize=True)
 few = settings(
     quick, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )

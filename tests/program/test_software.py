@@ -37,7 +37,7 @@ def test_the_attention_kernel_follows_release_build_and_card(release: tuple[str,
         },
     )
 )
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 def test_a_stack_is_read_back_from_what_it_says_or_ends_in_one_line(given: dict[str, tuple[int, int, int]]) -> None:
     """A record's JSON, the command line and Python must mean the same versions, and no other exception may leave."""
     told = {name: ".".join(map(str, version)) for name, version in given.items()}

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import Phase, given, settings
+from fuzzing import NO_SHRINK
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import advise, predict
@@ -25,7 +26,6 @@ from perfmodel.setup import Setup
 
 MODEL, DEVICE, CPU = "smollm2-135m", "l40s", "cpu-xeon-2.5ghz-1t"
 advise_module = import_module("perfmodel.questions.advice")
-NO_SHRINK = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
 def brute_force(method: str, batch: int, seq: int, limit: float) -> float:
@@ -47,7 +47,7 @@ def brute_force(method: str, batch: int, seq: int, limit: float) -> float:
     return best
 
 
-@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=2, phases=NO_SHRINK)
 @given(
     method=st.sampled_from(("full", "bitfit", "norm")), batch=st.integers(1, 3), seq=st.sampled_from((64, 512)),
     limit=st.sampled_from((2e9, 4e9, 48e9)),
@@ -62,7 +62,7 @@ def test_the_best_equals_a_brute_force_search(method: str, batch: int, seq: int,
     assert (found.best.seconds if found.best else float("inf")) == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=2, phases=NO_SHRINK)
 @given(
     method=st.sampled_from(("full", "lora:r=4", "lora:targets=all-linear", "dora")), batch=st.sampled_from((1, 4)),
     limit=st.sampled_from((1.5e9, 3e9, 48e9)), trainable=st.sampled_from((None, 10**6)),
@@ -182,7 +182,7 @@ def test_turning_knobs_ends_where_trying_all_does(monkeypatch: pytest.MonkeyPatc
     assert turned.front[-1].as_dict() == everything.front[-1].as_dict()
 
 
-@settings(max_examples=2, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=2, phases=NO_SHRINK)
 @given(method=st.sampled_from(("full", "lora:r=4", "dora")), limit=st.sampled_from((1.5e9, 2.5e9, 48e9)))
 def test_no_single_change_makes_the_best_faster(method: str, limit: float) -> None:
     """Where a search of a large space stops, every other choice of every knob was tried and is no better."""
@@ -237,7 +237,7 @@ def test_options_that_change_something_are_recorded_apart() -> None:
     assert len(shared.micro_batches) == len(specs)
 
 
-@settings(max_examples=6, deadline=None, phases=NO_SHRINK)
+@settings(max_examples=6, phases=NO_SHRINK)
 @given(
     method=st.sampled_from(("full", "lora:r=8", "lora:implementation=lorafusion", "adalora", "lisa", "galore")),
     accum=st.sampled_from((1, 3)), compiled=st.sampled_from(("none", "default")), device=st.sampled_from((DEVICE, CPU)),

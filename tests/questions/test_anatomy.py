@@ -88,7 +88,7 @@ def test_bars_sum_to_the_difference_for_every_pair(model: str) -> None:
         assert_bars_sum_to_the_difference(a, b, one, two)
 
 
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(derandomize=True, max_examples=120)
 @given(
     pair=st.tuples(st.sampled_from(METHODS), st.sampled_from(METHODS)),
     model=st.sampled_from(ARCHITECTURES),

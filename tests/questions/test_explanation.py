@@ -149,7 +149,7 @@ some_seconds = st.lists(  # whose sums are exact: rounding must not decide which
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @given(a=some_seconds, b=some_seconds)
 def test_a_reason_never_contradicts_its_verdict(a: list[float], b: list[float]) -> None:
     """Faster in spite of more added than saved is only true of sums, and must then be said of sums."""

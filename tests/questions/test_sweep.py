@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import Phase, given, settings
+from fuzzing import NO_SHRINK
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import Setup, compare, predict, sweep
@@ -20,7 +21,7 @@ MODEL, DEVICE = "smollm2-135m", "l40s"
 METHODS = ("full", "lora:r=4", "top_k:k=2", "dora", "vera:r=16")
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=12, phases=NO_SHRINK)
 @given(
     method=st.sampled_from(METHODS[1:]), batch=st.sets(st.integers(1, 9), min_size=1, max_size=3),
     seq=st.sets(st.integers(2, 700), min_size=1, max_size=3), rank=st.sets(st.integers(1, 64), max_size=2),
