@@ -1,6 +1,5 @@
 """What `perfmodel calibrate` prints."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from perfmodel.report.progress import filling
 
 from ..accuracy import Errors
 from ..fitting.show import show_doubts
+from ..quiet import without_warnings_of_packages
 from .calibrate import Calibration, calibrate
 from .verify import TITLES
 
@@ -19,7 +19,7 @@ def show_calibration(
     device: str, name: str, *, threads: int | None, seconds: float, output: Path | None, as_json: bool
 ) -> bool:
     """Calibrate with a progress bar, then print what came of it; returns whether the files were written."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     with filling("loading") as tick:
         done = calibrate(device, name, threads=threads, seconds=seconds, output=output, progress=tick)
     if as_json:

@@ -1,6 +1,5 @@
 """What `perfmodel validate engine` prints."""
 
-import warnings
 from pathlib import Path
 
 from perfmodel import units
@@ -8,12 +7,13 @@ from perfmodel.errors import UserError
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
+from ..quiet import without_warnings_of_packages
 from . import engine
 
 
 def show_engine(name: str, output: Path) -> None:
     """Measure an engine's costs, print them beside what they were fitted to, and write its file."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     try:
         engine.start(name)
     except ImportError as missing:

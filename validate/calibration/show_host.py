@@ -1,6 +1,5 @@
 """What `perfmodel validate host` prints."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +8,14 @@ from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
 from ..fitting.show import show_doubts
+from ..quiet import without_warnings_of_packages
 from . import hosts, verify
 from .show_calibration import show_checks
 
 
 def show_host(output: Path) -> bool:
     """Calibrate the host and write its file; returns whether it was written."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     with progress() as bar:
         task = bar.add_task("timing", total=len(list(hosts.host_programs())))
         found = hosts.calibrate_host(lambda name: bar.update(task, advance=1, description=name))

@@ -1,11 +1,10 @@
 """What `perfmodel calibrate --network` prints, in the first process alone."""
 
-import warnings
-
 from perfmodel import units
 from perfmodel.report.plain import print_json, show, table
 
 from ..measuring.team import end, leave
+from ..quiet import without_warnings_of_packages
 from .network import calibrate_network
 
 
@@ -15,7 +14,7 @@ def show_network_calibration(device: str, name: str, *, seconds: float, as_json:
     Raises:
         UserError: as `calibrate_network`, before there is a group.
     """
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     done = calibrate_network(device, name, seconds=seconds)
     if done is not None:
         errors = {kind: fit.errors.rounded() for kind, fit in done.fits.items()}

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from perfmodel.report.progress import filling
 from perfmodel.resources import write_text
 
 from ..checking import tables
+from ..quiet import without_warnings_of_packages
 from . import plan as plans
 from .finish import Finding, finish
 from .page import write_campaign_page
@@ -27,7 +27,7 @@ def show_campaign(
     device: str, folder: Path, seconds: float, *, plan: Path | None, threads: int | None, as_json: bool
 ) -> None:
     """Go on with a campaign for so many seconds, fit and check what there is, and tell of it."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process keeps off CUDA, so that it may fork
     chosen = plans.load_plan(plan, device)
     with filling("loading") as tick:

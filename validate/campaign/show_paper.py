@@ -1,11 +1,11 @@
 """What `perfmodel validate paper` prints."""
 
-import warnings
 from pathlib import Path
 
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import counting
 
+from ..quiet import without_warnings_of_packages
 from . import paper
 from .paper import PaperRow
 
@@ -15,7 +15,7 @@ def show_paper(
     threads: int | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Measure and predict, or only predict; returns whether all verdicts that are decided are right."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     if predict_only:
         rows = paper.predicted_claim(predict_only, host)
     else:

@@ -1,7 +1,6 @@
 """What `perfmodel validate measure` prints."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from perfmodel.errors import UserError
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import counting
 
+from ..quiet import without_warnings_of_packages
 from . import run, team
 from .cells import Cell
 
@@ -22,7 +22,7 @@ def show_measure(
     Args:
         parallel: how the processes of torchrun share a step; the first of them prints.
     """
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     if parallel is None and team.under_torchrun():
         raise UserError(
             f"started by torchrun: say how the processes share a step, --parallel {' or '.join(team.KINDS)}"

@@ -6,7 +6,6 @@ to a norm that is summed over stages (torchtitan, distributed/utils.py).
 """
 
 import multiprocessing
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from perfmodel.tracing.programs import updates
 from perfmodel.tracing.programs.dtypes import DTYPES
 from perfmodel.tracing.trace import eager_program
 
+from ..quiet import without_warnings_of_packages
 from . import counts
 from .cases import Case
 from .parallel import PEAK_TOLERANCE, PRODUCTS, RankRecorder, collectives, in_another_order, local
@@ -118,7 +118,7 @@ def _answer(end: Connection) -> dict[str, Any]:
 
 def _rank(case: Case, ours: RankStep, folder: Path, out: Connection) -> None:
     """A rank's process: a step of the real program, sent back as plain values."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     try:
         count = case.setup.gpus
         line = list(range(0, count, count // case.setup.pp))

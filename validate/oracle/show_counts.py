@@ -1,7 +1,6 @@
 """What `perfmodel validate counts` prints."""
 
 import importlib.util
-import warnings
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from perfmodel.program.installed import unmirrored
 from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import progress
 
+from ..quiet import without_warnings_of_packages
 from . import cases, compiled, counts, parallel, parallel_cases, pipeline, traced_ranks, zero
 from .megatron.cases import has_megatron, megatron_grid
 from .megatron.compare import compare_megatron
@@ -25,7 +25,7 @@ def show_counts(grid: str, *, cuda_forward: bool, several: bool, as_json: bool) 
     Args:
         several: compare ranks of programs of several GPUs.
     """
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     for text in unmirrored(counts.MIRRORED):
         show(f"installed: {text}: differences may be theirs", colour="yellow")
     if several:

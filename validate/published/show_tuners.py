@@ -1,6 +1,5 @@
 """What `perfmodel validate tuners` prints."""
 
-import warnings
 from typing import Any
 
 from click import style
@@ -9,6 +8,7 @@ from perfmodel import units
 from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import progress
 
+from ..quiet import without_warnings_of_packages
 from . import tuners
 from .reasons import FAR, reason, reasons
 
@@ -19,7 +19,7 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
     Args:
         images: of an image model, in the place of a language model.
     """
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     source = tuners.IMAGES if images else tuners.TABLE
     rows = tuners.published_tuners(source)
     with progress() as bar:
@@ -37,7 +37,7 @@ def show_tuners(*, images: bool, host: str, all_rows: bool, as_json: bool) -> bo
 
 def show_host_speed(*, images: bool, as_json: bool) -> None:
     """How slow the host of a benchmark must have been; each half of its tuners is judged by what the other tells."""
-    warnings.filterwarnings("ignore")
+    without_warnings_of_packages()
     with progress() as bar:
         task = bar.add_task("tracing", total=None)
         rows = tuners.published_tuners(tuners.IMAGES if images else tuners.TABLE)
