@@ -47,14 +47,14 @@ def test_what_no_program_holds_stays_the_defaults_and_is_named(tmp_path: Path) -
     """Hooks of an engine once came out as 0.1 s each, so that a small step was predicted to take a minute."""
     found, default = hosts.fit_host(timed()), host_files.load()
     unmeasured = {"launch_call", "launch", "graph_launch", "compiled_kernel", "compiled_graph", "guard"}
-    assert set(found.doubts.kept) == unmeasured | {"fetch", "release", "reduce", "settle", "wrap", "search"}
-    assert all(getattr(found.host, name) == getattr(default, name) for name in found.doubts.kept)
+    assert set(found.caveats.kept) == unmeasured | {"fetch", "release", "reduce", "settle", "wrap", "search"}
+    assert all(getattr(found.host, name) == getattr(default, name) for name in found.caveats.kept)
     for cost in ("call", "module", "hook", "loop_call"):
         assert getattr(found.host, cost) == pytest.approx(getattr(TRUTH, cost), rel=0.2), cost
     path = tmp_path / "host.toml"
     hosts.write_host(found.host, path, found.provenance(verify.of_programs(found)))
     table = tomllib.loads(path.read_text())
-    assert table["fit"]["kept"] == list(found.doubts.kept)
+    assert table["fit"]["kept"] == list(found.caveats.kept)
     assert "fetch" in table["source"]
     step = [predict("smollm2-135m", "full", device="l40s", batch=1, seq=64, host=h) for h in (str(path), TRUTH)]
     assert step[0].time.phases["total"] == pytest.approx(step[1].time.phases["total"], rel=0.1)
@@ -70,7 +70,7 @@ def test_programs_are_as_deep_as_their_costs_need() -> None:
 def test_a_cost_that_goes_to_its_bound_is_named() -> None:
     """A floor that the microbenchmarks give must not pass for a measurement of real steps."""
     found = hosts.fit_host(timed(), least={"module": 80e-6})
-    assert "module" in found.doubts.at_bound
+    assert "module" in found.caveats.at_bound
     assert found.host.module == pytest.approx(80e-6)
 
 

@@ -75,7 +75,7 @@ def test_a_layout_of_too_few_products_goes_as_the_forward_one(
     assert nn >= 20
     found = fit.fit_gemms(rows, "fp32", BOX, "")
     p = found.parameters
-    assert ("nn" in found.doubts.kept) == kept
+    assert ("nn" in found.caveats.kept) == kept
     assert (p.efficiency["nn"] == p.efficiency["tn"]) == kept
     assert not kept or p.a_passes["nn"] == p.a_passes["tn"]
 

@@ -84,13 +84,13 @@ def test_what_a_calibration_did_not_measure_keeps_the_cards_figure_and_is_named(
     found = [r for r in found if not (r.get("case", {}).get("block") == "attention" and r["case"]["backward"])]
     text, fits = calibrate.device_file(found, "mine")
     mine, table = calibrate.profile_of_text(text, "mine"), tomllib.loads(text)["fitted"]
-    assert "nt_slowdown" in fits["gemm.bf16"].doubts.kept
+    assert "nt_slowdown" in fits["gemm.bf16"].caveats.kept
     assert mine.gemm["bf16"].nt_slowdown == pytest.approx(known.gemm["bf16"].nt_slowdown, rel=1e-3)
     assert mine.attention.backward_efficiency == pytest.approx(known.attention.backward_efficiency, rel=1e-3)
     assert {"backward_efficiency", "backward_cta_overhead"} <= set(table["attention"]["kept"])
     for block, written in (("gemm.bf16", table["gemm"]["bf16"]), ("pointwise", table["pointwise"])):
-        doubts = fits[block].doubts
-        assert (written.get("kept", []), written.get("at_bound", [])) == (list(doubts.kept), list(doubts.at_bound))
+        caveats = fits[block].caveats
+        assert (written.get("kept", []), written.get("at_bound", [])) == (list(caveats.kept), list(caveats.at_bound))
 
 
 def test_a_card_beyond_what_a_fit_may_find_is_named() -> None:
@@ -98,7 +98,7 @@ def test_a_card_beyond_what_a_fit_may_find_is_named() -> None:
     known = profile.load("a100-80gb-sxm")
     strange = replace(known.gemm["bf16"], math_efficiency=0.1, nn_slowdown=0.9)
     _, fits = calibrate.device_file(made_up(replace(known, gemm={**known.gemm, "bf16": strange}), A100), "mine")
-    assert {"math_efficiency", "nn_slowdown"} <= set(fits["gemm.bf16"].doubts.at_bound)
+    assert {"math_efficiency", "nn_slowdown"} <= set(fits["gemm.bf16"].caveats.at_bound)
 
 
 def test_a_gpu_without_enough_rows_is_refused(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_products_of_a_step_have_the_launches_of_a_step() -> None:
     fit._fp32_in_steps(fitted)
     found = fitted.devices["gemm.fp32"][slug]
     assert found.parameters.launch_clocks == device.gemm["bf16"].launch_clocks
-    assert "launch_clocks" in found.doubts.kept
+    assert "launch_clocks" in found.caveats.kept
     assert found.notes == "launch_clocks as in bf16: the measured floor of 14 us contains the host. As said."
 
 

@@ -38,7 +38,7 @@ from perfmodel.tracing.programs import models
 from perfmodel.tracing.programs.updates import make_optimizer
 
 from ..accuracy import Errors
-from ..fitting.judging import Doubts
+from ..fitting.judging import FitCaveats
 from ..measuring.environment import cpu_name
 from ..oracle.cases import NO_DROPOUT, SMALL
 
@@ -67,20 +67,20 @@ class HostFit:
     """Host costs fitted to timed programs.
 
     Attributes:
-        doubts: costs that no timed step holds any of, which are the default host's, and those that went as low as they
+        caveats: costs that no timed step holds any of, which are the default host's, and those that went as low as they
             may, since their work was not told apart from other work.
         fitted, left_out: the programs in the fit and those that it did not see.
     """
 
     host: Host
-    doubts: Doubts
+    caveats: FitCaveats
     fitted: list[Timed]
     left_out: list[Timed]
 
     def provenance(self, found: Mapping[str, Errors]) -> dict[str, Any]:
         """What the host file says about the fit; `found` holds the errors of its check."""
         return {
-            **{key: list(names) for key, names in asdict(self.doubts).items()},
+            **{key: list(names) for key, names in asdict(self.caveats).items()},
             **{f"{key}_{what}": getattr(e, what) for key, e in found.items() for what in ("number", "mean", "worst")},
         }
 
@@ -199,7 +199,7 @@ def fit_host(
     source = f"measured {date.today()}, {software}, Python {python_version()}"
     source += f"; not measured, the default host's: {', '.join(kept)}"
     return HostFit(
-        Host(name=cpu_name() or "this machine", source=source, **spent), Doubts(kept, at_bound), fitted, left_out
+        Host(name=cpu_name() or "this machine", source=source, **spent), FitCaveats(kept, at_bound), fitted, left_out
     )
 
 

@@ -26,7 +26,7 @@ from ..checking.check import Progress, check_records
 from ..checking.machine import Machine, name_of
 from ..checking.outcomes import CellOutcome, cell_pairs
 from ..checking.summary import Line, line
-from ..fitting.judging import Doubts, settled
+from ..fitting.judging import FitCaveats, settled
 
 FACTORS = {  # factor -> the host's costs that it scales: as many as the phases of a step can tell apart
     "forward": ("call", "view", "module", "adapter", "checkpoint"),
@@ -45,7 +45,7 @@ class Refit:
     """A fit that was done.
 
     Attributes:
-        doubts: factors that no cell tells, which stay 1, and those that went as far as they may: then kernels are
+        caveats: factors that no cell tells, which stay 1, and those that went as far as they may: then kernels are
             mispriced, not the host.
         before, after: errors on the cells left out.
     """
@@ -54,7 +54,7 @@ class Refit:
     machine: Machine
     where: str
     factors: dict[str, float]
-    doubts: Doubts
+    caveats: FitCaveats
     fitted: int
     left_out: int
     before: Line
@@ -76,12 +76,12 @@ def refit(
     fit, held = split_by_groups(found.outcomes)
     if not fit or not held:
         raise UserError("a fit needs cells of at least two models or setups: one group is left out to judge it")
-    factors, doubts = fit_factors(fit, machine)
+    factors, caveats = fit_factors(fit, machine)
     by = scaled(machine.by, factors)
     after = [retimed(o, machine.on, by) for o in held]
     return Refit(
         _named(by, name_of(found.environments[name]), len(fit)), machine, name_of(found.environments[name]),
-        factors, doubts, len(fit), len(held),
+        factors, caveats, len(fit), len(held),
         line("left out", held, cell_pairs(held)), line("left out", after, cell_pairs(after)),
     )  # fmt: skip
 
@@ -96,7 +96,7 @@ def split_by_groups(outcomes: Sequence[CellOutcome]) -> tuple[list[CellOutcome],
     )
 
 
-def fit_factors(outcomes: Sequence[CellOutcome], machine: Machine) -> tuple[dict[str, float], Doubts]:
+def fit_factors(outcomes: Sequence[CellOutcome], machine: Machine) -> tuple[dict[str, float], FitCaveats]:
     """The factors with which the phases of some cells come out best, each held near 1 by its prior."""
     names = [name for name in FACTORS if name != "launch" or machine.on.kind == "cuda"]
     measured = np.log([[o.measured.median(phase) for phase in PHASES] for o in outcomes])
@@ -112,8 +112,8 @@ def fit_factors(outcomes: Sequence[CellOutcome], machine: Machine) -> tuple[dict
     usual = np.zeros(len(names))
     limits = usual - LARGEST, usual + LARGEST
     end = least_squares(residuals, usual, bounds=limits, loss="soft_l1", diff_step=[1e-3] * len(names)).x
-    x, doubts = settled(names, end, usual, limits, price)
-    return dict(zip(names, map(float, np.exp(x)), strict=True)), doubts
+    x, caveats = settled(names, end, usual, limits, price)
+    return dict(zip(names, map(float, np.exp(x)), strict=True)), caveats
 
 
 def scaled(by: Host, factors: Mapping[str, float]) -> Host:
@@ -143,7 +143,7 @@ def refit_provenance(found: Refit) -> dict[str, Any]:
         "date": str(date.today()), "machine": found.where, "device": found.machine.on.slug,
         "base": found.machine.by.name, "cells_fitted": found.fitted, "cells_left_out": found.left_out,
         **{f"factor_{name}": factor for name, factor in found.factors.items()},
-        **{key: list(names) for key, names in asdict(found.doubts).items()},
+        **{key: list(names) for key, names in asdict(found.caveats).items()},
         "step_mean": found.after.step.mean, "step_median": found.after.step.median, "step_p90": found.after.step.p90,
         **residuals,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from perfmodel.report.plain import print_json, show, table
 from perfmodel.report.progress import filling
 
 from ..accuracy import Errors
-from ..fitting.show import show_doubts
+from ..fitting.show import show_caveats
 from ..quiet import without_warnings_of_packages
 from .calibrate import Calibration, calibrate
 from .verify import TITLES
@@ -31,7 +31,7 @@ def show_calibration(
     ]
     show(table(("block", "fitted on", "left out", "mean error", "plain roofline"), rows))
     show_checks(done.checks)
-    show_doubts({**{block: f.doubts for block, f in done.fits.items()}, "host": done.by.doubts})
+    show_caveats({**{block: f.caveats for block, f in done.fits.items()}, "host": done.by.caveats})
     if done.refusal:
         show(done.refusal, colour="yellow")
         return False
@@ -57,8 +57,8 @@ def _plain(done: Calibration) -> dict[str, Any]:
         "written": not done.refusal, "refusal": done.refusal,
         "checks": {key: asdict(errors) for key, errors in done.checks.items()},
         "blocks": {
-            block: {**asdict(f.errors), "rows_fitted": f.rows_fitted, "rows": f.rows_left_out, **asdict(f.doubts)}
+            block: {**asdict(f.errors), "rows_fitted": f.rows_fitted, "rows": f.rows_left_out, **asdict(f.caveats)}
             for block, f in done.fits.items()
         },
-        "host_figures": asdict(done.by.doubts),
+        "host_figures": asdict(done.by.caveats),
     }  # fmt: skip

@@ -7,7 +7,7 @@ from perfmodel import units
 from perfmodel.report.plain import show, table
 from perfmodel.report.progress import progress
 
-from ..fitting.show import show_doubts
+from ..fitting.show import show_caveats
 from ..quiet import without_warnings_of_packages
 from . import hosts, verify
 from .show_calibration import show_checks
@@ -20,14 +20,14 @@ def show_host(output: Path) -> bool:
         task = bar.add_task("timing", total=len(list(hosts.host_programs())))
         found = hosts.calibrate_host(lambda name: bar.update(task, advance=1, description=name))
     checks = verify.of_programs(found)
-    kept = found.doubts.kept
+    kept = found.caveats.kept
     rows = [
         [name, units.seconds(getattr(found.host, name)), "the default host's" if name in kept else ""]
         for name in hosts.COSTS
     ]
     show(table(("", "seconds", "not measured"), rows, left=(0, 2), title="host costs"))
     show_checks(checks)
-    show_doubts({"host": replace(found.doubts, kept=())})
+    show_caveats({"host": replace(found.caveats, kept=())})
     if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()}):
         show(refusal, colour="yellow")
         return False

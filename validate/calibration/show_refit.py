@@ -37,10 +37,10 @@ def _print(found: Refit) -> None:
     factors = [[name, f"{factor:.2f}", ", ".join(refit.FACTORS[name])] for name, factor in found.factors.items()]
     show(table(("", "factor", "of"), factors, left=(0, 2), title=f"factors on host {found.machine.by.name}"))
     where = found.machine.on.slug
-    if bound := found.doubts.at_bound:
+    if bound := found.caveats.at_bound:
         told = f"at their bounds: {', '.join(bound)}: it is rather the kernels of {where} that are off"
         show(paragraph(told), colour="yellow")
-    if kept := found.doubts.kept:
+    if kept := found.caveats.kept:
         show(paragraph(f"not measured by these cells, so kept: {', '.join(kept)}"))
     rows = [
         [name, *(units.percent(e, 1) for e in (x.step.mean, x.step.median, x.step.p90, x.ratio.mean)),

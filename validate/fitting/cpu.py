@@ -29,7 +29,7 @@ from perfmodel.errors import UserError
 from perfmodel.program.dims import Array
 
 from .cpu_ops import Amounts, passes
-from .judging import Doubts, Fit, FitErrors, fold
+from .judging import Fit, FitCaveats, FitErrors, fold
 
 PACKED_AS = {  # regimes that differ in the rate of their products alone
     "nn_aliased": "nn_few", "tn_narrow": "tn", "nn_narrow": "nn", "nn_few_narrow": "nn_few", "nt_narrow": "nt",
@@ -98,7 +98,7 @@ def least_relative(columns: Sequence[Array], seconds: Array, low: Sequence[float
 
 def _fit(
     parameters: Any, found: Sequence[CpuRow], predict: Callable[[CpuRow], float], plain: Callable[[CpuRow], float],
-    software: str, doubts: Doubts,
+    software: str, caveats: FitCaveats,
 ) -> Fit:  # fmt: skip
     out = [r for r in found if r.left_out] or list(found)
     errors = FitErrors.of(
@@ -106,7 +106,7 @@ def _fit(
         np.array([plain(r) for r in out]),
         np.array([r.seconds for r in out]),
     )
-    return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors, doubts=doubts)
+    return Fit(parameters, SOURCE, software, len(found) - len(out), len(out), errors, caveats=caveats)
 
 
 def _enough(found: Sequence[CpuRow], least: int, what: str) -> None:
@@ -153,8 +153,10 @@ def fit_gemms(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardware, softwa
         moved = ITEMSIZE[dtype] * (x * z + z * y + x * y) / hardware.memory_bandwidth
         return max(2.0 * x * y * z / hardware.peak(dtype), moved)
 
-    doubts = Doubts(tuple(name for name in REGIMES if name not in known), _zeros(p, "a_passes", "b_passes", "c_passes"))
-    return _fit(p, found, predict, plain, software, doubts)
+    caveats = FitCaveats(
+        tuple(name for name in REGIMES if name not in known), _zeros(p, "a_passes", "b_passes", "c_passes")
+    )
+    return _fit(p, found, predict, plain, software, caveats)
 
 
 def _terms(name: str, known: Sequence[str]) -> tuple[str, str, str, str]:
@@ -214,8 +216,8 @@ def fit_attention_kernel(all_rows: Sequence[CpuRow], dtype: str, hardware: Hardw
     def predict(r: CpuRow) -> float:
         return _attention_seconds(r, hardware, p)
 
-    doubts = Doubts((), _zeros(p, *(f.name for f in fields(p))))
-    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.peak(dtype)), software, doubts)
+    caveats = FitCaveats((), _zeros(p, *(f.name for f in fields(p))))
+    return _fit(p, found, predict, lambda r: float(_attention_terms(r)[2] / hardware.peak(dtype)), software, caveats)
 
 
 def _of_attention(all_rows: Sequence[CpuRow], dtype: str) -> list[CpuRow]:
@@ -251,7 +253,7 @@ def fit_streams(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -
     _, clocks16, back16 = _by_kind([r for r in used if r.case["dtype"] != "fp32"], hardware, p)
     p = replace(p, clocks16={**p.clocks, **clocks16}, back16=back16)
     kept = [f"floors.{k}" for k in KINDS if k not in floors] + [f"clocks.{k}" for k in KINDS if k not in clocks]
-    doubts = Doubts(
+    caveats = FitCaveats(
         (*kept, *(f"clocks16.{k}" for k in KINDS if k not in clocks16)), _zeros(p, "floors", "clocks", "clocks16")
     )
 
@@ -262,7 +264,7 @@ def fit_streams(all_rows: Sequence[CpuRow], hardware: Hardware, software: str) -
         return sum(amounts[0] for _, amounts in _passes(r)) / hardware.memory_bandwidth
 
     judged = [r for r in found if r.sizes["rows"] > 1]
-    return _fit(p, judged, predict, plain, software, doubts)
+    return _fit(p, judged, predict, plain, software, caveats)
 
 
 def _passes(r: CpuRow) -> list[tuple[str, Amounts]]:

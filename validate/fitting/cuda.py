@@ -25,7 +25,7 @@ from .attention import fit as attention
 from .attention import flash_papers
 from .cpu import SOURCE, CpuRow, cpu_rows
 from .cpu_ops import op
-from .judging import Doubts, Fit, FitErrors, column, fold, shape_hash
+from .judging import Fit, FitCaveats, FitErrors, column, fold, shape_hash
 from .sequences import TimedKernel
 
 Record = Mapping[str, Any]
@@ -128,13 +128,13 @@ def _gemm(telling: Sequence[CpuRow], dtype: str, known: DeviceProfile, software:
     seen: dict[str, Any] = {name: factor for name, factor in slower.items() if factor is not None}
     kept = tuple(name for name in slower if name not in seen)
     p = replace(told.parameters, **seen, **{name: getattr(known.gemm[dtype], name) for name in kept})
-    doubts = told.doubts.but(slower, Doubts(kept, tuple(name for name, factor in seen.items() if factor == 1.0)))
+    caveats = told.caveats.but(slower, FitCaveats(kept, tuple(name for name, factor in seen.items() if factor == 1.0)))
     out = d[d.left_out] if d.left_out.any() else d
     out = out.sort_values("layout", kind="stable")
     judged = [name for name in sorted(LAYOUTS) if (out.layout == name).any()]
     predicted = np.concatenate([_predicted(out[out.layout == name], known, p, name) for name in judged])
     errors = FitErrors.of(predicted, gemm.roofline_seconds(out, known.hardware), column(out, "seconds"))
-    return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors, doubts=doubts)
+    return Fit(p, SOURCE, software, int((~d.left_out).sum()), int(d.left_out.sum()), errors, caveats=caveats)
 
 
 def _slowdown(part: pd.DataFrame, known: DeviceProfile, p: GemmParameters) -> float | None:
@@ -171,7 +171,7 @@ def _attention(telling: Sequence[CpuRow], known: DeviceProfile, software: str) -
     out = d[d.left_out] if d.left_out.any() else d
     errors = flash_papers.published_errors(out, known.hardware, told.parameters)
     rows = int((~d.left_out).sum()), int(d.left_out.sum())
-    return Fit(told.parameters, SOURCE, software, *rows, errors, doubts=told.doubts)
+    return Fit(told.parameters, SOURCE, software, *rows, errors, caveats=told.caveats)
 
 
 def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, software: str) -> Fit:
@@ -192,7 +192,7 @@ def _pointwise(telling: Sequence[CpuRow], launch: float, known: DeviceProfile, s
         "all"
     ]
     rows = int((d.fold != 0).sum()), int((d.fold == 0).sum())
-    return Fit(told.parameters, SOURCE, software, *rows, errors, doubts=told.doubts)
+    return Fit(told.parameters, SOURCE, software, *rows, errors, caveats=told.caveats)
 
 
 def _kernel(k: kernels.Kernel) -> TimedKernel:

@@ -72,7 +72,7 @@ def fit_linears(folder: Path, base: GemmParameters) -> Fit:
     usual = np.log([getattr(base, name) for name in FITTED])
     low, high = np.log(np.array([BOUNDS[name] for name in FITTED])).T
     end = least(lambda z: np.asarray(np.log(price(z) / seconds)), usual, low, high).x
-    z, doubts = settled(FITTED, end, usual, (low, high), price)
+    z, caveats = settled(FITTED, end, usual, (low, high), price)
     found = parameters(z).on(base)
     cuts = {
         "as_current": (seen, base), "m_from_2048": (seen[seen.m >= 2048], found),
@@ -87,7 +87,7 @@ def fit_linears(folder: Path, base: GemmParameters) -> Fit:
         errors=_errors(seen, hw, found),
         slices={name: _errors(part, hw, p) for name, (part, p) in cuts.items()},
         notes="cuBLAS before CUDA 12.6 Update 2. as_current: the rows left out at the price of current kernels.",
-        doubts=doubts,
+        caveats=caveats,
     )
 
 

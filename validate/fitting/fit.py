@@ -94,7 +94,7 @@ def fit_kernels(
 
     Returns:
         One row a block, device and slice: block, device, slice, rows, mean, median, p90, roofline_mean; in that of all
-        left-out rows `kept` and `at_bound` too, the parameters in doubt (`Doubts`).
+        left-out rows `kept` and `at_bound` too, the parameters in doubt (`FitCaveats`).
 
     Raises:
         UserError: the folder or a file in it is missing.
@@ -239,7 +239,7 @@ def _gemm_class(fitted: _Fitted, members: tuple[str, ...], dtype: str, found: ge
     base = fitted.devices[block][members[0]]
     return Fit(
         parameters=replace(p, power_share=1.0) if dtype == "bf16" else gemm.in_steps(p, gemm.LAUNCH_CLOCKS),
-        doubts=found.doubts if dtype == "bf16" else found.doubts.but_kept(("launch_clocks",)),
+        caveats=found.caveats if dtype == "bf16" else found.caveats.but_kept(("launch_clocks",)),
         source=f"{base.source}: {', '.join(members)}",
         software=base.software if dtype == "fp32" else "SGLang, TensorRT-LLM; short bursts in CUDA graphs",
         rows_fitted=used,
@@ -284,10 +284,10 @@ def _layouts(folder: Path, fitted: _Fitted) -> None:
         p, note = replace(own, nn_slowdown=seen.nn_slowdown, nt_slowdown=seen.nt_slowdown), LAYOUT_NOTE
         if slug in BLACKWELL:
             p, note = replace(p, power_share=1.0), f"{LAYOUT_NOTE} Residuals: of bursts, which no power limits."
-        doubts = bf16[slug].doubts
+        caveats = bf16[slug].caveats
         if slug == "b200":  # the others' layouts are a like device's
-            doubts = doubts.but(("nn_slowdown", "nt_slowdown"), measured.doubts)
-        bf16[slug] = replace(bf16[slug], parameters=p, notes=note, doubts=doubts)
+            caveats = caveats.but(("nn_slowdown", "nt_slowdown"), measured.caveats)
+        bf16[slug] = replace(bf16[slug], parameters=p, notes=note, caveats=caveats)
 
 
 def _fp32_in_steps(fitted: _Fitted) -> None:
@@ -300,8 +300,8 @@ def _fp32_in_steps(fitted: _Fitted) -> None:
         floor = fit.parameters.launch_clocks / hardware(slug).clock_hz
         note = f"launch_clocks as in bf16: the measured floor of {floor * 1e6:.0f} us contains the host. {fit.notes}"
         p = gemm.in_steps(fit.parameters, clocks)
-        doubts = fit.doubts.but_kept(("launch_clocks",))
-        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip(), doubts=doubts)
+        caveats = fit.caveats.but_kept(("launch_clocks",))
+        fitted.devices["gemm.fp32"][slug] = replace(fit, parameters=p, notes=note.strip(), caveats=caveats)
 
 
 def _attention(folder: Path, fitted: _Fitted) -> None:
@@ -381,7 +381,7 @@ def _table(fitted: _Fitted, chosen: set[str]) -> list[Row]:
         for slug, fit in fitted.devices[block].items():
             if slug not in chosen or not fit.rows_fitted:
                 continue
-            rows.append({**_row(block, slug, "left-out rows", fit.errors), **asdict(fit.doubts)})
+            rows.append({**_row(block, slug, "left-out rows", fit.errors), **asdict(fit.caveats)})
             rows += [_row(block, slug, name, e) for name, e in fit.slices.items()]
         for slug, errors in fitted.left_out[block].items():
             if slug in chosen:

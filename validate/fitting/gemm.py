@@ -22,8 +22,8 @@ from perfmodel.program.dims import Array
 from . import sgemm
 from .campaigns import REACTION
 from .judging import (
-    Doubts,
     Fit,
+    FitCaveats,
     FitErrors,
     Shapes,
     column,
@@ -145,13 +145,13 @@ class Found(NamedTuple):
         parameters: of the price model.
         clock: of the board while the collected rows were measured, over that of the other rows.
         reaction: of the board's power control, in seconds (`campaigns.boosts`).
-        doubts: parameters that the rows do not tell, and those at a bound.
+        caveats: parameters that the rows do not tell, and those at a bound.
     """
 
     parameters: GemmParameters
     clock: float = 1.0
     reaction: float = REACTION
-    doubts: Doubts = Doubts()
+    caveats: FitCaveats = FitCaveats()
 
 
 def priced_products(rows: pd.DataFrame, hw: Hardware, found: Found) -> Array:
@@ -235,8 +235,8 @@ def fit_rows(used: Sequence[Used], dtype: str, begin: GemmParameters) -> Found:
     # Two starts: the loss has kinks where the best tile changes.
     ends = [least(residuals, first + shift * np.resize([1, -1], len(first)), low, high) for shift in (0.0, 0.4)]
     end = min(ends, key=lambda f: float(f.cost)).x
-    z, doubts = settled((*limits, *bench), end, first, (low, high), price)
-    return found(z, begin)._replace(doubts=doubts.but(bench, Doubts()).but_kept(unsearched(begin, limits)))
+    z, caveats = settled((*limits, *bench), end, first, (low, high), price)
+    return found(z, begin)._replace(caveats=caveats.but(bench, FitCaveats()).but_kept(unsearched(begin, limits)))
 
 
 def _seconds(used: Sequence[Used], dtype: str) -> Callable[[Sequence[Found]], Array]:
@@ -297,7 +297,7 @@ def fit_device(folder: Path, slug: str, dtype: str) -> Fit:
         errors=errors["all"],
         slices={k: v for k, v in errors.items() if k != "all"},
         notes=sgemm.replay_notes(rows, found.clock) if dtype == "fp32" else "",
-        doubts=found.doubts,
+        caveats=found.caveats,
     )
 
 

@@ -28,7 +28,7 @@ from perfmodel.program.dims import Array
 from perfmodel.program.routing import BALANCED, Routing
 
 from .gemm import AICONFIGURATOR, least
-from .judging import Doubts, Fit, FitErrors, column, hardware, measured_table, settled
+from .judging import Fit, FitCaveats, FitErrors, column, hardware, measured_table, settled
 
 FILE = "moe_kernels.parquet"
 # Device -> its name there, and the kernels.
@@ -130,7 +130,7 @@ def fit_layers(folder: Path, slug: str, dense: GemmParameters) -> Fit:
     low, high = np.log(np.array(list(BOUNDS.values()))).T
     low[0] = np.log(dense.math_efficiency)  # the main loop is no faster than the peak
     end = least(lambda z: np.asarray(np.log(price(z) / seconds)), usual, low, high).x
-    z, doubts = settled(tuple(BOUNDS), end, usual, (low, high), price)
+    z, caveats = settled(tuple(BOUNDS), end, usual, (low, high), price)
     found = figures(z)
     own = {f.name: found.pop(f.name) for f in fields(GroupedParameters)}
     errors, slices = _judged(rows[rows.left_out].reset_index(drop=True), slug, dense, own | found)
@@ -144,7 +144,7 @@ def fit_layers(folder: Path, slug: str, dense: GemmParameters) -> Fit:
         slices=slices,
         notes=f"Not torch's kernel. The layer's copies, gate and sum, fitted too: {found['stream']:.2f} of the "
         f"bandwidth and {found['fixed'] * 1e6:.0f} us. Residuals: whole layers of models that the fit did not see.",
-        doubts=Doubts(*(tuple(n for n in names if n in own) for names in (doubts.kept, doubts.at_bound))),
+        caveats=FitCaveats(*(tuple(n for n in names if n in own) for names in (caveats.kept, caveats.at_bound))),
     )
 
 

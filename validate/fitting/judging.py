@@ -70,7 +70,7 @@ class FitErrors:
 
 
 @dataclass(frozen=True)
-class Doubts:
+class FitCaveats:
     """Which figures of a fit say less than they seem to.
 
     Attributes:
@@ -81,17 +81,17 @@ class Doubts:
     kept: tuple[str, ...] = ()
     at_bound: tuple[str, ...] = ()
 
-    def but(self, names: Collection[str], said: "Doubts") -> "Doubts":
+    def but(self, names: Collection[str], said: "FitCaveats") -> "FitCaveats":
         """The same, but of `names` what another fit says."""
         kept, at_bound = (
             (*(n for n in mine if n not in names), *(n for n in other if n in names))
             for mine, other in ((self.kept, said.kept), (self.at_bound, said.at_bound))
         )
-        return Doubts(kept, at_bound)
+        return FitCaveats(kept, at_bound)
 
-    def but_kept(self, names: Collection[str]) -> "Doubts":
+    def but_kept(self, names: Collection[str]) -> "FitCaveats":
         """The same, but `names` are not from this fit's rows."""
-        return self.but(names, Doubts(kept=tuple(names)))
+        return self.but(names, FitCaveats(kept=tuple(names)))
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,16 @@ class Told(Generic[G]):
     """Parameters as some rows tell them, and which of them say less than they seem to."""
 
     parameters: G
-    doubts: Doubts
+    caveats: FitCaveats
 
     def borrowed(self, **figures: Any) -> "Told[G]":
         """With figures that other rows tell, or none."""
-        return Told(replace(self.parameters, **figures), self.doubts.but_kept(figures))
+        return Told(replace(self.parameters, **figures), self.caveats.but_kept(figures))
 
 
 def settled(
     names: Sequence[str], end: Array, usual: Array, limits: tuple[Array, Array], price: Callable[[Array], Array]
-) -> tuple[Array, Doubts]:
+) -> tuple[Array, FitCaveats]:
     """What a search over logarithms of figures has found: where it ended, but the usual value where no row tells.
 
     Args:
@@ -128,7 +128,7 @@ def settled(
             kept.append(name)
             found = tried[0]
     at_bound = tuple(name for name in at_ends(names, found, limits) if name not in kept)
-    return found, Doubts(tuple(kept), at_bound)
+    return found, FitCaveats(tuple(kept), at_bound)
 
 
 def at_ends(names: Sequence[str], found: Array, limits: tuple[Array, Array]) -> list[str]:
@@ -156,7 +156,7 @@ class Fit:
     errors: FitErrors
     slices: dict[str, FitErrors] = field(default_factory=dict)
     notes: str = ""
-    doubts: Doubts = Doubts()
+    caveats: FitCaveats = FitCaveats()
 
     def sibling(self, parameters: Parameters, whose: str, errors: FitErrors, notes: str = "") -> "Fit":
         """The block of a like device without measurements of its own."""
@@ -168,7 +168,7 @@ class Fit:
             rows_left_out=0,
             errors=errors,
             slices={},
-            doubts=Doubts(),  # every figure is the other's, as the source says
+            caveats=FitCaveats(),  # every figure is the other's, as the source says
             notes=f"{notes} Residuals: the like device's, or those of pricing one with another's ratios.".strip(),
         )
 

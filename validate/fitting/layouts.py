@@ -52,7 +52,7 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
     usual = np.log([getattr(base, name) for name in OF_A_BOARD])
     low, high = np.log(np.array(list(OF_A_BOARD.values()))).T
     end = least(lambda z: np.asarray(np.log(price(z) / seconds[~left_out])), np.zeros(3), low, high).x
-    z, doubts = settled(tuple(OF_A_BOARD), end, usual, (low, high), price)
+    z, caveats = settled(tuple(OF_A_BOARD), end, usual, (low, high), price)
     p = parameters(z)
     predicted = priced_layouts(rows, hw, p)
     plain = roofline_seconds(rows.assign(b=1, dtype="bf16"), hw)
@@ -65,5 +65,5 @@ def fit_board(folder: Path, slug: str, base: GemmParameters) -> Fit:
         rows_left_out=int(left_out.sum()),
         errors=FitErrors.of(predicted[left_out], plain[left_out], seconds[left_out]),
         slices={name: FitErrors.of(predicted[c], plain[c], seconds[c]) for name, c in slices.items()},
-        doubts=doubts.but_kept(unsearched(p, OF_A_BOARD)),
+        caveats=caveats.but_kept(unsearched(p, OF_A_BOARD)),
     )

@@ -20,8 +20,8 @@ from perfmodel.program.dims import Array
 
 from . import liger
 from .judging import (
-    Doubts,
     Fit,
+    FitCaveats,
     FitErrors,
     Told,
     at_ends,
@@ -172,7 +172,7 @@ class PointwiseFound(NamedTuple):
     """What a fit found: parameters, those in doubt, and seconds that each benchmark adds to a row of this board."""
 
     parameters: PointwiseParameters
-    doubts: Doubts
+    caveats: FitCaveats
     overheads: dict[str, float]
 
 
@@ -201,9 +201,9 @@ def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) 
         return np.concatenate([weight * np.log(price(x) / measured), PRIOR * (x - first)])
 
     end = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x
-    x, doubts = settled((*names, *added), end, usual, (low, high), price)
+    x, caveats = settled((*names, *added), end, usual, (low, high), price)
     p, overheads = make(x)
-    return PointwiseFound(p, doubts.but(added, Doubts()).but_kept(unsearched(p, names)), overheads)
+    return PointwiseFound(p, caveats.but(added, FitCaveats()).but_kept(unsearched(p, names)), overheads)
 
 
 def judge_families(
@@ -256,7 +256,7 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     pairs = [
         judge(slug, replace(default, **{f: getattr(found[donor], f) for f in known[slug]})) for slug, donor in PAIRS
     ]
-    told_of_class = Told(default, _class_doubts(default, known))
+    told_of_class = Told(default, _class_caveats(default, known))
     of_class = _class_fit(fits, told_of_class, left_out)
     return PointwiseResults(fits, of_class, left_out, pairs)
 
@@ -266,7 +266,7 @@ def _as_fit(rows: pd.DataFrame, hw: Hardware, told: PointwiseFound) -> Fit:
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
         parameters=told.parameters,
-        doubts=told.doubts,
+        caveats=told.caveats,
         source=", ".join(url for url, _ in sources),
         software="; ".join(software for _, software in sources),
         rows_fitted=int((rows.fold != 0).sum()),
@@ -288,18 +288,18 @@ def class_default(found: dict[str, PointwiseParameters], known: dict[str, list[s
     return replace(PointwiseParameters(), **values)
 
 
-def _class_doubts(default: PointwiseParameters, known: dict[str, list[str]]) -> Doubts:
+def _class_caveats(default: PointwiseParameters, known: dict[str, list[str]]) -> FitCaveats:
     """What no device's rows speak about, and medians at a bound."""
     seen = [name for name in BOUNDS if any(name in names for names in known.values())]
     low, high = np.log([BOUNDS[name] for name in seen]).T
     ends = at_ends(seen, np.log([getattr(default, name) for name in seen]), (low, high))
-    return Doubts(unsearched(default, seen), tuple(ends))
+    return FitCaveats(unsearched(default, seen), tuple(ends))
 
 
 def _class_fit(fits: dict[str, Fit], default: Told[PointwiseParameters], left_out: dict[str, FitErrors]) -> Fit:
     return Fit(
         parameters=default.parameters,
-        doubts=default.doubts,
+        caveats=default.caveats,
         source="medians over " + ", ".join(sorted(fits)) + ": " + ", ".join(url for url, _ in SOURCES.values()),
         software="; ".join(software for _, software in SOURCES.values()),
         rows_fitted=sum(f.rows_fitted for f in fits.values()),

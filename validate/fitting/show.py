@@ -9,7 +9,7 @@ from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import counting
 
 from . import fit
-from .judging import Doubts
+from .judging import FitCaveats
 
 PARTS = {"grouped": fit.fit_grouped, "residual": fit.fit_residuals, "early": fit.fit_early}
 
@@ -41,12 +41,12 @@ def show_fit(
     )  # fmt: skip
     columns = ("block", "device", "rows of", "rows", "mean", "median", "p90", "plain roofline")
     show(table(columns, cells, left=(0, 1, 2), title="|relative error| on rows that the fit did not see"))
-    show_doubts({f"{r['block']} {r['device']}": Doubts(r["kept"], r["at_bound"]) for r in rows if "kept" in r})
+    show_caveats({f"{r['block']} {r['device']}": FitCaveats(r["kept"], r["at_bound"]) for r in rows if "kept" in r})
 
 
-def show_doubts(doubts: Mapping[str, Doubts]) -> None:
+def show_caveats(caveats: Mapping[str, FitCaveats]) -> None:
     """Print, fit by fit, which figures were not measured and which went as far as they may."""
-    for what, found in doubts.items():
+    for what, found in caveats.items():
         for title, names in (("not measured, so the default's", found.kept), ("at a bound", found.at_bound)):
             if names:
                 show(paragraph(f"{what}, {title}: {', '.join(names)}"))

@@ -64,7 +64,7 @@ def block_text(name: str, fit: Fit, date: str) -> str:
         f"rows_left_out = {fit.rows_left_out}",
         f"notes = {_value(fit.notes)}",
     ]
-    lines += [f"{key} = {_value(names)}" for key, names in asdict(fit.doubts).items() if names]
+    lines += [f"{key} = {_value(names)}" for key, names in asdict(fit.caveats).items() if names]
     lines += ["", f"[{name}.parameters]"]
     for f in fields(fit.parameters):
         value = getattr(fit.parameters, f.name)

@@ -53,8 +53,8 @@ def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> T
     usual = np.log([base.cta_overhead / clock, base.exposed_memory, *base.efficiency_at(sizes)])
     seen = _solve(names, with_forward, usual, forward, hw, first, (low, high))
     found = fit_backward(backward, hw, seen.parameters)
-    doubts = seen.doubts.but_kept(unsearched(seen.parameters, (*names, *OF_BACKWARD)))
-    return Told(found.parameters, doubts.but(OF_BACKWARD, found.doubts))
+    caveats = seen.caveats.but_kept(unsearched(seen.parameters, (*names, *OF_BACKWARD)))
+    return Told(found.parameters, caveats.but(OF_BACKWARD, found.caveats))
 
 
 def fit_backward(backward: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
@@ -71,7 +71,7 @@ def fit_backward(backward: pd.DataFrame, hw: Hardware, base: AttentionParameters
     first, low, high = (np.log(v[: len(names)]) for v in ((0.8, 6e-6, 0.8), (0.2, 1e-8, 0.2), (1.3, 1e-4, 1.3)))
     usual = np.log([base.backward_efficiency, base.backward_cta_overhead / clock, base.backward_wide][: len(names)])
     found = _solve(names, with_backward, usual, backward, hw, first, (low, high))
-    return Told(found.parameters, found.doubts.but_kept(OF_BACKWARD[len(names) :]))
+    return Told(found.parameters, found.caveats.but_kept(OF_BACKWARD[len(names) :]))
 
 
 def _solve(
@@ -86,8 +86,8 @@ def _solve(
     def residuals(x: Array) -> Array:
         return np.append(np.log(price(x) / column(d, "seconds")), 0.02 * (x - first)[:2])
 
-    x, doubts = settled(names, least_squares(residuals, first, bounds=limits).x, usual, limits, price)
-    return Told(make(x), doubts)
+    x, caveats = settled(names, least_squares(residuals, first, bounds=limits).x, usual, limits, price)
+    return Told(make(x), caveats)
 
 
 def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[AttentionParameters]:
@@ -99,7 +99,7 @@ def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[
         if near in other:
             more[size] = own[near] * other[size] / other[near]
     p = replace(told.parameters, efficiency=tuple(sorted({**own, **more}.items())))
-    return Told(p, told.doubts.but_kept(shares_of(sorted(more))))
+    return Told(p, told.caveats.but_kept(shares_of(sorted(more))))
 
 
 def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> Fit:
@@ -109,7 +109,7 @@ def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> F
     slices = {str(name): published_errors(part, hw, p) for name, part in out.groupby("direction")}
     software = "FlashAttention-2, fp16"
     return Fit(p, flash_papers.SOURCES[slug], software, int((~d.left_out).sum()), int(d.left_out.sum()),
-               published_errors(out, hw, p), slices, doubts=told.doubts)  # fmt: skip
+               published_errors(out, hw, p), slices, caveats=told.caveats)  # fmt: skip
 
 
 def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[AttentionParameters]) -> Fit:
@@ -121,7 +121,7 @@ def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[
         errors.append(published_errors(part, hw, fit_published(others, hw, base).parameters))
     note = "Too few rows to leave a third out: residuals by leaving out one mask and head size at a time."
     return Fit(told.parameters, flash_papers.SOURCES[slug], "FlashAttention-2, fp16", len(d), 0,
-               FitErrors.average(errors), notes=note, doubts=told.doubts)  # fmt: skip
+               FitErrors.average(errors), notes=note, caveats=told.caveats)  # fmt: skip
 
 
 def served_fit(
@@ -138,7 +138,7 @@ def served_fit(
     software = f"{', '.join(c.software for c in campaigns)}, causal prefill"
     left_out = sum(int(d.left_out.sum()) for d in rows)
     return Fit(told.parameters, AICONFIGURATOR, software, sum(map(len, rows)) - left_out, left_out,
-               found["long"], slices, note, told.doubts)  # fmt: skip
+               found["long"], slices, note, told.caveats)  # fmt: skip
 
 
 def fit_cudnn(folder: Path, slug: str) -> Fit:
@@ -151,7 +151,7 @@ def fit_cudnn(folder: Path, slug: str) -> Fit:
     d = flash_papers.cudnn_rows(sibling)
     backward = d[d.direction == "backward"]
     seen = fit_backward(backward[~backward.left_out], hardware(sibling), forward.parameters)
-    told = Told(seen.parameters, forward.doubts.but(OF_BACKWARD, seen.doubts).but_kept(("launch_floor",)))
+    told = Told(seen.parameters, forward.caveats.but(OF_BACKWARD, seen.caveats).but_kept(("launch_floor",)))
     off = own.ratios(told.parameters) - 1.0
     note = (
         f"{NOTES[slug]} cuDNN's own figures ({flash_papers.CUDNN}: {', '.join(own.rows)}; {len(off)} forward, seen and "
@@ -256,7 +256,7 @@ def class_defaults(
     newer = FitErrors.average([left_out["h100-sxm"], left_out["b200"]])
     sync_fit = Fit(
         parameters=joint.parameters,
-        doubts=joint.doubts,
+        caveats=joint.caveats,
         source=f"{AICONFIGURATOR} (A100 SXM, L40S)",
         software="SGLang 0.5.10 and vLLM 0.24, FlashAttention-2",
         rows_fitted=sum(fits[slug].rows_fitted for slug in serving.FLASH),

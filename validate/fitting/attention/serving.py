@@ -27,7 +27,7 @@ from perfmodel.devices.attention import AttentionParameters, attention_flops, at
 from perfmodel.devices.hardware import Hardware
 from perfmodel.program.dims import Array
 
-from ..judging import Doubts, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
+from ..judging import FitCaveats, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
 from .flash_papers import published_time
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
@@ -81,11 +81,11 @@ class Served:
 
     parameters: AttentionParameters
     append: float
-    doubts: Doubts = field(default_factory=Doubts)
+    caveats: FitCaveats = field(default_factory=FitCaveats)
 
     def training(self) -> Told[AttentionParameters]:
         """The kernel alone."""
-        return Told(self.parameters, self.doubts).borrowed(launch_floor=LAUNCH_FLOOR)
+        return Told(self.parameters, self.caveats).borrowed(launch_floor=LAUNCH_FLOOR)
 
 
 class Own(NamedTuple):
@@ -183,10 +183,10 @@ def fit_served(
     first, limits = ends(START, 0.55, BESIDE_START), (ends(LOW, 0.03, BESIDE_LOW), ends(HIGH, 1.2, BESIDE_HIGH))
     end = least_squares(residuals, first, bounds=limits, loss="soft_l1", f_scale=0.1, max_nfev=100).x
     names = (*SCALARS, *shares_of(sizes), *BESIDE * len(used))
-    x, doubts = settled(names, end, first, limits, lambda z: np.concatenate(ratios(z)))
+    x, caveats = settled(names, end, first, limits, lambda z: np.concatenate(ratios(z)))
     found = unpack(x)
-    doubts = doubts.but(BESIDE, Doubts()).but_kept(unsearched(found[0].parameters, (*SCALARS, "launch_floor")))
-    return [Served(s.parameters, s.append, doubts) for s in found]
+    caveats = caveats.but(BESIDE, FitCaveats()).but_kept(unsearched(found[0].parameters, (*SCALARS, "launch_floor")))
+    return [Served(s.parameters, s.append, caveats) for s in found]
 
 
 def shares_of(sizes: Iterable[int]) -> tuple[str, ...]:

@@ -269,7 +269,7 @@ def _fit(own: pd.DataFrame, task: Task, line: Task) -> Fit:
     taken = own[own.taken]
     seconds = task.pricer(taken)
     found_in = _search(task, own)
-    end, doubts = settled(task.names, found_in, task.usual, task.limits, lambda z: seconds(task.made(z)))
+    end, caveats = settled(task.names, found_in, task.usual, task.limits, lambda z: seconds(task.made(z)))
     return Fit(
         parameters=task.made(end),
         source=", ".join(SOURCES.get(name, name) for name in sorted(set(own.source))),
@@ -279,7 +279,7 @@ def _fit(own: pd.DataFrame, task: Task, line: Task) -> Fit:
         errors=LinkErrors.of(found, plain, measured),
         slices=slices,
         notes="Residuals: of each row by a fit that saw no message of about its size.",
-        doubts=doubts,
+        caveats=caveats,
     )
 
 

@@ -26,24 +26,24 @@ def test_what_no_row_tells_goes_back_and_what_reached_its_end_is_named() -> None
     """A search may leave an untold figure anywhere on its way; one that only just stays free of its end is no doubt."""
     limits = np.full(4, -2.0), np.full(4, 2.0)
     end = np.array([0.7, 1.99, 0.7, 1.9])
-    found, doubts = judging.settled("abcd", end, np.zeros(4), limits, lambda z: np.exp(z[[0, 1, 3]]))
+    found, caveats = judging.settled("abcd", end, np.zeros(4), limits, lambda z: np.exp(z[[0, 1, 3]]))
     assert found.tolist() == [0.7, 1.99, 0.0, 1.9]
-    assert doubts == judging.Doubts(kept=("c",), at_bound=("b",))
+    assert caveats == judging.FitCaveats(kept=("c",), at_bound=("b",))
 
 
 def test_what_rows_tell_elsewhere_is_not_put_back() -> None:
     """A split of k that never pays any more because of its price is told by the rows, though its price moves none."""
-    found, doubts = judging.settled(
+    found, caveats = judging.settled(
         "a", np.array([1.5]), np.zeros(1), (np.array([-2.0]), np.array([2.0])), lambda z: np.minimum(np.exp(z), 2.0)
     )
-    assert (found.tolist(), doubts) == ([1.5], judging.Doubts())
+    assert (found.tolist(), caveats) == ([1.5], judging.FitCaveats())
 
 
 @pytest.mark.parametrize("told", [lambda z: np.minimum(np.exp(z), 1.0), lambda z: np.maximum(np.exp(z), 1.0)])
 def test_what_rows_tell_on_one_side_of_the_usual_is_told(told: Any) -> None:
     """A cost that shows only above what is usual, or only below, was measured: it is not named as left alone."""
     limits = np.array([-2.0]), np.array([2.0])
-    assert judging.settled("a", np.zeros(1), np.zeros(1), limits, told) == (np.zeros(1), judging.Doubts())
+    assert judging.settled("a", np.zeros(1), np.zeros(1), limits, told) == (np.zeros(1), judging.FitCaveats())
 
 
 def test_a_gemm_fit_names_what_it_cannot_reach_and_what_it_does_not_search(kernels: Path) -> None:
@@ -52,11 +52,11 @@ def test_a_gemm_fit_names_what_it_cannot_reach_and_what_it_does_not_search(kerne
     slow = replace(begin, math_efficiency=0.05)
     made = rows.assign(seconds=gemm.priced_products(rows, hw, gemm.Found(slow)))
     found = gemm.fit_gemm({H100: made}, "bf16", begin)
-    assert "math_efficiency" in found.doubts.at_bound
+    assert "math_efficiency" in found.caveats.at_bound
     assert found.parameters.math_efficiency == pytest.approx(gemm.BOUNDS["math_efficiency"][0], rel=0.01)
     unsearched = {"sustained", "power_share", "load_energy", "long_row", "page_reach", "nn_slowdown", "nt_slowdown"}
-    assert unsearched <= set(found.doubts.kept)
-    assert all(getattr(found.parameters, name) == getattr(begin, name) for name in found.doubts.kept)
+    assert unsearched <= set(found.caveats.kept)
+    assert all(getattr(found.parameters, name) == getattr(begin, name) for name in found.caveats.kept)
 
 
 def published(p: Any, **only: Any) -> Any:
@@ -75,19 +75,22 @@ def test_attention_without_backward_rows_keeps_the_usual_backward() -> None:
     """Nothing pulls a figure that no row tells but the start of the search, which knows nothing of the card."""
     base = replace(profile.load(H100).attention, backward_efficiency=0.5, backward_cta_overhead=4321.0)
     told = attention.fit_published(published(base, direction="forward"), judging.hardware(H100), base)
-    assert {"backward_efficiency", "backward_cta_overhead", "alone", "l2_ratio"} <= set(told.doubts.kept)
+    assert {"backward_efficiency", "backward_cta_overhead", "alone", "l2_ratio"} <= set(told.caveats.kept)
     assert told.parameters.backward_efficiency == pytest.approx(0.5)
     assert told.parameters.backward_cta_overhead == pytest.approx(4321.0)
     whole = attention.fit_published(published(base), judging.hardware(H100), base)
-    assert not {"backward_efficiency", "efficiency.64", "efficiency.128"} & {*whole.doubts.kept, *whole.doubts.at_bound}
+    assert not {"backward_efficiency", "efficiency.64", "efficiency.128"} & {
+        *whole.caveats.kept,
+        *whole.caveats.at_bound,
+    }
 
 
 def test_attention_says_which_head_sizes_are_a_like_cards() -> None:
     """A head size without a row is priced by another card's ratio: the file must not pass it off as measured."""
     base = profile.load(H100).attention
     told = attention.fit_published(published(base, head_dim=64), judging.hardware(H100), base)
-    assert "efficiency.128" in attention.filled(told, base).doubts.kept
-    assert "efficiency.64" not in attention.filled(told, base).doubts.kept
+    assert "efficiency.128" in attention.filled(told, base).caveats.kept
+    assert "efficiency.64" not in attention.filled(told, base).caveats.kept
 
 
 def test_an_attention_slower_than_any_is_at_a_bound() -> None:
@@ -95,7 +98,7 @@ def test_an_attention_slower_than_any_is_at_a_bound() -> None:
     base = profile.load(H100).attention
     slow = replace(base, backward_efficiency=0.05)
     told = attention.fit_published(published(slow), judging.hardware(H100), base)
-    assert "backward_efficiency" in told.doubts.at_bound
+    assert "backward_efficiency" in told.caveats.at_bound
 
 
 def test_a_backward_pass_of_wide_heads_has_a_rate_of_its_own() -> None:
@@ -106,8 +109,8 @@ def test_a_backward_pass_of_wide_heads_has_a_rate_of_its_own() -> None:
     wide = wide.assign(seconds=flash_papers.published_time(wide, judging.hardware(H100), base))
     told = attention.fit_backward(wide, judging.hardware(H100), replace(base, backward_wide=1.0))
     assert told.parameters.backward_wide == pytest.approx(0.5, rel=0.02)
-    assert "backward_wide" not in told.doubts.kept
-    assert "backward_wide" in attention.fit_backward(rows, judging.hardware(H100), base).doubts.kept
+    assert "backward_wide" not in told.caveats.kept
+    assert "backward_wide" in attention.fit_backward(rows, judging.hardware(H100), base).caveats.kept
 
 
 def test_pointwise_names_the_kinds_that_have_no_row_and_a_stream_out_of_reach(kernels: Path) -> None:
@@ -117,9 +120,9 @@ def test_pointwise_names_the_kinds_that_have_no_row_and_a_stream_out_of_reach(ke
     hw, begin = judging.hardware("a100-80gb-pcie"), profile.load("a100-80gb-pcie").pointwise
     made = rows.assign(seconds=pointwise.Batch(rows).price(hw, replace(begin, stream=0.2)))
     told = pointwise.fit_pointwise(made, hw, begin)
-    assert "stream" in told.doubts.at_bound
-    assert {"softmax_stream", "norm_stream", "cast_rate", "kernel_gap"} <= set(told.doubts.kept)
-    assert all(getattr(told.parameters, name) == getattr(begin, name) for name in told.doubts.kept)
+    assert "stream" in told.caveats.at_bound
+    assert {"softmax_stream", "norm_stream", "cast_rate", "kernel_gap"} <= set(told.caveats.kept)
+    assert all(getattr(told.parameters, name) == getattr(begin, name) for name in told.caveats.kept)
 
 
 def test_a_boards_layouts_are_named_where_they_are_at_a_bound(tmp_path: Path) -> None:
@@ -136,9 +139,9 @@ def test_a_boards_layouts_are_named_where_they_are_at_a_bound(tmp_path: Path) ->
     slow = replace(base, nn_slowdown=1.0, nt_slowdown=2.0, sustained=1.0)
     rows.assign(implied_ms=layouts.priced_layouts(rows, hw, slow) * 1e3).to_csv(tmp_path / "gemm_layouts_simumax.csv")
     found = layouts.fit_board(tmp_path, "b200", replace(slow, nt_slowdown=1.0))
-    assert "nt_slowdown" in found.doubts.at_bound
-    assert "math_efficiency" in found.doubts.kept
-    assert not set(layouts.OF_A_BOARD) & set(found.doubts.kept)
+    assert "nt_slowdown" in found.caveats.at_bound
+    assert "math_efficiency" in found.caveats.kept
+    assert not set(layouts.OF_A_BOARD) & set(found.caveats.kept)
 
 
 def test_the_printed_table_names_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
