@@ -95,15 +95,15 @@ class FitCaveats:
 
 
 @dataclass(frozen=True)
-class Told(Generic[G]):
+class FittedParameters(Generic[G]):
     """Parameters as some rows tell them, and which of them say less than they seem to."""
 
     parameters: G
     caveats: FitCaveats
 
-    def borrowed(self, **figures: Any) -> "Told[G]":
+    def borrowed(self, **figures: Any) -> "FittedParameters[G]":
         """With figures that other rows tell, or none."""
-        return Told(replace(self.parameters, **figures), self.caveats.but_kept(figures))
+        return FittedParameters(replace(self.parameters, **figures), self.caveats.but_kept(figures))
 
 
 def settled(

@@ -23,7 +23,7 @@ from .judging import (
     Fit,
     FitCaveats,
     FitErrors,
-    Told,
+    FittedParameters,
     at_ends,
     column,
     fold,
@@ -256,7 +256,7 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     pairs = [
         judge(slug, replace(default, **{f: getattr(found[donor], f) for f in known[slug]})) for slug, donor in PAIRS
     ]
-    told_of_class = Told(default, _class_caveats(default, known))
+    told_of_class = FittedParameters(default, _class_caveats(default, known))
     of_class = _class_fit(fits, told_of_class, left_out)
     return PointwiseResults(fits, of_class, left_out, pairs)
 
@@ -296,7 +296,9 @@ def _class_caveats(default: PointwiseParameters, known: dict[str, list[str]]) ->
     return FitCaveats(unsearched(default, seen), tuple(ends))
 
 
-def _class_fit(fits: dict[str, Fit], default: Told[PointwiseParameters], left_out: dict[str, FitErrors]) -> Fit:
+def _class_fit(
+    fits: dict[str, Fit], default: FittedParameters[PointwiseParameters], left_out: dict[str, FitErrors]
+) -> Fit:
     return Fit(
         parameters=default.parameters,
         caveats=default.caveats,

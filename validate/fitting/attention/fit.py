@@ -18,7 +18,7 @@ from perfmodel.devices.attention import WIDE, AttentionParameters
 from perfmodel.devices.hardware import Hardware
 from perfmodel.program.dims import Array
 
-from ..judging import Fit, FitErrors, Told, column, hardware, settled, unsearched
+from ..judging import Fit, FitErrors, FittedParameters, column, hardware, settled, unsearched
 from . import flash_papers, serving
 from .flash_papers import published_errors, published_time
 from .serving import AICONFIGURATOR, Own, Served, ServedKernel, attention_rows, fit_served, serving_errors, shares_of
@@ -35,7 +35,7 @@ NOTES = {  # which kernel stands for cuDNN's, and why
 OF_BACKWARD = ("backward_efficiency", "backward_cta_overhead", "backward_wide")
 
 
-def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
+def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> FittedParameters[AttentionParameters]:
     """Efficiencies and overheads of forward, then of backward, from the few published rows; the rest from `base`."""
     train = d[~d.left_out]
     forward, backward = train[train.direction == "forward"], train[train.direction == "backward"]
@@ -54,10 +54,12 @@ def fit_published(d: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> T
     seen = _solve(names, with_forward, usual, forward, hw, first, (low, high))
     found = fit_backward(backward, hw, seen.parameters)
     caveats = seen.caveats.but_kept(unsearched(seen.parameters, (*names, *OF_BACKWARD)))
-    return Told(found.parameters, caveats.but(OF_BACKWARD, found.caveats))
+    return FittedParameters(found.parameters, caveats.but(OF_BACKWARD, found.caveats))
 
 
-def fit_backward(backward: pd.DataFrame, hw: Hardware, base: AttentionParameters) -> Told[AttentionParameters]:
+def fit_backward(
+    backward: pd.DataFrame, hw: Hardware, base: AttentionParameters
+) -> FittedParameters[AttentionParameters]:
     """What is backward's in the parameters, from published rows; the rate of wide heads if there are any."""
     clock = hw.clock_hz
     wide = bool((backward.head_dim > WIDE).any())
@@ -71,13 +73,13 @@ def fit_backward(backward: pd.DataFrame, hw: Hardware, base: AttentionParameters
     first, low, high = (np.log(v[: len(names)]) for v in ((0.8, 6e-6, 0.8), (0.2, 1e-8, 0.2), (1.3, 1e-4, 1.3)))
     usual = np.log([base.backward_efficiency, base.backward_cta_overhead / clock, base.backward_wide][: len(names)])
     found = _solve(names, with_backward, usual, backward, hw, first, (low, high))
-    return Told(found.parameters, found.caveats.but_kept(OF_BACKWARD[len(names) :]))
+    return FittedParameters(found.parameters, found.caveats.but_kept(OF_BACKWARD[len(names) :]))
 
 
 def _solve(
     names: Sequence[str], make: Callable[[Array], AttentionParameters], usual: Array, d: pd.DataFrame, hw: Hardware,
     first: Array, limits: tuple[Array, Array],
-) -> Told[AttentionParameters]:  # fmt: skip
+) -> FittedParameters[AttentionParameters]:  # fmt: skip
     """Least squares; a weak pull holds the first two values, which few points determine badly."""
 
     def price(x: Array) -> Array:
@@ -87,10 +89,12 @@ def _solve(
         return np.append(np.log(price(x) / column(d, "seconds")), 0.02 * (x - first)[:2])
 
     x, caveats = settled(names, least_squares(residuals, first, bounds=limits).x, usual, limits, price)
-    return Told(make(x), caveats)
+    return FittedParameters(make(x), caveats)
 
 
-def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[AttentionParameters]:
+def filled(
+    told: FittedParameters[AttentionParameters], shape: AttentionParameters
+) -> FittedParameters[AttentionParameters]:
     """Efficiencies for the head sizes that only `shape` knows, by its ratio to the nearest known size."""
     own, other = dict(told.parameters.efficiency), dict(shape.efficiency)
     more = {}
@@ -99,10 +103,10 @@ def filled(told: Told[AttentionParameters], shape: AttentionParameters) -> Told[
         if near in other:
             more[size] = own[near] * other[size] / other[near]
     p = replace(told.parameters, efficiency=tuple(sorted({**own, **more}.items())))
-    return Told(p, told.caveats.but_kept(shares_of(sorted(more))))
+    return FittedParameters(p, told.caveats.but_kept(shares_of(sorted(more))))
 
 
-def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> Fit:
+def published_fit(slug: str, hw: Hardware, told: FittedParameters[AttentionParameters]) -> Fit:
     """A device whose rows are published figures alone, enough of them to leave some out."""
     d, p = flash_papers.flash_rows(slug), told.parameters
     out = d[d.left_out]
@@ -112,7 +116,9 @@ def published_fit(slug: str, hw: Hardware, told: Told[AttentionParameters]) -> F
                published_errors(out, hw, p), slices, caveats=told.caveats)  # fmt: skip
 
 
-def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[AttentionParameters]) -> Fit:
+def few_rows_fit(
+    slug: str, hw: Hardware, base: AttentionParameters, told: FittedParameters[AttentionParameters]
+) -> Fit:
     """A device with too few rows to leave a third out: errors by leaving out one mask and head size at a time."""
     d = flash_papers.flash_rows(slug)
     errors = []
@@ -126,7 +132,7 @@ def few_rows_fit(slug: str, hw: Hardware, base: AttentionParameters, told: Told[
 
 def served_fit(
     slug: str, campaigns: Sequence[ServedKernel], rows: Sequence[pd.DataFrame], served: Sequence[Served],
-    told: Told[AttentionParameters], note: str,
+    told: FittedParameters[AttentionParameters], note: str,
 ) -> Fit:  # fmt: skip
     """A device with serving rows; what was told beside them, the note says."""
     judged = [(d[d.left_out], s) for d, s in zip(rows, served, strict=True)]
@@ -151,7 +157,7 @@ def fit_cudnn(folder: Path, slug: str) -> Fit:
     d = flash_papers.cudnn_rows(sibling)
     backward = d[d.direction == "backward"]
     seen = fit_backward(backward[~backward.left_out], hardware(sibling), forward.parameters)
-    told = Told(seen.parameters, forward.caveats.but(OF_BACKWARD, seen.caveats).but_kept(("launch_floor",)))
+    told = FittedParameters(seen.parameters, forward.caveats.but(OF_BACKWARD, seen.caveats).but_kept(("launch_floor",)))
     off = own.ratios(told.parameters) - 1.0
     note = (
         f"{NOTES[slug]} cuDNN's own figures ({flash_papers.CUDNN}: {', '.join(own.rows)}; {len(off)} forward, seen and "

@@ -27,7 +27,17 @@ from perfmodel.devices.attention import AttentionParameters, attention_flops, at
 from perfmodel.devices.hardware import Hardware
 from perfmodel.program.dims import Array
 
-from ..judging import FitCaveats, FitErrors, Told, column, fold, hardware, measured_table, settled, unsearched
+from ..judging import (
+    FitCaveats,
+    FitErrors,
+    FittedParameters,
+    column,
+    fold,
+    hardware,
+    measured_table,
+    settled,
+    unsearched,
+)
 from .flash_papers import published_time
 
 AICONFIGURATOR = "https://github.com/ai-dynamo/aiconfigurator"
@@ -83,9 +93,9 @@ class Served:
     append: float
     caveats: FitCaveats = field(default_factory=FitCaveats)
 
-    def training(self) -> Told[AttentionParameters]:
+    def training(self) -> FittedParameters[AttentionParameters]:
         """The kernel alone."""
-        return Told(self.parameters, self.caveats).borrowed(launch_floor=LAUNCH_FLOOR)
+        return FittedParameters(self.parameters, self.caveats).borrowed(launch_floor=LAUNCH_FLOOR)
 
 
 class Own(NamedTuple):
