@@ -21,7 +21,16 @@ from perfmodel.program.dims import Array
 from ..judging import Fit, FitErrors, FittedParameters, column, hardware, settled, unsearched
 from . import flash_papers, serving
 from .flash_papers import published_errors, published_time
-from .serving import AICONFIGURATOR, Own, Served, ServedKernel, attention_rows, fit_served, serving_errors, shares_of
+from .serving import (
+    AICONFIGURATOR,
+    KernelTimes,
+    Served,
+    ServedKernel,
+    attention_rows,
+    fit_served,
+    serving_errors,
+    shares_of,
+)
 
 # GA102 with full-rate tensor cores: https://www.nvidia.com/en-us/design-visualization/rtx-a5000/
 RTX_A5000 = Hardware(64, 1.695e9, 24 * 2**30, 768e9, 6 * 2**20, 27.8e12, 55.6e12, 111.1e12, 111.1e12)
@@ -151,7 +160,9 @@ def fit_cudnn(folder: Path, slug: str) -> Fit:
     """cuDNN's kernels on a device: forward by serving rows and its own figures, backward by its own figures."""
     campaigns = serving.CUDNN[slug]
     rows = [attention_rows(folder, c) for c in campaigns]
-    own = Own({s: d[d.direction == "forward"] for s in CUDNN_FORWARD[slug] for d in [flash_papers.cudnn_rows(s)]})
+    own = KernelTimes(
+        {s: d[d.direction == "forward"] for s in CUDNN_FORWARD[slug] for d in [flash_papers.cudnn_rows(s)]}
+    )
     served = fit_served([(hardware(slug), d) for d in rows], own, serving.ROW_TILES.get(slug, 1))
     forward, sibling = served[0].training(), CUDNN_BACKWARD[slug]
     d = flash_papers.cudnn_rows(sibling)

@@ -98,14 +98,14 @@ class Served:
         return FittedParameters(self.parameters, self.caveats).borrowed(launch_floor=LAUNCH_FLOOR)
 
 
-class Own(NamedTuple):
+class KernelTimes(NamedTuple):
     """Published times of the kernel itself, in no framework, by the device that they are of."""
 
     rows: dict[str, pd.DataFrame]
 
-    def seen(self) -> "Own":
+    def seen(self) -> "KernelTimes":
         """Those that a fit may see."""
-        return Own({slug: d[~d.left_out] for slug, d in self.rows.items()})
+        return KernelTimes({slug: d[~d.left_out] for slug, d in self.rows.items()})
 
     def ratios(self, p: AttentionParameters) -> Array:
         """Predicted over measured."""
@@ -151,7 +151,7 @@ def serving_errors(parts: Sequence[tuple[pd.DataFrame, Served]], hw: Hardware) -
 
 
 def fit_served(
-    parts: Sequence[tuple[Hardware, pd.DataFrame]], own: Own | None = None, row_tiles: int = 1
+    parts: Sequence[tuple[Hardware, pd.DataFrame]], own: KernelTimes | None = None, row_tiles: int = 1
 ) -> list[Served]:
     """One kernel for all campaigns, each with what its framework does beside it; campaigns are weighted alike.
 
