@@ -47,7 +47,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Recent(OrderedDict[K, V], Generic[K, V]):
+class LruCache(OrderedDict[K, V], Generic[K, V]):
     """The most recently used of what was put in; used by several threads."""
 
     def __init__(self, most: int) -> None:
@@ -57,7 +57,7 @@ class Recent(OrderedDict[K, V], Generic[K, V]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process begins with an empty one."""
-        return Recent, (self.most,)
+        return LruCache, (self.most,)
 
     def recall(self, key: K) -> V | None:
         """What is kept under a key, or None."""
@@ -318,7 +318,7 @@ class KnownProgram:
     """
 
     def __init__(self) -> None:
-        self.steps: Recent[Any, Known | MixedStructure] = Recent(MOST_SIZES)
+        self.steps: LruCache[Any, Known | MixedStructure] = LruCache(MOST_SIZES)
         self.formulated: tuple[Formulated, ...] = ()
         self.recorded = self.tries = 0
 
@@ -352,7 +352,7 @@ class Steps:
 
     def __init__(self, *, whole: bool = False) -> None:
         self.whole = whole
-        self.programs: Recent[Any, KnownProgram] = Recent(MOST_PROGRAMS)
+        self.programs: LruCache[Any, KnownProgram] = LruCache(MOST_PROGRAMS)
 
     def find(self, asked: Asked) -> Known:
         """A step, recorded if it is not known; errors as of `Asked.record`."""

@@ -19,7 +19,7 @@ from perfmodel.errors import UserError
 from perfmodel.methods import parse
 from perfmodel.prediction import remembered
 from perfmodel.prediction.predict import Prediction, predict
-from perfmodel.prediction.remembered import Recent, Steps
+from perfmodel.prediction.remembered import LruCache, Steps
 from perfmodel.program.formulas import Formula, Formulas, NotTraceable
 
 MODEL, LORA = "smollm2-135m", "lora:targets=q_proj"
@@ -179,7 +179,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_least_recently_used_goes() -> None:
     """Whoever asks for one device after another goes round more steps than there may be."""
-    recent: Recent[str, int] = Recent(2)
+    recent: LruCache[str, int] = LruCache(2)
     recent.keep("a", 1)
     recent.keep("b", 2)
     assert recent.recall("a") == 1
