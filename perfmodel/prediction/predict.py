@@ -33,7 +33,7 @@ from .intervals import Devices, of_each
 from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
-from .remembered import REMEMBERED, Asked, Known, StepOnDemand, Steps
+from .remembered import REMEMBERED, BuildArguments, Known, StepOnDemand, Steps
 from .runnable import check_runs
 from .times import Time, exchange_of, time_of
 from .work import Phases, StepWork, counts
@@ -277,7 +277,8 @@ def predict_alike(
     if shared is not None or method is not asked or architecture.recorded:
         # what a search shares, a program that depends on the prices of the device, one that is kept elsewhere
         return of_step(record.build(architecture, method, setup, on.kind, capability, shared=shared), on, by, shared)
-    return of_known((steps or REMEMBERED).find(Asked(architecture, method, setup, on.kind, capability)), on, by)
+    arguments = BuildArguments(architecture, method, setup, on.kind, capability)
+    return of_known((steps or REMEMBERED).find(arguments), on, by)
 
 
 def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: DeviceProfile, by: Host) -> Prediction:
@@ -316,7 +317,7 @@ def _side_by_side(
     for on in devices:
         check_runs(setup, method, on)
     first = devices[0]
-    known = REMEMBERED.find(Asked(architecture, method, setup, first.kind, _capability(first)))
+    known = REMEMBERED.find(BuildArguments(architecture, method, setup, first.kind, _capability(first)))
     devices = tuple([on.under(known.work.setup.stack) for on in devices])
     durations = [on_each(of_part) for of_part in zip(*[known.durations(on) for on in devices], strict=True)]
     time = time_of(known.work, durations, devices, by, {})

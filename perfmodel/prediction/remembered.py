@@ -76,7 +76,7 @@ class LruCache(OrderedDict[K, V], Generic[K, V]):
                 self.popitem(last=False)
 
 
-class Asked(NamedTuple):
+class BuildArguments(NamedTuple):
     """What a step is recorded of; arguments of `recording.record.build`."""
 
     architecture: Architecture
@@ -96,7 +96,7 @@ class Asked(NamedTuple):
         of_setup = tuple([getattr(self.setup, name) for name in SIZES])
         return of_setup if rank is None else (*of_setup, rank)
 
-    def at(self, sizes: Sequence[Any]) -> "Asked":
+    def at(self, sizes: Sequence[Any]) -> "BuildArguments":
         """The same at other sizes."""
         of_setup: dict[str, Any] = dict(zip(SIZES, sizes, strict=False))
         asked = self._replace(setup=replace(self.setup, **of_setup))
@@ -254,7 +254,7 @@ class Formulated:
         self.figures = {name: getattr(found.work, name) for name in FIGURES}
         formulas.close([*self.numbers, *_numbers(list(self.figures.values()))])
 
-    def at(self, asked: Asked) -> Known | None:
+    def at(self, asked: BuildArguments) -> Known | None:
         """The step at the sizes that are asked for; None where it is another program."""
         values = self.formulas.at(asked.sizes)
         if values is None:
@@ -322,7 +322,7 @@ class KnownProgram:
         self.formulated: tuple[Formulated, ...] = ()
         self.recorded = self.tries = 0
 
-    def at_other_sizes(self, asked: Asked) -> Known | None:
+    def at_other_sizes(self, asked: BuildArguments) -> Known | None:
         """A step whose program was recorded with formulas, or is now; None where it has to be recorded as it is."""
         if any(isinstance(size, np.ndarray) for size in asked.sizes):
             return None
@@ -354,8 +354,8 @@ class Steps:
         self.whole = whole
         self.programs: LruCache[Any, KnownProgram] = LruCache(MOST_PROGRAMS)
 
-    def find(self, asked: Asked) -> Known:
-        """A step, recorded if it is not known; errors as of `Asked.record`."""
+    def find(self, asked: BuildArguments) -> Known:
+        """A step, recorded if it is not known; errors as of `BuildArguments.record`."""
         key = asked.program
         try:
             program = self.programs.recall(key)
@@ -375,7 +375,7 @@ class Steps:
         program.steps.keep(sizes, known)
         return known
 
-    def _recorded(self, program: KnownProgram, sizes: Any, asked: Asked) -> Known:
+    def _recorded(self, program: KnownProgram, sizes: Any, asked: BuildArguments) -> Known:
         """A step that is recorded as it is."""
         program.recorded += 1
         try:
