@@ -33,7 +33,7 @@ from .intervals import Devices, of_each
 from .memory import Memory
 from .notes import notes_on
 from .over_lengths import lengths_notes, over_lengths
-from .remembered import REMEMBERED, BuildArguments, Known, StepOnDemand, Steps
+from .remembered import REMEMBERED, BuildArguments, KnownStep, StepOnDemand, Steps
 from .runnable import check_runs
 from .times import Time, exchange_of, time_of
 from .work import Phases, StepWork, counts
@@ -306,7 +306,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
         peak_dtype=max(work.dtypes, key=on.peak),
         notes=[*notes_on(work, on, by, found.time), found.note],
         pipeline=None if grid_shape(setup, method) else found,
-        recorded=StepOnDemand(Known(work, None, steps[found.busiest]), found.durations),
+        recorded=StepOnDemand(KnownStep(work, None, steps[found.busiest]), found.durations),
     )
 
 
@@ -334,16 +334,18 @@ def of_step(built: Step, on: DeviceProfile, by: Host, shared: Shared | None = No
     shared = shared or Shared()
     on = on.under(built.setup.stack)
     durations = part_costs.part_durations(built, on, shared)
-    return _answer(Known(StepWork.of(built, shared), None, built), durations, on, by, shared.clocks)
+    return _answer(KnownStep(StepWork.of(built, shared), None, built), durations, on, by, shared.clocks)
 
 
-def of_known(known: Known, on: DeviceProfile, by: Host) -> Prediction:
+def of_known(known: KnownStep, on: DeviceProfile, by: Host) -> Prediction:
     """Price and compose a step that is known."""
     on = on.under(known.work.setup.stack)
     return _answer(known, known.durations(on), on, by, {})
 
 
-def _answer(known: Known, durations: list[Seconds], on: DeviceProfile, by: Host, clocks: dict[Part, Any]) -> Prediction:
+def _answer(
+    known: KnownStep, durations: list[Seconds], on: DeviceProfile, by: Host, clocks: dict[Part, Any]
+) -> Prediction:
     """What is to be said of a step whose parts' ops take `durations`.
 
     Args:

@@ -140,7 +140,7 @@ class DeviceCalls(NamedTuple):
         return [Seconds(part, part) for part in map(seconds.__getitem__, self.bounds)]
 
 
-class Known(NamedTuple):
+class KnownStep(NamedTuple):
     """A step that is known.
 
     Attributes:
@@ -169,7 +169,7 @@ class StepOnDemand:
         durations: for each of its parts the device seconds of its ops.
     """
 
-    def __init__(self, known: Known, durations: list[Seconds]) -> None:
+    def __init__(self, known: KnownStep, durations: list[Seconds]) -> None:
         self.method = known.work.method
         self.durations = durations
         self._known = known
@@ -254,7 +254,7 @@ class Formulated:
         self.figures = {name: getattr(found.work, name) for name in FIGURES}
         formulas.close([*self.numbers, *_numbers(list(self.figures.values()))])
 
-    def at(self, asked: BuildArguments) -> Known | None:
+    def at(self, asked: BuildArguments) -> KnownStep | None:
         """The step at the sizes that are asked for; None where it is another program."""
         values = self.formulas.at(asked.sizes)
         if values is None:
@@ -271,7 +271,7 @@ class Formulated:
         own = asked._replace(method=of.method, setup=of.setup).at(asked.sizes)
         figures = {name: _settled(x, values) for name, x in self.figures.items()}
         work = replace(of, setup=own.setup, method=own.method, **figures)
-        return Known(work, DeviceCalls(sheets, *self.found[2:]), None, asked.record)
+        return KnownStep(work, DeviceCalls(sheets, *self.found[2:]), None, asked.record)
 
 
 def _dims(op: Op) -> list[Formula]:
@@ -318,11 +318,11 @@ class KnownProgram:
     """
 
     def __init__(self) -> None:
-        self.steps: LruCache[Any, Known | MixedStructure] = LruCache(MOST_SIZES)
+        self.steps: LruCache[Any, KnownStep | MixedStructure] = LruCache(MOST_SIZES)
         self.formulated: tuple[Formulated, ...] = ()
         self.recorded = self.tries = 0
 
-    def at_other_sizes(self, asked: BuildArguments) -> Known | None:
+    def at_other_sizes(self, asked: BuildArguments) -> KnownStep | None:
         """A step whose program was recorded with formulas, or is now; None where it has to be recorded as it is."""
         if any(isinstance(size, np.ndarray) for size in asked.sizes):
             return None
@@ -354,7 +354,7 @@ class Steps:
         self.whole = whole
         self.programs: LruCache[Any, KnownProgram] = LruCache(MOST_PROGRAMS)
 
-    def find(self, asked: BuildArguments) -> Known:
+    def find(self, asked: BuildArguments) -> KnownStep:
         """A step, recorded if it is not known; errors as of `BuildArguments.record`."""
         key = asked.program
         try:
@@ -375,7 +375,7 @@ class Steps:
         program.steps.keep(sizes, known)
         return known
 
-    def _recorded(self, program: KnownProgram, sizes: Any, asked: BuildArguments) -> Known:
+    def _recorded(self, program: KnownProgram, sizes: Any, asked: BuildArguments) -> KnownStep:
         """A step that is recorded as it is."""
         program.recorded += 1
         try:
@@ -384,11 +384,11 @@ class Steps:
             program.steps.keep(sizes, MixedStructure(mixed.mask))
             raise
         found = Sorted.of(built)
-        known = Known(found.work, found.calls if _on_one_stream(built) else None, built)
+        known = KnownStep(found.work, found.calls if _on_one_stream(built) else None, built)
         if self.whole:
             program.steps.keep(sizes, known)
         elif known.calls is not None and max(map(np.size, asked.sizes)) <= MOST_POINTS:
-            program.steps.keep(sizes, Known(found.work.without_ops(), known.calls, None, asked.record))
+            program.steps.keep(sizes, KnownStep(found.work.without_ops(), known.calls, None, asked.record))
         return known
 
 
