@@ -132,7 +132,7 @@ class Fake:
         monkeypatch.setattr(run, "guide", lambda environment: CPU)
         monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: self.now, time=lambda: self.now))
 
-    def run(self, planned: Path, folder: Path, seconds: float = 600.0) -> run.Ran:
+    def run(self, planned: Path, folder: Path, seconds: float = 600.0) -> run.CampaignRun:
         return run.run_campaign(plan.load_plan(planned, "cpu"), "cpu", folder, seconds, threads=1)
 
 
@@ -196,7 +196,7 @@ def test_a_campaign_that_ended_early_says_what_is_missing(
     assert not list((tmp_path / "c").glob("*.toml"))
 
 
-def done(ran: run.Ran) -> int:
+def done(ran: run.CampaignRun) -> int:
     return len(ran.units) - len(ran.left)
 
 

@@ -9,13 +9,13 @@ from perfmodel.units import percent
 
 from ..checking import page as checking
 from .finish import Finding
-from .run import Ran
+from .run import CampaignRun
 from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, version_line, version_rows
 
 TEMPLATE = checking.TEMPLATE.with_name("campaign.html.j2")
 
 
-def write_campaign_page(ran: Ran, found: Finding, path: Path, command: str) -> None:
+def write_campaign_page(ran: CampaignRun, found: Finding, path: Path, command: str) -> None:
     """Write the page.
 
     Raises:
@@ -24,7 +24,7 @@ def write_campaign_page(ran: Ran, found: Finding, path: Path, command: str) -> N
     write_text(path, render(campaign_context(ran, found, command), TEMPLATE))
 
 
-def campaign_context(ran: Ran, found: Finding, command: str) -> dict[str, Any]:
+def campaign_context(ran: CampaignRun, found: Finding, command: str) -> dict[str, Any]:
     """What the template shows."""
     here = ran.environment
     about = (

@@ -41,7 +41,7 @@ NO_TIME = "no time left"
 
 
 @dataclass
-class Ran:
+class CampaignRun:
     """What a call of the campaign did.
 
     Attributes:
@@ -67,7 +67,7 @@ class Ran:
 def run_campaign(
     plan: CampaignPlan, device: str, folder: Path, seconds: float, *, threads: int | None = None,
     progress: Progress = lambda share, label: None,
-) -> Ran:  # fmt: skip
+) -> CampaignRun:  # fmt: skip
     """Measure for so many seconds, less what the fit will need, and record what came of it in `folder`.
 
     Raises:
@@ -91,7 +91,7 @@ def run_campaign(
             progress(0.0, "loading")
             here = _here(worker, ledger, plan)
             on = guide(here)
-            ran = Ran(here, plan.units(device, on), ledger)
+            ran = CampaignRun(here, plan.units(device, on), ledger)
             _Turn(ran, worker, settings, on, begin, end, progress).all()
         finally:
             worker.close()
@@ -127,7 +127,7 @@ def _here(worker: Worker, ledger: Ledger, plan: CampaignPlan) -> Record:
 class _Turn:
     """One call's way through the units."""
 
-    ran: Ran
+    ran: CampaignRun
     worker: Worker
     settings: Settings
     on: DeviceProfile

@@ -17,7 +17,7 @@ from ..quiet import without_warnings_of_packages
 from . import plan as plans
 from .finish import Finding, finish
 from .page import write_campaign_page
-from .run import Ran, run_campaign
+from .run import CampaignRun, run_campaign
 from .tables import STAGE_COLUMNS, VERSION_COLUMNS, not_measured, stage_rows, stages, version_line, version_rows
 
 PAGE, SUMMARY = "page.html", "summary.json"
@@ -43,7 +43,7 @@ def show_campaign(
         _print(ran, found, folder)
 
 
-def summarised(ran: Ran, found: Finding) -> dict[str, Any]:
+def summarised(ran: CampaignRun, found: Finding) -> dict[str, Any]:
     """The campaign so far as plain values."""
     return {
         "device": ran.environment["device"],
@@ -61,7 +61,7 @@ def summarised(ran: Ran, found: Finding) -> dict[str, Any]:
     }
 
 
-def _print(ran: Ran, found: Finding, folder: Path) -> None:
+def _print(ran: CampaignRun, found: Finding, folder: Path) -> None:
     show(table(STAGE_COLUMNS, stage_rows(ran)))
     show(f"\n{version_line(ran)}")
     for line in found.missing:

@@ -5,14 +5,14 @@ from perfmodel import units
 from ..measuring.records import Record
 from . import versions
 from .ledger import OPEN
-from .run import NO_TIME, Ran
+from .run import NO_TIME, CampaignRun
 
 STAGE_COLUMNS = ("stage", "done", "left", "failed", "time")
 VERSION_COLUMNS = ("package", "installed", "modelled")
 FAILED = ("error", "late")
 
 
-def stages(ran: Ran) -> list[tuple[str, int, int, int, float]]:
+def stages(ran: CampaignRun) -> list[tuple[str, int, int, int, float]]:
     """(stage, units done, units left, units that failed, seconds) in the order of the plan."""
     done = {r["unit"]: r for r in ran.ledger.records if "unit" in r and r.get("status") not in OPEN}
     rows = []
@@ -25,7 +25,7 @@ def stages(ran: Ran) -> list[tuple[str, int, int, int, float]]:
     return rows
 
 
-def stage_rows(ran: Ran) -> list[list[str]]:
+def stage_rows(ran: CampaignRun) -> list[list[str]]:
     """The same as text."""
     return [
         [name, str(done), str(left), str(failed or ""), units.seconds(seconds) if seconds else ""]
@@ -33,7 +33,7 @@ def stage_rows(ran: Ran) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def not_measured(ran: Ran) -> list[tuple[str, str]]:
+def not_measured(ran: CampaignRun) -> list[tuple[str, str]]:
     """(unit, why) of what ran and failed, and of what could not be begun; not of what only waits for its turn."""
     ended = [(r["unit"], f"{r['status']}: {r['message']}") for r in ran.ledger.records if _failed(r)]
     return [*ended, *((unit, reason) for unit, reason in ran.open.items() if reason != NO_TIME)]
@@ -49,7 +49,7 @@ def version_rows(environment: Record) -> list[list[str]]:
     return [[name, have, wanted.get(name, "")] for name, have in environment["packages"].items()]
 
 
-def version_line(ran: Ran) -> str:
+def version_line(ran: CampaignRun) -> str:
     """What calls and kernels are compared with."""
     here = [r for r in ran.ledger.records if r["kind"] == "visit" and r["status"] == "ok"]
     traced = sum("traced" in r for r in here)
