@@ -12,7 +12,7 @@ from perfmodel.architectures import from_config
 from perfmodel.errors import UserError
 from perfmodel.recording.parallel.ddp import BUCKET, FIRST_BUCKET
 from perfmodel.recording.parallel.ddp_search import first_buckets
-from perfmodel.recording.parallel.messages import Coming
+from perfmodel.recording.parallel.messages import LayerGradient
 from perfmodel.recording.record import build
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
@@ -36,7 +36,8 @@ def calls(step: Step, name: str) -> int:
 def test_first_buckets_hold_all_once_and_are_full_but_for_the_last(sizes: list[tuple[int, str]]) -> None:
     """A gradient that is in no bucket, or in two, would be wrong on every rank."""
     made = [
-        Coming(Parameter(str(i), (n,), dtype, kind="weight", trainable=True), 0) for i, (n, dtype) in enumerate(sizes)
+        LayerGradient(Parameter(str(i), (n,), dtype, kind="weight", trainable=True), 0)
+        for i, (n, dtype) in enumerate(sizes)
     ]
     found = first_buckets(made)
     assert sorted(int(g.parameter.name) for bucket in found for g in bucket) == list(range(len(made)))

@@ -15,7 +15,7 @@ from perfmodel.errors import UserError
 from perfmodel.prediction import memory
 from perfmodel.program.part import Part
 from perfmodel.recording.parallel.ddp_compiled import ParameterUse, Uses, cuts_of, heaped
-from perfmodel.recording.parallel.messages import Coming
+from perfmodel.recording.parallel.messages import LayerGradient
 from perfmodel.recording.step import Step
 from perfmodel.setup import Setup
 from perfmodel.tape.tensor import Parameter
@@ -104,7 +104,7 @@ def test_every_graph_but_the_first_fills_a_bucket(sizes: list[int], first: int, 
 def test_a_heap_of_equals_gives_each_once_and_the_least_last(n: int, data: st.DataObject) -> None:
     """Whatever order libstdc++ makes of equals, no gradient is lost, and the next graph comes behind all."""
     p = Parameter("p", (1,), "fp32", kind="weight", trainable=True)
-    pushed: list[Coming | None] = [Coming(p, i) for i in range(n)]
+    pushed: list[LayerGradient | None] = [LayerGradient(p, i) for i in range(n)]
     assert sorted(c.layer for c in heaped(pushed) if c is not None) == list(range(n))
     pushed.insert(data.draw(st.integers(0, n)), None)
     taken = heaped(pushed)
@@ -115,7 +115,7 @@ def test_a_heap_of_equals_gives_each_once_and_the_least_last(n: int, data: st.Da
 def test_equals_leave_a_heap_as_libstdc_has_them() -> None:
     """What `std::priority_queue` of GCC 12 gave of seven equals, alone and with one that is less pushed fourth."""
     p = Parameter("p", (1,), "fp32", kind="weight", trainable=True)
-    pushed: list[Coming | None] = [Coming(p, i) for i in range(7)]
+    pushed: list[LayerGradient | None] = [LayerGradient(p, i) for i in range(7)]
     assert [c.layer for c in heaped(pushed) if c is not None] == [0, 2, 5, 6, 4, 1, 3]
     pushed.insert(3, None)
     assert [c.layer for c in heaped(pushed) if c is not None] == [0, 2, 5, 4, 1, 6, 3]

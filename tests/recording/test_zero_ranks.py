@@ -6,7 +6,7 @@ import pytest
 from helpers import step_of
 
 from perfmodel.recording.deepspeed.stages import messages_of
-from perfmodel.recording.parallel.messages import Coming
+from perfmodel.recording.parallel.messages import LayerGradient
 from perfmodel.recording.step import Step
 from perfmodel.tape.tensor import Parameter
 
@@ -76,8 +76,8 @@ def test_on_one_gpu_a_form_changes_nothing() -> None:
 def test_a_large_gradient_goes_out_by_the_ranks_that_keep_it() -> None:
     """By hand: 10 elements from place 3 on, parts of 4 elements, messages of more than 4: 1 + 4 and 4 + 1."""
     p = Parameter("p", (10,), "bf16", kind="weight", trainable=True)
-    assert messages_of([Coming(p, 0)], {Coming(p, 0): 3}, 4, 4) == (5, 5)
-    assert messages_of([Coming(p, 0)], {Coming(p, 0): 3}, 100, 4) == (10,)
+    assert messages_of([LayerGradient(p, 0)], {LayerGradient(p, 0): 3}, 4, 4) == (5, 5)
+    assert messages_of([LayerGradient(p, 0)], {LayerGradient(p, 0): 3}, 100, 4) == (10,)
 
 
 @pytest.mark.parametrize(("optimizer", "runs"), [("adamw", "adamw-fused"), ("adamw-loop", "adamw-loop")])

@@ -28,7 +28,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Parameter, Tensor
 from ..parallel.collectives import all_reduce, cast_gradient, exchange
 from ..parallel.form import WholeUnits
-from ..parallel.messages import Coming, Ready, coming, interleaved
+from ..parallel.messages import LayerGradient, Ready, gradients_in_order, interleaved
 from . import zero_offload
 from .flat import bytes_of, elements_of, flattened, update_of_all
 
@@ -99,7 +99,7 @@ class CutStates(WholeUnits):
             return
         current.after_gradient = None
         exchanging, parts = current.parts.pop(), list(current.parts)
-        order = coming(parts, self.ready)
+        order = gradients_in_order(parts, self.ready)
         places, total = flat_places([r.parameter for r in reversed(self.ready)], self.late)
         found = buckets(order, places, self.part_of(total), self.limit)
         self.mine = [kept for _, bucket in found for kept in bucket.mine]
@@ -253,7 +253,7 @@ def largest(trained: Sequence[Parameter]) -> Dim:
     return reduce(larger, [p.numel for p in trained])
 
 
-def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict[Coming, Dim], Dim]:
+def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict[LayerGradient, Dim], Dim]:
     """Where each layer's parameters begin in the flat buffer, as their modules were made, and how long that is."""
 
     def made(p: Parameter, modules: list[str]) -> tuple[int, int, int, int, int, bool]:
@@ -268,7 +268,7 @@ def flat_places(trained: Sequence[Parameter], late: Sequence[str]) -> tuple[dict
         modules = [layer_and_module(p)[1] for p in run]
         for layer in range(count):
             for p in sorted(run, key=partial(made, modules=modules)):
-                places[Coming(p, layer)] = at
+                places[LayerGradient(p, layer)] = at
                 at = at + p.numel
     return places, at
 
@@ -279,14 +279,16 @@ def layer_and_module(p: Parameter) -> tuple[str, str]:
     return layer, name.rpartition(".")[0]
 
 
-def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> list[tuple[int, Bucket]]:
+def buckets(
+    order: Sequence[LayerGradient], places: Mapping[LayerGradient, Dim], part: Dim, limit: Dim
+) -> list[tuple[int, Bucket]]:
     """The buckets in their order, each with the number of the gradient that it goes out before; the last one too."""
     found: list[tuple[int, Bucket]] = []
 
     def bucket() -> Bucket:
         return Bucket(messages_of(held, places, part, limit), kept_of(held, places, part))
 
-    held: list[Coming] = []
+    held: list[LayerGradient] = []
     elements: Dim = 0
     for i, gradient in enumerate(order):
         if held and decide(elements + gradient.parameter.numel > limit):
@@ -297,7 +299,9 @@ def buckets(order: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, li
     return [*found, (len(order), bucket())]
 
 
-def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim, limit: Dim) -> tuple[Dim, ...]:
+def messages_of(
+    held: Sequence[LayerGradient], places: Mapping[LayerGradient, Dim], part: Dim, limit: Dim
+) -> tuple[Dim, ...]:
     """The messages of a bucket: what is of one rank's part stays together, and one goes once it is over the limit."""
     slices: list[tuple[Dim, Dim]] = []  # whose part, elements
     for gradient in held:
@@ -319,7 +323,9 @@ def messages_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim,
     return (*sent, filling) if decide(filling > 0) else tuple(sent)
 
 
-def kept_of(held: Sequence[Coming], places: Mapping[Coming, Dim], part: Dim) -> tuple[tuple[Dim, Dim], ...]:
+def kept_of(
+    held: Sequence[LayerGradient], places: Mapping[LayerGradient, Dim], part: Dim
+) -> tuple[tuple[Dim, Dim], ...]:
     """Elements of each gradient that lies in the first rank's part, and how many of them do."""
     kept = []
     for gradient in held:

@@ -30,7 +30,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from ..parallel.collectives import SENT, cast_gradient, empty, exchange, travelling, wait_event
 from ..parallel.form import WholeUnits
-from ..parallel.messages import Ready, coming, interleaved
+from ..parallel.messages import Ready, gradients_in_order, interleaved
 from ..parallel.offload import keep_on_host, to_device
 from ..parallel.units import HEAD, ROOT, ShardedUnit, of_all_layers
 from . import zero3_alone, zero_offload
@@ -150,7 +150,7 @@ class CutWeights(WholeUnits):
         of_all_layers([t for unit in self.whole.values() for t in unit.values()])  # frozen blocks below all that trains
         self.whole.clear()
         exchanging, parts = current.parts.pop(), list(current.parts)
-        order = [c.parameter for c in coming(parts, self.ready)]
+        order = [c.parameter for c in gradients_in_order(parts, self.ready)]
         *sent, (_, last) = self._buckets(order)
         dtype = self.ready[0].parameter.dtype
         current.parts[:] = interleaved(parts, self.ready, {i: [b] for i, b in sent}, lambda b: self._reduced(b, dtype))

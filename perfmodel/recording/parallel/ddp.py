@@ -25,7 +25,7 @@ from ...tape.tensor import Flow, Parameter, Tensor
 from .collectives import SENT, all_reduce, wait_event
 from .ddp_compiled import Place, Uses, behind_regions, gradients
 from .form import WholeUnits
-from .messages import Coming, Ready, coming, interleaved
+from .messages import LayerGradient, Ready, gradients_in_order, interleaved
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
 Bucket = tuple[str, Dim]  # dtype, bytes
@@ -84,7 +84,9 @@ class Replicated(WholeUnits):
         exchange = current.parts.pop()
         parts = list(current.parts)
         if current.flow is None:
-            current.parts[:] = interleaved(parts, self.ready, self._sent(coming(parts, self.ready)), self._ops_of)
+            current.parts[:] = interleaved(
+                parts, self.ready, self._sent(gradients_in_order(parts, self.ready)), self._ops_of
+            )
         else:
             current.parts[:] = self._behind_regions(parts, current.flow)
         current.parts.append(exchange)
@@ -106,7 +108,7 @@ class Replicated(WholeUnits):
         sent = self._sent(order)
         number = {gradient: i for i, gradient in enumerate(order)}
 
-        def exchanged(those: Sequence[Coming]) -> None:
+        def exchanged(those: Sequence[LayerGradient]) -> None:
             for gradient in those:
                 self._into_bucket(gradient.parameter)
                 for bucket in sent.get(number[gradient], ()):
@@ -154,7 +156,7 @@ class Replicated(WholeUnits):
             in_bucket = existing(p.shape, p.grad.dtype)
             record("mul.out", (p.grad, in_bucket), (in_bucket,))
 
-    def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
+    def _sent(self, order: Sequence[LayerGradient]) -> dict[int, list[Bucket]]:
         """The buckets that go out behind each gradient, by its number in the order in which they come."""
         return launches([c.parameter for c in order])
 

@@ -20,7 +20,7 @@ from ...program.dims import Dim, decide
 from ...program.part import Part
 from ...tape.core import tape
 from ...tape.tensor import Flow, Parameter, Tensor
-from .messages import Coming
+from .messages import LayerGradient
 
 Place = tuple[int | None, int]  # a block, or None beside them, and which use of a trained parameter in it
 
@@ -126,9 +126,9 @@ def _are_one_layer(weight: Parameter, bias: Parameter) -> bool:
     return bias.name.endswith(".bias") and weight.name == f"{bias.name.removesuffix('bias')}weight"
 
 
-def gradients(uses: Uses) -> dict[int, list[Coming]]:
+def gradients(uses: Uses) -> dict[int, list[LayerGradient]]:
     """The gradients of each region as they come, the last region first."""
-    taken: dict[int, list[Coming | None]] = {}
+    taken: dict[int, list[LayerGradient | None]] = {}
     seen: set[tuple[Parameter, int]] = set()
     for use, turn in unrolled(uses):
         p = use.parameter
@@ -139,13 +139,13 @@ def gradients(uses: Uses) -> dict[int, list[Coming]]:
             those.append(None)
         elif (p, turn) not in seen:
             seen.add((p, turn))
-            taken.setdefault(use.region, []).append(Coming(p, turn))
+            taken.setdefault(use.region, []).append(LayerGradient(p, turn))
     return {region: [c for c in heaped(taken[region]) if c is not None] for region in sorted(taken, reverse=True)}
 
 
-def heaped(pushed: Sequence[Coming | None]) -> list[Coming | None]:
+def heaped(pushed: Sequence[LayerGradient | None]) -> list[LayerGradient | None]:
     """The order in which what is pushed onto a heap is taken from it: equals, but for one that is less (None)."""
-    heap: list[Coming | None] = []
+    heap: list[LayerGradient | None] = []
     for item in pushed:
         heap.append(item)
         _rise(heap, len(heap) - 1, item)
@@ -158,7 +158,7 @@ def heaped(pushed: Sequence[Coming | None]) -> list[Coming | None]:
     return taken
 
 
-def _rise(heap: list[Coming | None], hole: int, item: Coming | None) -> None:
+def _rise(heap: list[LayerGradient | None], hole: int, item: LayerGradient | None) -> None:
     """`std::__push_heap`."""
     while hole and heap[(hole - 1) // 2] is None and item is not None:
         heap[hole] = heap[(hole - 1) // 2]
@@ -166,7 +166,7 @@ def _rise(heap: list[Coming | None], hole: int, item: Coming | None) -> None:
     heap[hole] = item
 
 
-def _sink(heap: list[Coming | None], item: Coming | None) -> None:
+def _sink(heap: list[LayerGradient | None], item: LayerGradient | None) -> None:
     """`std::__adjust_heap`: the hole goes down to a leaf, to the right among equals, and the item up from there."""
     hole = child = 0
     while child < (len(heap) - 1) // 2:
@@ -183,7 +183,10 @@ def _sink(heap: list[Coming | None], item: Coming | None) -> None:
 
 
 def behind_regions(
-    parts: list[Part], flow: Flow, arriving: dict[int, list[Coming]], run: Callable[[Sequence[Coming]], None]
+    parts: list[Part],
+    flow: Flow,
+    arriving: dict[int, list[LayerGradient]],
+    run: Callable[[Sequence[LayerGradient]], None],
 ) -> list[Part]:
     """Parts of a pass with hooks behind the backward of each region.
 

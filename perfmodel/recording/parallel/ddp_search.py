@@ -31,7 +31,7 @@ from ..deepspeed.stages import flat_places
 from .collectives import all_reduce
 from .ddp import BUCKET, FIRST_BUCKET, Bucket, Replicated
 from .ddp_compiled import Place
-from .messages import Coming
+from .messages import LayerGradient
 
 MAP = "i32"  # dtype of the map of parameters that got a gradient
 
@@ -115,7 +115,7 @@ class Searching(Remembering):
         _note(p)
         super()._into_bucket(p)
 
-    def _sent(self, order: Sequence[Coming]) -> dict[int, list[Bucket]]:
+    def _sent(self, order: Sequence[LayerGradient]) -> dict[int, list[Bucket]]:
         self.trained = len(order)
         arrival = {gradient: i for i, gradient in enumerate(order)}
         places, _ = flat_places([r.parameter for r in reversed(self.ready)], self.late)
@@ -146,10 +146,10 @@ class Searching(Remembering):
         return [*part.ops, all_reduce(self.trained, MAP, self.ranks)]
 
 
-def first_buckets(made: Sequence[Coming]) -> list[list[Coming]]:
+def first_buckets(made: Sequence[LayerGradient]) -> list[list[LayerGradient]]:
     """Buckets as they are before any gradient has come, by the parameter in each that was made first."""
-    found: list[list[Coming]] = []
-    filling: dict[str, tuple[list[Coming], Dim]] = {}  # by dtype: what is in it, and its bytes
+    found: list[list[LayerGradient]] = []
+    filling: dict[str, tuple[list[LayerGradient], Dim]] = {}  # by dtype: what is in it, and its bytes
     full: set[str] = set()  # dtypes of which there was one
     for gradient in made:
         dtype = gradient.parameter.dtype

@@ -35,7 +35,7 @@ from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor
 from .collectives import ACROSS, EVENT
 from .form import WholeUnits
-from .messages import Coming, Ready, coming, interleaved
+from .messages import LayerGradient, Ready, gradients_in_order, interleaved
 
 ARRIVED = Run(after=(ACROSS,))  # messages between replicas have a stream of their own
 METHODS = ("full", "lora")
@@ -136,7 +136,7 @@ class MainGradients(WholeUnits):
         if not self.reduces:
             return
         exchanging, parts = current.parts.pop(), list(current.parts)
-        order, sent = coming(parts, self.ready), dict[int, list[Dim]]()
+        order, sent = gradients_in_order(parts, self.ready), dict[int, list[Dim]]()
         place = {id_of(c): i for i, c in enumerate(order)}
         for bucket in self._buckets(order):
             sent.setdefault(max(place[id_of(c)] for c in bucket), []).append(self._elements(bucket))
@@ -247,7 +247,7 @@ class MainGradients(WholeUnits):
         """Where the first weight of a bucket is used it is waited for, and the next one is sent."""
         current, parts = tape(), list(tape().parts)
         by_part = {id(part): [r for r in self.used if r.part is part] for part in parts}
-        order = [Coming(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[id(part)]]
+        order = [LayerGradient(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[id(part)]]
         buckets = self._buckets(order)
         bucket_of = {id_of(c): i for i, bucket in enumerate(buckets) for c in bucket}
         first: dict[int, int] = {}  # of each bucket, in the order in which they are used
@@ -270,7 +270,7 @@ class MainGradients(WholeUnits):
         """The message of a bucket of weights."""
         return self._message("allgather_into_tensor_coalesced_", "bf16", elements // self.ranks.size, elements)
 
-    def _elements(self, bucket: Sequence[Coming]) -> Dim:
+    def _elements(self, bucket: Sequence[LayerGradient]) -> Dim:
         """Of a bucket of the buffer: to a distributed optimizer parameters and its end lie at round numbers."""
         return self._padded([c.parameter for c in bucket], alone=True)
 
@@ -282,11 +282,11 @@ class MainGradients(WholeUnits):
         elements = sum(_up_to(p.numel, ALIGNED) * n for p, n in zip(parameters, counts, strict=True))
         return _up_to(elements, np.lcm(self.ranks.size, ALIGNED_END))
 
-    def _buckets(self, gradients: Sequence[Coming]) -> list[list[Coming]]:
+    def _buckets(self, gradients: Sequence[LayerGradient]) -> list[list[LayerGradient]]:
         """Parameters against the order in which modules register them, as many together as exceed a bucket's size."""
         limit = max(LEAST, PER_RANK * int(np.max(self.ranks.size))) if self.overlaps else np.inf
-        found: list[list[Coming]] = []
-        bucket: list[Coming] = []
+        found: list[list[LayerGradient]] = []
+        bucket: list[LayerGradient] = []
         for c in sorted(gradients, key=_registered, reverse=True):
             bucket.append(c)
             if decide(sum(c.parameter.numel for c in bucket) >= limit):
@@ -311,7 +311,7 @@ def main_gradients(setup: Setup) -> MainGradients:
     return MainGradients(replicas, shared, setup.pp, distributed=distributed, overlaps=setup.overlap)
 
 
-def id_of(c: Coming) -> tuple[int, int]:
+def id_of(c: LayerGradient) -> tuple[int, int]:
     """What tells a gradient from all others."""
     return id(c.parameter), c.layer
 
@@ -320,7 +320,7 @@ def _up_to(n: Dim, multiple: Any) -> Dim:
     return -(-n // multiple) * multiple
 
 
-def _registered(c: Coming) -> tuple[int, int, int, int]:
+def _registered(c: LayerGradient) -> tuple[int, int, int, int]:
     """Where a parameter comes among all as modules register them."""
     name = c.parameter.name
     if not name.startswith("decoder.layers"):

@@ -27,18 +27,18 @@ class Ready(NamedTuple):
     live: Dim = 0
 
 
-class Coming(NamedTuple):
+class LayerGradient(NamedTuple):
     """A gradient in the order in which all come; `layer` counts a parameter's layers from the lowest."""
 
     parameter: Parameter
     layer: int
 
 
-def coming(parts: Sequence[Part], ready: Sequence[Ready]) -> list[Coming]:
+def gradients_in_order(parts: Sequence[Part], ready: Sequence[Ready]) -> list[LayerGradient]:
     """All gradients of a backward pass, layer by layer: in a part that repeats the highest layer comes first."""
     by_part = _by_part(ready)
     return [
-        Coming(r.parameter, part.repeat - 1 - k)
+        LayerGradient(r.parameter, part.repeat - 1 - k)
         for part in parts
         for k in range(part.repeat)
         for r in by_part.get(id(part), ())
