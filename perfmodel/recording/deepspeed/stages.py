@@ -28,7 +28,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Parameter, Tensor
 from ..parallel.collectives import all_reduce, cast_gradient, exchange
 from ..parallel.form import WholeUnits
-from ..parallel.messages import LayerGradient, Ready, gradients_in_order, interleaved
+from ..parallel.messages import LayerGradient, ReadyGradient, gradients_in_order, interleaved
 from . import zero_offload
 from .flat import bytes_of, elements_of, flattened, update_of_all
 
@@ -71,7 +71,7 @@ class CutStates(WholeUnits):
         self.offloaded, self.wide = offloaded, wide
         self.mine: list[tuple[Dim, Dim]] = []  # as of `Bucket`, of all gradients of a backward pass
         self.reduces = True
-        self.ready: list[Ready] = []
+        self.ready: list[ReadyGradient] = []
         self.large: Tensor | None = None  # a gradient that fits no bucket, on its way
         self.exchanged = 0  # micro-batches that were; behind the first one a rank's part of the sum stays
 
@@ -190,7 +190,7 @@ class CutStates(WholeUnits):
             self.large = p.grad if large else None
             p.grad = None
         current.part.host.gradients += 1
-        self.ready.append(Ready(current.part, len(current.part.ops), p, live))
+        self.ready.append(ReadyGradient(current.part, len(current.part.ops), p, live))
         if large and self.offloaded:  # memory of its own, until it is copied
             copied = new_tensor(p.shape, p.dtype)
             given = existing(p.shape, p.dtype)

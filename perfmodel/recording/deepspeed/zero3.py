@@ -30,7 +30,7 @@ from ...tape.core import new_tensor, record, tape
 from ...tape.tensor import Grads, Node, Parameter, Tensor
 from ..parallel.collectives import SENT, cast_gradient, empty, exchange, travelling, wait_event
 from ..parallel.form import WholeUnits
-from ..parallel.messages import Ready, gradients_in_order, interleaved
+from ..parallel.messages import ReadyGradient, gradients_in_order, interleaved
 from ..parallel.offload import keep_on_host, to_device
 from ..parallel.units import HEAD, ROOT, ShardedUnit, of_all_layers
 from . import zero3_alone, zero_offload
@@ -78,7 +78,7 @@ class CutWeights(WholeUnits):
         self.paths = [unit.path for unit in units]
         self.reduces = True
         self.first = True  # whether this micro-batch starts the sum of gradients
-        self.ready: list[Ready] = []
+        self.ready: list[ReadyGradient] = []
         self.whole: dict[str, dict[str, Tensor]] = {}  # what is gathered of each unit, by name of the parameter
         elements = sum(p.numel * p.count for unit in units for p in unit.parameters if self._is_cut(p))
         self.stays = decide(2 * elements <= REUSE)  # from its forward pass until its backward pass
@@ -347,7 +347,7 @@ class CutWeights(WholeUnits):
     def _copy(self, p: Parameter, grad: Tensor) -> None:
         current = tape()
         current.part.host.gradients += 1
-        self.ready.append(Ready(current.part, len(current.part.ops), p))
+        self.ready.append(ReadyGradient(current.part, len(current.part.ops), p))
         with current.belonging_to("accumulation"):
             if decide(p.numel <= self.limit):
                 in_bucket = existing(p.shape, grad.dtype)

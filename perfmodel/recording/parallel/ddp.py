@@ -25,7 +25,7 @@ from ...tape.tensor import Flow, Parameter, Tensor
 from .collectives import SENT, all_reduce, wait_event
 from .ddp_compiled import Place, Uses, behind_regions, gradients
 from .form import WholeUnits
-from .messages import LayerGradient, Ready, gradients_in_order, interleaved
+from .messages import LayerGradient, ReadyGradient, gradients_in_order, interleaved
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # B (`_DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)
 Bucket = tuple[str, Dim]  # dtype, bytes
@@ -42,7 +42,7 @@ class Replicated(WholeUnits):
         self.graphs = graphs  # where the graph of a compiled model is cut
         self.reduces = True
         self.synchronised = True  # whether the last micro-batch exchanged gradients: then buffers are to be broadcast
-        self.ready: list[Ready] = []
+        self.ready: list[ReadyGradient] = []
         self.before: tuple[Part, int] | None = None  # where the forward pass begins: a part, and so many of its ops
 
     def begin(self) -> None:
@@ -145,7 +145,7 @@ class Replicated(WholeUnits):
         """Into its bucket, in a compiled model once its region is through."""
         if tape().flow is None:
             self._into_bucket(p)
-        self.ready.append(Ready(tape().part, len(tape().part.ops), p))
+        self.ready.append(ReadyGradient(tape().part, len(tape().part.ops), p))
 
     def _into_bucket(self, p: Parameter) -> None:
         """`mul_out(bucket_view, grad, 1 / ranks)`."""

@@ -35,7 +35,7 @@ from ...tape.shape import view
 from ...tape.tensor import Parameter, Tensor
 from .collectives import ACROSS, EVENT
 from .form import WholeUnits
-from .messages import LayerGradient, Ready, gradients_in_order, interleaved
+from .messages import LayerGradient, ReadyGradient, gradients_in_order, interleaved
 
 ARRIVED = Run(after=(ACROSS,))  # messages between replicas have a stream of their own
 METHODS = ("full", "lora")
@@ -95,9 +95,9 @@ class MainGradients(WholeUnits):
         self.several = decide(ranks.size > 1)
         self.distributed = distributed and self.several
         self.reduces = True
-        self.ready: list[Ready] = []
+        self.ready: list[ReadyGradient] = []
         self.kept: dict[Any, Dim] = {}  # as of `Tape.kept`
-        self.used: list[Ready] = []  # weights in the order in which the first forward pass uses them
+        self.used: list[ReadyGradient] = []  # weights in the order in which the first forward pass uses them
         self.gathers = self.distributed and overlaps  # whether weights are still to be gathered
 
     @property
@@ -119,7 +119,7 @@ class MainGradients(WholeUnits):
         """A weight is used, and its bucket is there; behind the first one of it the next is gathered."""
         if self.gathers and p.requires_grad:
             current = tape()
-            self.used.append(Ready(current.part, len(current.part.ops), p))
+            self.used.append(ReadyGradient(current.part, len(current.part.ops), p))
         return p
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -221,7 +221,7 @@ class MainGradients(WholeUnits):
         main_gradient(p)
         current = tape()
         current.part.host.gradients += 1
-        self.ready.append(Ready(current.part, len(current.part.ops), p))
+        self.ready.append(ReadyGradient(current.part, len(current.part.ops), p))
 
     def _reduced(self, elements: Dim) -> list[Op]:
         """What is done about a bucket of gradients: the host looks for NaN; it is divided, and sent."""

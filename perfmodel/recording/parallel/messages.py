@@ -16,7 +16,7 @@ M = TypeVar("M", bound=Hashable)
 L = TypeVar("L")
 
 
-class Ready(NamedTuple):
+class ReadyGradient(NamedTuple):
     """A gradient that is complete: in which part, behind how many of its ops what it sets off would go, and how many
     bytes are live there beyond the part's start.
     """
@@ -34,7 +34,7 @@ class LayerGradient(NamedTuple):
     layer: int
 
 
-def gradients_in_order(parts: Sequence[Part], ready: Sequence[Ready]) -> list[LayerGradient]:
+def gradients_in_order(parts: Sequence[Part], ready: Sequence[ReadyGradient]) -> list[LayerGradient]:
     """All gradients of a backward pass, layer by layer: in a part that repeats the highest layer comes first."""
     by_part = _by_part(ready)
     return [
@@ -46,7 +46,8 @@ def gradients_in_order(parts: Sequence[Part], ready: Sequence[Ready]) -> list[La
 
 
 def interleaved(
-    parts: Sequence[Part], ready: Sequence[Ready], sent: Mapping[int, Sequence[M]], ops_of: Callable[[M], Sequence[Op]],
+    parts: Sequence[Part], ready: Sequence[ReadyGradient], sent: Mapping[int, Sequence[M]],
+    ops_of: Callable[[M], Sequence[Op]],
     room_of: Callable[[M], Dim] = lambda message: 0, left_of: Callable[[M], Dim] = lambda message: 0,
 ) -> Iterator[Part]:  # fmt: skip
     """Parts with the messages that go out at each gradient, by its number among all that come.
@@ -89,5 +90,5 @@ def _alike(a: Any, b: Any) -> bool:
     return a is b or bool(np.all(np.equal(a, b)) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else a == b)
 
 
-def _by_part(ready: Sequence[Ready]) -> dict[int, list[Ready]]:
+def _by_part(ready: Sequence[ReadyGradient]) -> dict[int, list[ReadyGradient]]:
     return {id(part): list(those) for part, those in groupby(ready, key=lambda r: r.part)}
