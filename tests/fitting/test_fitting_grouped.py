@@ -18,7 +18,7 @@ from validate.fitting import grouped
 @pytest.mark.parametrize("exponent", [1.01, 1.2])
 def test_drawn_loads_hold_all_rows(experts: int, top_k: int, tokens: int, exponent: float) -> None:
     """A wrong load would be fitted as if the kernel were slow: every row is somewhere, no expert has a token twice."""
-    groups = grouped.Drawn(experts, top_k, exponent).groups(np.array([tokens * top_k]))
+    groups = grouped.PowerLawRouting(experts, top_k, exponent).groups(np.array([tokens * top_k]))
     counts = np.array([int(n[0]) for n, _ in groups])
     assert (len(counts), counts.sum()) == (experts, tokens * top_k)
     assert 0 <= counts.min() < tokens * top_k / experts < counts.max() <= tokens

@@ -3,7 +3,7 @@
 A row is the forward pass of TensorRT-LLM's CUTLASS layer in bf16, not torch's `_grouped_mm`: rows are copied in the
 order of their experts, one grouped product, gate, another product, and the sum by token. What the copies, gate and sum
 take is two figures of each board that stay here; what the products take goes into its file. Loads are balanced or
-drawn from a power law (`Drawn`). Half of the models are left out.
+drawn from a power law (`PowerLawRouting`). Half of the models are left out.
 
 The layer picks its kernels by trying them before the rows are timed. Where that went wrong a row takes several times as
 long as one of the same model with as many tokens or more and experts as wide or wider, which no load explains: such
@@ -53,7 +53,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 STREAM, FIXED = 0.5, 1e-5
 
 
-class Drawn(Routing):
+class PowerLawRouting(Routing):
     """The loads of the source's power law, whose exponent is `exponent`; `experts` quantiles instead of draws.
 
     Each expert draws from a density that falls as x^-exponent between 1 and 0.8 of the tokens; the draws are scaled to
@@ -105,7 +105,7 @@ def priced_layers(rows: pd.DataFrame, slug: str, dense: GemmParameters, figures:
         experts, top_k, load = (part[name].iloc[0] for name in ("num_experts", "topk", "distribution"))
         hidden, width, tokens = _sizes(part)
         exponent = BALANCED if load == "balanced" else float(str(load).rpartition("_")[2])
-        routing = (Drawn if exponent else Routing)(int(experts), int(top_k), exponent)
+        routing = (PowerLawRouting if exponent else Routing)(int(experts), int(top_k), exponent)
         products = ((hidden, 2 * width), (width, hidden))
         each = [grouped_time(on, "bf16", "tn", routing, False, tokens * int(top_k), *sizes) for sizes in products]
         moved = tokens * int(top_k) * (6 * width + 4 * hidden) + 4 * tokens * hidden
