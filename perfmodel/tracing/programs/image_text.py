@@ -34,7 +34,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Takes:
+class ImageInput:
     """How a model takes images.
 
     Attributes:
@@ -159,17 +159,17 @@ def _crossed(config: Any, setup: Setup) -> Seen:
     return Seen([IMAGE], inputs)
 
 
-TAKES: dict[tuple[str, str], Takes] = {  # by the types of model and vision tower
-    ("llava", "clip_vision_model"): Takes(_squares),
-    ("gemma3", "siglip_vision_model"): Takes(_squares, "token_type_ids"),
-    ("llava", "pixtral"): Takes(_lines),
-    ("mistral3", "pixtral"): Takes(_lines),
-    ("idefics3", "idefics3_vision"): Takes(_tiles_and_whole),
-    ("smolvlm", "smolvlm_vision"): Takes(_tiles_and_whole),
-    ("internvl", "internvl_vision"): Takes(_cut_by_shape),
-    ("mllama", "mllama_vision_model"): Takes(_crossed),
-    ("glm46v", "glm4v_vision"): Takes(_patches, "mm_token_type_ids"),
-    **{(kind, f"{kind}_vision"): Takes(_patches, "mm_token_type_ids") for kind in (
+TAKES: dict[tuple[str, str], ImageInput] = {  # by the types of model and vision tower
+    ("llava", "clip_vision_model"): ImageInput(_squares),
+    ("gemma3", "siglip_vision_model"): ImageInput(_squares, "token_type_ids"),
+    ("llava", "pixtral"): ImageInput(_lines),
+    ("mistral3", "pixtral"): ImageInput(_lines),
+    ("idefics3", "idefics3_vision"): ImageInput(_tiles_and_whole),
+    ("smolvlm", "smolvlm_vision"): ImageInput(_tiles_and_whole),
+    ("internvl", "internvl_vision"): ImageInput(_cut_by_shape),
+    ("mllama", "mllama_vision_model"): ImageInput(_crossed),
+    ("glm46v", "glm4v_vision"): ImageInput(_patches, "mm_token_type_ids"),
+    **{(kind, f"{kind}_vision"): ImageInput(_patches, "mm_token_type_ids") for kind in (
         "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
         "glm4v", "paddleocr_vl",
     )},
