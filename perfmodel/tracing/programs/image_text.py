@@ -21,7 +21,7 @@ TEXT, IMAGE = 0, 1  # types of tokens
 
 
 @dataclass(frozen=True)
-class Seen:
+class ProcessedImages:
     """What a processor makes of the images of a batch.
 
     Attributes:
@@ -42,7 +42,7 @@ class ImageInput:
         types: the model's argument for the types of tokens, empty if it has none.
     """
 
-    see: Callable[[Any, Setup], Seen]
+    see: Callable[[Any, Setup], ProcessedImages]
     types: str = ""
 
 
@@ -82,15 +82,15 @@ def _count(setup: Setup) -> int:
     return int(setup.batch) * setup.images
 
 
-def _squares(config: Any, setup: Setup) -> Seen:
+def _squares(config: Any, setup: Setup) -> ProcessedImages:
     """Images resized to the square that the vision tower takes (CLIP's processor, Gemma 3's)."""
     vision = config.vision_config
     side = vision.image_size
     tokens = getattr(config, "mm_tokens_per_image", (side // vision.patch_size) ** 2)
-    return Seen([IMAGE] * tokens, {"pixel_values": torch.zeros((_count(setup), 3, side, side))})
+    return ProcessedImages([IMAGE] * tokens, {"pixel_values": torch.zeros((_count(setup), 3, side, side))})
 
 
-def _patches(config: Any, setup: Setup) -> Seen:
+def _patches(config: Any, setup: Setup) -> ProcessedImages:
     """Images cut into patches, their sides rounded to whole merged ones (`smart_resize`, within its bounds)."""
     vision, count = config.vision_config, _count(setup)
     merge, side = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
@@ -100,10 +100,10 @@ def _patches(config: Any, setup: Setup) -> Seen:
         shape = (prod(shape) * vision.temporal_patch_size,)
     grid = with_value([[1, rows, columns]] * count)
     pixels = torch.zeros((count * rows * columns, *shape))
-    return Seen([IMAGE] * (rows * columns // merge**2), {"pixel_values": pixels, "image_grid_thw": grid})
+    return ProcessedImages([IMAGE] * (rows * columns // merge**2), {"pixel_values": pixels, "image_grid_thw": grid})
 
 
-def _lines(config: Any, setup: Setup) -> Seen:
+def _lines(config: Any, setup: Setup) -> ProcessedImages:
     """Images no longer than the tower's, their sides in whole (merged) patches; a token of text ends each line of these
     (Pixtral's processor).
     """
@@ -113,10 +113,10 @@ def _lines(config: Any, setup: Setup) -> Seen:
     rows, columns = (ceil(int(pixels / longer) / side) for pixels in setup.image_size)
     pixels = torch.zeros((count, 3, rows * side, columns * side))
     sizes = with_value([[rows * side, columns * side]] * count)
-    return Seen(([IMAGE] * columns + [TEXT]) * rows, {"pixel_values": pixels, "image_sizes": sizes})
+    return ProcessedImages(([IMAGE] * columns + [TEXT]) * rows, {"pixel_values": pixels, "image_sizes": sizes})
 
 
-def _tiles_and_whole(config: Any, setup: Setup) -> Seen:
+def _tiles_and_whole(config: Any, setup: Setup) -> ProcessedImages:
     """Images enlarged to four of the tower's sides and cut into tiles of one, and the whole in one more; before each
     stand two tokens, after each row of tiles one (Idefics3's processor, by its default sizes).
     """
@@ -129,10 +129,10 @@ def _tiles_and_whole(config: Any, setup: Setup) -> Seen:
         "pixel_values": ones((int(setup.batch), setup.images * tiles, 3, side, side), torch.float32),
         "pixel_attention_mask": ones((int(setup.batch), setup.images * tiles, side, side), torch.long),
     }
-    return Seen((tile * columns + [TEXT]) * rows + [TEXT, *tile, TEXT], inputs)
+    return ProcessedImages((tile * columns + [TEXT]) * rows + [TEXT, *tile, TEXT], inputs)
 
 
-def _cut_by_shape(config: Any, setup: Setup) -> Seen:
+def _cut_by_shape(config: Any, setup: Setup) -> ProcessedImages:
     """Images cut into at most 12 tiles in the grid nearest to their shape, and the whole in one more (InternVL's
     processor). Of grids alike the largest that is not twice as large as the image.
     """
@@ -143,10 +143,10 @@ def _cut_by_shape(config: Any, setup: Setup) -> Seen:
     tiles = prod([first, *(grid for grid in larger if 2 * height * width > side**2 * prod(grid))][-1])
     tiles += tiles > 1
     pixels = torch.zeros((_count(setup) * tiles, 3, side, side))
-    return Seen([IMAGE] * config.image_seq_length * tiles, {"pixel_values": pixels})
+    return ProcessedImages([IMAGE] * config.image_seq_length * tiles, {"pixel_values": pixels})
 
 
-def _crossed(config: Any, setup: Setup) -> Seen:
+def _crossed(config: Any, setup: Setup) -> ProcessedImages:
     """Images of as many tiles as there may be, empty ones among them: text attends to them across (Mllama)."""
     vision, per_image = config.vision_config, (int(setup.batch), setup.images)
     tiles, side = vision.max_num_tiles, vision.image_size
@@ -156,7 +156,7 @@ def _crossed(config: Any, setup: Setup) -> Seen:
         "aspect_ratio_mask": ones((*per_image, tiles), torch.long),
         "cross_attention_mask": ones((int(setup.batch), int(setup.seq), setup.images, tiles), torch.long),
     }
-    return Seen([IMAGE], inputs)
+    return ProcessedImages([IMAGE], inputs)
 
 
 TAKES: dict[tuple[str, str], ImageInput] = {  # by the types of model and vision tower
