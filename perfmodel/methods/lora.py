@@ -49,7 +49,9 @@ class Lora(Targeted):
     """Low-rank adapters beside frozen linear layers: y = xWᵀ + (α/r)·(xAᵀ)Bᵀ."""
 
     r: Any = option(8, "rank", positive)
-    alpha: float = option(8.0, "scale numerator; changes no cost")
+    alpha: float = option(
+        8.0, "scale numerator; changes no cost but of target_parameters, which no scale of 1 multiplies"
+    )
     dropout: float = option(0.0, "dropout on the adapter's input", fraction)
     implementation: str = option("peft", HELP, among="implementations")
     target_parameters: tuple[str, ...] = option((), "weights of experts joined by +: gate_up_proj+down_proj")

@@ -15,7 +15,7 @@ from ..tape.custom import index_buffer, partial_linear, write_columns
 from ..tape.pointwise import cast, mul
 from ..tape.tensor import Tensor
 from .parts.base import Linear, method, option
-from .parts.checks import positive
+from .parts.checks import float_dtype, positive
 from .parts.targeted import Targeted, base_bias, base_weight
 
 
@@ -30,7 +30,9 @@ from .parts.targeted import Targeted, base_bias, base_weight
 class Paca(Targeted):
     """Partial connections: r random input columns of each target weight train; backward keeps only those of X."""
 
-    adapter_dtype: str | None = option(None, "dtype of the trained columns: bf16, fp16 or fp32; default the weight's")
+    adapter_dtype: str | None = option(
+        None, "dtype of the trained columns: bf16, fp16 or fp32; default the weight's", float_dtype
+    )
     r: Any = option(8, "input columns that train", positive)
     alpha: float = option(8.0, "scale numerator; changes no cost")
 

@@ -58,16 +58,19 @@ class ResLora(Lora):
         return 1 if self.shortcut == "is" else self.layers if self.pre_num == -1 else self.pre_num
 
     def layer_key(self, layer: int) -> Hashable:
-        """Blocks near either end of a stack have other blocks before or after them; those between are alike."""
+        """Blocks near either end of a stack have other blocks before or after them; those between are alike, unless a
+        regex takes other layers of one than of another."""
         assert self.architecture is not None
         ends = list(accumulate(count for _, count in self.architecture.stacks))
         stack = bisect(ends, layer)
         row = range(ends[stack] - self.architecture.stacks[stack][1], ends[stack])
-        adapted = [i for i in row if super(ResLora, self).layer_key(i)]
-        if layer not in adapted:
+        matched = {i: key for i in row if (key := super(ResLora, self).layer_key(i))}
+        if layer not in matched:
             return "frozen"
+        adapted = list(matched)
         place, after = adapted.index(layer), len(adapted) - 1 - adapted.index(layer)
-        return layer if place <= self.reach or after < self.reach else "between"
+        near_an_end = place <= self.reach or after < self.reach
+        return layer if near_an_end or len(set(matched.values())) > 1 else "between"
 
     def adapted(self, layer: Linear, x: Tensor, dtype: str) -> Tensor:
         if layer.scope.layer is None:

@@ -4,11 +4,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..tape.tensor import Tensor
 from .lora import Lora
 from .parts.base import Linear, Method, method, option
 from .parts.checks import choice, float_dtype, fraction, positive
+
+OF_LORA = ("r", "targets", "dropout", "adapter_dtype")  # options that mean nothing where whole weights train
 
 
 @method(
@@ -53,6 +57,9 @@ class TopK(Method):
             raise UserError(f"method top_k: k {self.k} exceeds the {self.layers} blocks of {self.architecture.name}")
         if self.spread and self.layers % self.k:
             raise UserError(f"method top_k: spread: {self.layers} blocks are no multiple of k {self.k}")
+        idle = next((f for f in OF_LORA if not np.array_equal(getattr(self, f), getattr(type(self), f))), None)
+        if self.inner == "full" and idle:
+            raise UserError(f"method top_k: {idle} goes with inner=lora")
         if self.inner == "lora":
             self.inside.check()
             if self.trained_dtype:

@@ -53,7 +53,7 @@ class XgbLora(Lora):
         return layer in self.drawn and super().targets_layer(name, layer)
 
     def layer_key(self, layer: int) -> Hashable:
-        return layer in self.drawn
+        return layer in self.drawn and super().layer_key(layer)
 
     def periodic(self) -> tuple[Periodic, ...]:
         return (Periodic("merge and restart", self.kappa, merge_and_restart),)
