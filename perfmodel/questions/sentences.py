@@ -9,6 +9,7 @@ from .speedup import SpeedUp
 
 WORTH_SAYING = 0.2  # of the main part: a part below this against the trend is left out of the sentence
 MATTERS = 0.02  # of the step: parts that change by less changed nothing
+ALIKE = 0.67  # of the larger of two changes: from here on they cancel out
 DOMINATES = 1 / 3  # of the step
 
 OF = {  # part -> how it follows an amount of time
@@ -163,9 +164,12 @@ def _added(part: str, a: Anatomy, b: Anatomy) -> str:
 
 def _balance(saved: str, down: float, added: str, up: float, matters: float) -> str:
     if down > matters and up > matters:
-        return (
-            f"because what it adds, mainly {_amount(added, up)}, uses up what it saves, mainly {_amount(saved, down)}"
-        )
+        adds, saves = f"what it adds, mainly {_amount(added, up)},", f"what it saves, mainly {_amount(saved, down)},"
+        if up < ALIKE * down:
+            return f"because {adds} uses up part of {saves[:-1]}"
+        if down < ALIKE * up:
+            return f"because {saves} makes up for part of {adds[:-1]}"
+        return f"because {adds} uses up {saves[:-1]}"
     if down > matters:
         return f"because all it saves is {_amount(saved, down)}"
     if up > matters:
