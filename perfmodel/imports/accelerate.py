@@ -159,7 +159,7 @@ def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Lau
     nodes = keys.count("num_machines", 1)
     asked: dict[str, Any] = {MESH: keys.get(MESH)}
     sections = {name: _section(keys, f"{name}_config") for name in ("fsdp", "deepspeed")}
-    setup: dict[str, Any] = {"amp": _precision(keys), "compile": _compiled(keys.values.get("dynamo_config"))}
+    setup: dict[str, Any] = {"amp": _precision(keys), "compile": _compiled(keys)}
     if kind == "FSDP":
         options = {"fsdp_auto_wrap_policy": "NO_WRAP", **sections["fsdp"]}
         asked["fsdp_config"] = options
@@ -204,10 +204,13 @@ def _precision(keys: Keys) -> str | None:
     return PRECISIONS[word]
 
 
-def _compiled(dynamo: object) -> str | None:
+def _compiled(keys: Keys) -> str | None:
     """What of `dynamo_config` is modelled: the whole model compiled by Inductor, not blocks or with tuned kernels."""
+    dynamo = keys.values.get("dynamo_config")
     given = dynamo if isinstance(dynamo, dict) else {}
     said = {str(key).removeprefix("dynamo_"): str(value).lower() for key, value in given.items()}
+    if said.get("backend", "no") == "no":
+        keys.used.add("dynamo_config")
     plain = said.get("backend") == "inductor" and said.get("mode", "default") == "default"
     return "default" if plain and said.get("use_regional_compilation", "false") == "false" else None
 

@@ -108,6 +108,8 @@ def _method(keys: Keys, name: str, kind: Tuner) -> str:
         raise NoBuiltIn(f"{keys.origin}: {'use_cayley_neumann' if options['block_size'] else 'r'} has")
     elif name == "MISS" and keys.get("init_weights") not in (None, True, False):
         raise NoBuiltIn(f"{keys.origin}: init_weights {keys.get('init_weights')!r} has")
+    elif name == "ADALORA":
+        keys.used.add("r")  # PEFT writes what it inherits, and takes `init_r` (tuners/adalora/config.py)
     elif name == "TRAINABLE_TOKENS":
         options["tokens"] = _tokens(keys)
         if keys.get("target_modules") not in (None, "embed_tokens", ["embed_tokens"]):

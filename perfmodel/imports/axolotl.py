@@ -76,6 +76,7 @@ NO_BATCH_SIZE = "batch_size has no effect: Axolotl takes gradient_accumulation_s
 GROUPS = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # Axolotl hands in an empty list where no layers are named, in the place of which PEFT puts no default
 NO_LAYER = "/(?!)/"  # a regex that matches nothing
+HEADS_AND_EMBEDDINGS = {"lm_head", "embed_out", "embed_tokens", "wte"}  # named, `lora_target_linear` takes them, too
 NO_TARGETS = "no lora_target_modules, without which Axolotl's adapter has no layers: lora_target_linear: true takes all"
 BOTH_FACTORS = "both factors of adapters trained; MiCA freezes B"
 FP32_HEAD = "the output head in fp32, not in the dtype of the rest"
@@ -191,7 +192,7 @@ def _dtype(keys: Keys) -> str | None:
     if keys.values.get("bf16", AUTO) == AUTO:
         keys.used.add("bf16")
         return "fp16" if keys.flag("fp16") else "bf16"
-    return half(keys) or plain
+    return half(keys, "bf16") or plain
 
 
 def _in_fp32_under_fsdp(keys: Keys) -> bool:
@@ -286,6 +287,8 @@ def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
     linear = keys.flag("lora_target_linear")  # joined by the named ones, which are linear layers too
     named = as_targets(keys, "lora_target_modules")
     targets = (ALL_LINEAR,) if linear else named
+    if linear and (no_blocks := HEADS_AND_EMBEDDINGS & {*named}):
+        keys.differ(f"no adapter on {' and '.join(sorted(no_blocks))}", "lora_target_modules")
     parameters = keys.names("lora_target_parameters")
     if not (targets or parameters or keys.values.get("lora_model_dir")):
         raise UserError(f"{keys.origin}: {NO_TARGETS}")

@@ -136,6 +136,26 @@ def fsdp(keys: Keys, *, by_config: bool = False) -> bool:
     return bool(options.get("activation_checkpointing"))
 
 
+def with_fsdps(kind: str, by_fsdp: bool) -> str:
+    """The checkpoints of a step of which FSDP wraps the blocks by itself, where the trainer does not."""
+    return "block" if by_fsdp and kind == "none" else kind
+
+
+def without_tf32(keys: Keys, compile: str, *, products: bool) -> None:
+    """Say that products of fp32 run without TF32, where it is asked for, or switched on beside a compiled model.
+
+    That switch is of `TrainingArguments.__post_init__`, under its ninth heading, where no key speaks of TF32.
+
+    Args:
+        products: whether there are any of fp32.
+    """
+    named = keys.get("tf32")
+    if not products:
+        return
+    if compile != "none" if named is None else keys.flag("tf32"):
+        keys.differ("fp32 products without TF32", "torch_compile" if named is None else "tf32")
+
+
 def no_sft(keys: Keys, asked: str, instead: str) -> UserError:
     """The complaint about an objective that is not modelled."""
     return UserError(f"{keys.origin}: {asked} is not modelled: it is no SFT step; for its SFT part {instead}")
@@ -321,9 +341,14 @@ def unscaled(setup: Mapping[str, Any]) -> list[str]:
     return [UNSCALED] if setup.get("amp") == "fp16" else []
 
 
-def half(keys: Keys) -> str | None:
-    """The 16-bit dtype that `bf16` and `fp16` ask for."""
-    keys.exclude("bf16", "fp16")
+def half(keys: Keys, both: str | None = None) -> str | None:
+    """The 16-bit dtype that `bf16` and `fp16` ask for.
+
+    Args:
+        both: what a tool takes where they both do; None: they exclude each other.
+    """
+    if both is None:
+        keys.exclude("bf16", "fp16")
     on = {key: keys.get(key) in ("auto", "full") or keys.flag(key) for key in ("bf16", "fp16")}
     return "bf16" if on["bf16"] else "fp16" if on["fp16"] else None
 

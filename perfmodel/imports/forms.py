@@ -254,6 +254,8 @@ def of_deepspeed(config: Mapping[str, Any], origin: str) -> AskedForm:
             keys.differ(answered, name)
     keys.used.update(f"zero_optimization.{key}" for key in SWITCHED_OFF)
     setup: dict[str, Any] = {**numbers(keys)}
+    if not any(value is True for value in _section(keys, "activation_checkpointing").values()):
+        keys.used.add("activation_checkpointing")
     if keys.get("gradient_clipping") != "auto":
         setup["clip_grad"] = bool(keys.number("gradient_clipping"))  # nothing is clipped where the key is not there
     dtypes = [dtype for dtype in ("bf16", "fp16") if _section(keys, dtype).get("enabled") is True]

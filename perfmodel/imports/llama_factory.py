@@ -27,7 +27,9 @@ from .fields import (
     power_iterations,
     spec,
     undecayed,
+    with_fsdps,
     without_cache,
+    without_tf32,
 )
 from .keys import NO_TRAINING, NOTHING, Keys
 from .trained_for import of_llama_factory
@@ -65,13 +67,11 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     objective = of_llama_factory(keys)
     name, options = _method(keys)
     own_code(keys, "model_name_or_path", in_few_bits=keys.get("quantization_bit") is not None)
-    keys.exclude("pure_bf16", "bf16")
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")
     amp = half(keys)
     # all weights train in fp32, under GaLore too, unless pure_bf16 or BAdam asks not to (model/adapter.py)
     upcast = not pure and name in ("full", *PROJECTING)
-    fsdp(keys)
     notes = []
     if amp is None and not pure:
         notes.append("neither bf16 nor fp16: no autocast, and frozen weights in bf16 as in most checkpoints")
@@ -82,9 +82,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
         "seq": keys.count("cutoff_len", 2048),
         "grad_accum": accumulated(keys),
         "dtype": "fp32" if upcast else "bf16" if pure else amp or CHECKPOINT_DTYPE,
-        "amp": None if pure else amp,
+        "amp": amp,
         "optimizer": _optimizer(keys),
-        "checkpoint": _checkpoint(keys),
+        "checkpoint": with_fsdps(_checkpoint(keys), fsdp(keys)),
         "attention": _attention(keys),
         "compile": compiled(keys),
         **_update(keys),
@@ -99,8 +99,7 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if name == "loraplus" and in_8_bit(str(setup["optimizer"])) and names_embedding(options["modules_to_save"]):
         keys.differ(EMBEDDING_STATES, "loraplus_lr_ratio")  # `_create_loraplus_optimizer` knows no class of its own
     adapters = keys.text("finetuning_type", "lora") in ("lora", "oft")  # in fp32, by PEFT
-    if keys.get("tf32") and setup["amp"] is None and (adapters or not pure):
-        keys.differ("fp32 products without TF32", "tf32")
+    without_tf32(keys, setup["compile"], products=amp is None and (adapters or not pure))
     if (stage := keys.text("stage", "sft")) in ("sft", "pt"):
         notes += packing.packed_by_llama_factory(keys, setup, pretraining=stage == "pt")
     if setup.get("packing", "none") == "none" and stage == "sft":

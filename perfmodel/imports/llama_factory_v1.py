@@ -184,6 +184,9 @@ def _method(keys: Keys) -> str:
     if "adapter_name_or_path" in options:
         keys.differ(NOT_LOADED, "peft_config")
     every = options.get("target_modules") in (None, "all")
+    named = options.values.get("target_modules")
+    if isinstance(named, str):  # one name, where PEFT would take a regex (plugins/model_plugins/peft.py)
+        options = options.but(target_modules=[named])
     return spec(
         name, r=options.count("r", 8), targets=("all-linear",) if every else as_targets(options, "target_modules"),
         dropout=options.number("lora_dropout", 0.05), modules_to_save=options.names("modules_to_save"),

@@ -70,8 +70,12 @@ def agreed(own: Mapping[str, Any], its: Mapping[str, Any], *, counted: bool = Fa
         counted: whether the training config counts the samples of all GPUs, which make its micro-batches.
 
     Raises:
-        UserError: they have different numbers of samples or micro-batches.
+        UserError: they have different numbers of samples or micro-batches, or another 16-bit dtype of autocast.
     """
+    if None not in (amp := own.get("amp"), dtype := its.get("amp")) and amp != dtype:
+        raise UserError(
+            f'the training config has {amp}, DeepSpeed\'s config {dtype}: make them alike, or give "auto" in the latter'
+        )
     said = {name: value for name, value in its.items() if not (counted and name == "grad_accum")}
     for name, key in KEYS.items():
         if name in own and own[name] != said.get(name, own[name]):

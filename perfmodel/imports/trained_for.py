@@ -63,7 +63,9 @@ COPIED = "a reference without adapters, not with the copy of them that TRL keeps
 # `create_model_from_path` of trl/trainer/utils.py, to which no `model_init_kwargs` of Axolotl's come
 BY_TRL = "a reference in {} with {}, not in fp32 with sdpa as TRL loads the one that it makes"
 PREFERENCES = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
-BY_PLACE = (*PREFERENCES, "grpo", "rloo", "sft")  # of examples, which keep a folder or a file for each
+BY_PLACE = (*PREFERENCES, "grpo", "rloo", "ppo", "prm", "sft")  # of examples: a folder or a file for each
+# Trainers whose steps are none of these (trl/experimental)
+OF_OTHERS = ("bco", "gkd", "gold", "minillm", "nash_md", "online_dpo", "xpo")
 OF_RLOO = ("normalize_advantages", "reward_clip_range")  # (rloo_config.py)
 NOT_RLOO = "GRPO's loss and advantages, not RLOO's"
 COMPLETION = {"grpo": 512, "rloo": 512}  # tokens, since TRL 1.10 (grpo_config.py); Axolotl is beside 1.8
@@ -75,7 +77,13 @@ def of_trl(keys: Keys) -> dict[str, Any]:
 
     A file does not name its trainer. Where its keys leave it open, its name says it, and of keys that several trainers
     have its folder, too; without a word, what has keys of preferences is taken for DPO's.
+
+    Raises:
+        UserError: the name of a trainer whose step is not modelled.
     """
+    file = re.sub("_?config_?", "", (keys.place or ("",))[-1].lower().partition(".")[0])
+    if file in OF_OTHERS:
+        raise no_sft(keys, f"a step of TRL's {file} trainer, which the file's name says,", "rename it")
     words = keys.values.get("loss_type")
     losses = [word for word in (words if isinstance(words, list) else [words]) if isinstance(word, str)]
     asked = [key for key in OF_PREFERENCES if _has(keys, key)]
@@ -100,8 +108,10 @@ def of_trl(keys: Keys) -> dict[str, Any]:
             keys.differ(NOT_RLOO, *of_rloo)
         prompt = keys.count("max_prompt_length", 512)
         return grpo(keys, keys, prompt, adapters=keys.flag("use_peft"), name=name)
-    if any(key in keys.values for key in OF_PPO[:7]):
+    if any(key in keys.values for key in OF_PPO[:7]) or by_name == "ppo":
         return _ppo(keys)
+    if by_name == "prm":
+        return {"objective": "prm"}
     if _has(keys, "reward_model_path"):
         raise UserError(f"{keys.origin}: reward_model_path: an RL step is not modelled")
     if not (asked or set(losses) & set(DPO_LOSSES) or by_name in PREFERENCES):
@@ -166,6 +176,8 @@ def grpo(keys: Keys, options: Keys, prompt: int, *, adapters: bool, name: str = 
     completion = options.count("max_completion_length", COMPLETION.get(name, 256))
     found: dict[str, Any] = {"objective": "grpo", "prompt": prompt, "seq": prompt + completion}
     if options.number("beta", DIVERGENCE.get(name, 0.0)):
+        if options.flag("sync_ref_model"):
+            keys.differ(INSTEAD["sync_ref_model"], *_set(keys, "sync_ref_model"))
         found["reference"] = "adapter-off" if adapters else "model"
     return found
 

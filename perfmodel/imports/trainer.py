@@ -27,7 +27,9 @@ from .fields import (
     own_code,
     spec,
     undecayed,
+    with_fsdps,
     without_cache,
+    without_tf32,
 )
 from .keys import Keys
 from .mesh import UNFUSED_HEAD
@@ -47,6 +49,8 @@ OF_TRL = (
     "use_peft", "max_length", "dataset_name", "dataset_mixture", "datasets", "dataset_config", "eos_token",
     "chat_template_path", "padding_free", "model_init_kwargs", *OF_SFT,
 )  # fmt: skip
+# Keys that transformers' own examples have (examples/pytorch/language-modeling/run_clm.py), beside some of those
+OF_SCRIPTS = ("block_size", "dataset_config_name", "validation_split_percentage", "config_name", "max_train_samples")
 OPEN = "an SFT step: no key says which of TRL's trainers reads the file (--objective)"
 OF_MODEL = ("dtype", "torch_dtype", "attn_implementation")  # keys of ModelConfig that `model_init_kwargs` may hold
 NO_MATTER = {"revision", "trust_remote_code", "device_map", "use_cache", "low_cpu_mem_usage"}
@@ -60,7 +64,10 @@ OF_ANOTHER = "adapters alone; TRL trains the head too where another model's chat
 COPIES_IN_FP32 = "copies of modules in fp32; beside a base in few bits TRL casts all that trains to bf16"
 NORMS_PREPARED = "norms in the dtype of the rest, not in fp32"
 IN_FP32 = "weights in fp32, as transformers 4 loads them where no dtype is named, not as the checkpoint has them"
+AS_CHECKPOINTS = "weights in bf16, as transformers 5 loads most checkpoints where no dtype is named (--dtype)"
 OLD_CHECKPOINTS = "gradient_checkpointing"  # on in TRL's own arguments, and off where a file empties it
+OF_COMPLETIONS = ("completion_only_loss", "assistant_only_loss")
+ALL_LABELLED = "a loss on every token; TRL's head makes no products for those without a label"  # sft_trainer.py
 TEMPLATES = (".jinja", ".j2")  # of files that are only text
 WORDS = {**DTYPES, **{f"torch.{name}": dtype for name, dtype in DTYPES.items()}, "auto": "bf16"}
 
@@ -74,7 +81,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     amp = half(keys)
     if amp is None and is_trl and keys.get("bf16") is None:
         amp = "bf16"  # TRL's own default, unless it is fp16
-    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None) or _unnamed(keys)
+    dtype = keys.one_of("dtype", WORDS, None) or keys.one_of("torch_dtype", WORDS, None)
+    notes = [] if dtype or is_trl else [AS_CHECKPOINTS]
+    dtype = dtype or _unnamed(keys, is_trl=is_trl)
     own_code(keys, "model_name_or_path", in_few_bits=low_bits(keys) is not None)
     if amp not in (None, dtype) and dtype != "fp32":
         keys.differ(f"products in {dtype}, not in {amp} under autocast")
@@ -85,7 +94,7 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         "dtype": dtype,
         "amp": amp if dtype in ("fp32", amp) else None,
         "optimizer": optimizer_name(keys, "optim", "adamw-fused"),
-        "checkpoint": _checkpoint(keys, fsdp(keys) or (is_trl and not named_none(keys.values, OLD_CHECKPOINTS))),
+        "checkpoint": with_fsdps(_checkpoint(keys, is_trl and not _unchecked(keys)), fsdp(keys)),
         "attention": attention(keys, "attn_implementation", {**ATTENTION, **FLEX}),
         "compile": compiled(keys),
         "clip_grad": clips(keys),
@@ -93,9 +102,9 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
     }
     if keys.get("attn_implementation") in FLEX:
         keys.differ(SDPA_FOR_FLEX, "attn_implementation")
-    length = keys.get("max_length") or keys.get("max_seq_length")
+    length = next((key for key in ("max_length", "max_seq_length", "block_size") if keys.get(key) is not None), None)
     if length is not None or is_trl:
-        setup["seq"] = keys.count("max_length", keys.count("max_seq_length", 1024))
+        setup["seq"] = keys.count(length or "max_length", 1024)
     uncut = is_trl and length is None and named_none(keys.values, "max_length") and "prompt" not in objective
     if uncut:
         keys.differ(packing.NEVER_CUT, "max_length")
@@ -108,12 +117,12 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         keys.differ(UNFUSED_LOSS, "use_liger_kernel")
     elif objective["objective"] in FUSES_HEAD:
         keys.differ(UNFUSED_HEAD)
-    if keys.get("tf32") and setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft")):
-        keys.differ("fp32 products without TF32", "tf32")
+    in_fp32 = setup["amp"] is None and (dtype == "fp32" or keys.flag("use_peft"))
+    without_tf32(keys, setup["compile"], products=in_fp32)
     template = keys.text("chat_template_path")
     if template and not template.endswith(TEMPLATES) and keys.flag("use_peft"):
         keys.differ(OF_ANOTHER, "chat_template_path")
-    notes = [OPEN] if is_trl and not objective and not _names_sft(keys) else []
+    notes += [OPEN] if is_trl and not objective and not _names_sft(keys) else []
     if objective and keys.flag("packing"):
         keys.differ("sequences apart, not packed", "packing")
     elif "seq" in setup and not objective:
@@ -133,6 +142,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
 
 def is_of_trl(keys: Keys) -> bool:
     """Whether a file is read by a script of TRL's, not as transformers' TrainingArguments alone."""
+    if any(keys.values.get(key) is not None for key in OF_SCRIPTS):
+        return False
     return any(keys.get(key) is not None for key in OF_TRL)
 
 
@@ -143,16 +154,24 @@ def _names_sft(keys: Keys) -> bool:
     return named or trainer_named(keys.place) == "sft"
 
 
-def _unnamed(keys: Keys) -> str:
-    """The dtype where the file names none: fp32 (model_config.py), but for an empty `dtype` that of the checkpoint.
+def _unnamed(keys: Keys, *, is_trl: bool) -> str:
+    """The dtype where the file names none: TRL's fp32 (model_config.py); an empty `dtype` or no TRL, the checkpoint's.
 
     So it is since transformers 5. The key's older name is of a TRL beside transformers 4, to which none meant fp32.
     """
-    if named_none(keys.values, "dtype"):
+    if named_none(keys.values, "dtype") or not is_trl:
         return WORDS["auto"]
     if named_none(keys.values, "torch_dtype"):
         keys.differ(IN_FP32, "torch_dtype")
     return "fp32"
+
+
+def _unchecked(keys: Keys) -> bool:
+    """Whether TRL's own default of checkpoints is out of force: emptied, or of a release that had none.
+
+    It came with TRL 0.21 (https://github.com/huggingface/trl/pull/3510), which knew no `max_seq_length` any more.
+    """
+    return named_none(keys.values, OLD_CHECKPOINTS) or keys.get("max_seq_length") is not None
 
 
 def named_none(values: Mapping[str, Any], key: str) -> bool:
@@ -186,18 +205,22 @@ def _loss(keys: Keys, *, is_trl: bool, kernels: str) -> None:
         raise no_sft(keys, f"loss_type {word!r}", "remove loss_type")
     if word == "dft":
         keys.differ("cross entropy, without DFT's weights", "loss_type")
+    if kernels.endswith("trl") and (masked := [key for key in OF_COMPLETIONS if keys.flag(key)]):
+        keys.differ(ALL_LABELLED, *masked)
     if is_trl:
         keys.differ(LOGGED if kernels.endswith("trl") else LIGERS_ACCURACY if kernels == "liger" else METRICS)
 
 
 def _checkpoint(keys: Keys, default: bool) -> str:
     """The newer `activation_checkpointing` and the older name of the same."""
-    kind = "activation" if "activation_checkpointing" in keys else "gradient"
-    options = keys.get(f"{kind}_checkpointing_kwargs")
+    newer, older = ([f"{kind}_checkpointing{end}" for end in ("", "_kwargs")] for kind in ("activation", "gradient"))
+    switch, kwargs = (new if keys.get(new) is not None else old for new, old in zip(newer, older, strict=True))
+    keys.used.update(old for old, key in zip(older, (switch, kwargs), strict=True) if key != old)
+    options = keys.get(kwargs)
     for key, usual in (("every_n_layers", 1), ("offload", False)):
         if isinstance(options, dict) and options.get(key) not in (None, usual):
-            keys.differ("every block checkpointed, on the GPU", f"{kind}_checkpointing_kwargs")
-    return checkpoint_kind(keys, keys.flag(f"{kind}_checkpointing", default), f"{kind}_checkpointing_kwargs")
+            keys.differ("every block checkpointed, on the GPU", kwargs)
+    return checkpoint_kind(keys, keys.flag(switch, default), kwargs)
 
 
 def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None, amp: str | None) -> str | None:

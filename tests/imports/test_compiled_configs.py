@@ -124,3 +124,13 @@ def test_a_launcher_compiles_nothing_that_it_offloads(tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.stderr
     assert "weights and optimizer offloaded" in " ".join(answer.stdout.split())
     assert "without torch.compile (dynamo_config)" in answer.stdout
+
+
+@pytest.mark.parametrize("backend", ["NO", "no"])
+def test_a_launcher_that_compiles_nothing_is_not_told_so(tmp_path: Path, backend: str) -> None:
+    launcher = tmp_path / "accelerate.yaml"
+    launcher.write_text(yaml.safe_dump({**LAUNCHER, "dynamo_config": {"dynamo_backend": backend}}))
+    words = ["predict", "--device", "h100-sxm", "--config", written(tmp_path, {}), "--accelerate", str(launcher)]
+    answer = CliRunner().invoke(main, words)
+    assert answer.exit_code == 0, answer.stderr
+    assert "dynamo_config" not in answer.output

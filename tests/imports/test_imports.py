@@ -94,7 +94,9 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     ),
     "trl/sft-fp16.json": ("lora:r=8,targets=q_proj+v_proj,dropout=0.05", {"dtype": "fp16", "amp": "fp16", "seq": 512}),
     "trl/sft-liger.json": ("full", {"kernels": "liger+trl", "optimizer": "adamw-fused", "checkpoint": "block"}),
-    "trl/arguments-only.json": (None, {**FP32_AMP, "batch": 16, "grad_accum": 2, "checkpoint": "none"}),
+    "trl/arguments-only.json": (
+        None, {**FP32_AMP, "dtype": "bf16", "batch": 16, "grad_accum": 2, "checkpoint": "none"},
+    ),
     "trl/arguments-fp32.json": (
         None, {"dtype": "fp32", "amp": None, "optimizer": "sgd", "clip_grad": False, "checkpoint": "block"},
     ),
@@ -217,7 +219,6 @@ FACTORY = "model_name_or_path: gpt2\ncutoff_len: 64\n"
 @pytest.mark.parametrize(
     ("suffix", "text", "words"),
     [
-        ("yml", BASE + "bf16: true\nfp16: true", "bf16 and fp16 exclude each other"),
         ("yml", BASE + "adapter: qlora", "needs load_in_4bit"),
         ("yml", BASE + "adapter: qlora\nload_in_8bit: true", "needs load_in_4bit"),
         ("yml", BASE + "adapter: lorra", "use lora or qlora"),

@@ -14,6 +14,7 @@ TRL = {"model_name_or_path": "gpt2", "max_length": 64, "packing": False}
 FACTORY = {"model_name_or_path": "gpt2", "cutoff_len": 64, "finetuning_type": "full", "bf16": True}
 EIGHT = {"num_processes": 8, "mixed_precision": "bf16"}
 DDP = {**EIGHT, "distributed_type": "MULTI_GPU"}
+ZERO_3 = {"zero_optimization": {"stage": 3}}
 ZERO_2 = {"zero_optimization": {"stage": 2}}
 SIZES = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 16}
 SIZED = {**ZERO_2, **SIZES}
@@ -71,6 +72,7 @@ def test_deepspeeds_numbers_of_samples_count_where_no_others_do(
             FACTORY, SHORT_OF_FOUR,
             "the training config has grad-accum 1, DeepSpeed's config gradient_accumulation_steps 4: make them alike",
         ),
+        ({**TRL, "bf16": True, "deepspeed": {**ZERO_3, "fp16": {"enabled": True}}}, None, "has bf16, DeepSpeed's"),
         ({**TRL, "deepspeed": SIZED}, DDP, "has grad-accum 1, DeepSpeed's config gradient_accumulation_steps 16"),
         (
             {**TRL, "deepspeed": {**SIZED, "zero_optimization": {"stage": 3}}}, None,

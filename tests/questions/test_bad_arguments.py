@@ -119,7 +119,8 @@ def test_other_doors() -> None:
         (lambda: node.collective(None, 5), "collective None is unknown"), (lambda: Job(samples="x"), "samples must"),
         (lambda: node.collective("all_gather", 5, dtype=["bf16"]), "dtype ['bf16'] is unknown"),
         (lambda: Device.load("l40s").gemm(1, 2, 3, dtype=["bf16"]), "dtype ['bf16'] is unknown"),
-        (lambda: Device.load("l40s").gemm([[1], [2, 3]], 2, 3), "dims must be "), (lambda: predict(""), "model: no name"),
+        (lambda: Device.load("l40s").gemm([[1], [2, 3]], 2, 3), "dims must be "),
+        (lambda: predict(""), "model: no name"),
         (lambda: node.collective("all_gather", [[1], [2, 3]]), "message_bytes must be "),
         (lambda: Setup(batch="x"), "batch must be "), (lambda: traced(None), "model must be "),
     ):  # fmt: skip
