@@ -199,8 +199,8 @@ def _sizes(size: Any) -> tuple[Decorator, ...]:
 def _precision() -> tuple[Decorator, ...]:
     """What weights and products are in."""
     return (
-        click.option("--dtype", type=click.Choice(FLOATING), default="bf16", help="Base weights.",
-                     show_default="bf16; fp16 on a GPU without units for bf16"),
+        click.option("--dtype", type=click.Choice(FLOATING), default="bf16", show_default=True,
+                     help="Base weights; where none is given, fp16 on a GPU without units for bf16."),
         click.option("--amp", type=click.Choice(("bf16", "fp16")), help="torch.autocast over fp32 weights."),
     )  # fmt: skip
 
@@ -213,9 +213,9 @@ def _usual() -> tuple[Decorator, ...]:
         click.option("--grad-accum", type=int, default=1, show_default=True, help="Micro-batches per step."),
         click.option("--checkpoint", type=click.Choice(CHECKPOINT), default="none", show_default=True,
                      help="Activation checkpointing per block."),
-        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa",
-                     show_default="sdpa; what the model's program has where it lacks that",
-                     help="sdpa: PyTorch's fused kernels; flash2: the flash-attn package."),
+        click.option("--attention", type=click.Choice(ATTENTION), default="sdpa", show_default=True,
+                     help="sdpa: PyTorch's fused kernels; flash2: the flash-attn package. Where none is given, eager "
+                     "of a model whose program lacks sdpa."),
     )  # fmt: skip
 
 
