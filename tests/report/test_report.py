@@ -42,7 +42,7 @@ PAGES: dict[str, dict[str, Any]] = {
     "two verdicts": {"model": MODEL, "methods": METHODS, **SETUP},
     "on a CPU, in fp32": {"model": "gpt2", "methods": ("full", "ia3"), "device": "cpu-epyc-genoa-2c", "dtype": "fp32",
                           "batch": 1, "seq": 64, "axes": ("batch",)},
-    "nothing fits": {"model": "llama-3.1-8b", "methods": METHODS[:2], "device": "l4", "batch": 8, "seq": 4096},
+    "nothing fits": {"model": "llama-3.1-8b", "methods": METHODS[:2], "device": "l4", "seq": 8192, "axes": ()},
     "the same twice": {"model": "bert-base", "methods": ("lora", "lora"), "device": "t4", "dtype": "fp32",
                        "amp": "fp16", "batch": 2, "seq": 64, "axes": ("size",)},
     "on 8 GPUs": {"model": "gpt2", "methods": METHODS, **SETUP, "gpus": 8, "parallel": "zero3", "offload": "params"},
