@@ -16,11 +16,8 @@ READ = "{} ({}) was read in memory and is stored nowhere"
 ENDINGS = (".yaml", ".yml", ".json")
 OF_A_FORM = ("parallel", "tp", "cp", "cp_rotate", "reshard", "shard_group", "offload")  # that files name
 OF_A_PIPELINE = ("pp", "pp_schedule")  # that they do not
-# Fields of a setup that a file need not name: what was chosen of them before is not the file's
-UNSET = (
-    "packing", "padded", "group_by_length", "objective", "lengths", "ddp", "reduce_dtype", "sync_each_batch",
-    "fsdp_units", "overlap", *OF_A_FORM, *OF_A_PIPELINE,
-)  # fmt: skip
+# Fields of a setup that are the visitor's own, the first two where a file names none; all else is as in a fresh form
+STAYS = ("batch", "seq", "gpus", "nodes", "node")
 
 
 def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
@@ -43,9 +40,9 @@ def of_file(name: str, text: str, before: Choices) -> tuple[Choices, list[str]]:
     model = bundled_model(found.model) if found.model else before.model
     setup, method, said = _on_its_model(_on_its_gpus(found, before.setup), model)
     methods = before.methods if method is None else ("full", method) if method != "full" else ("full", "lora")
-    usual = before.setup if not setup else replace(before.setup, **_unset())
+    start = before.setup if not setup else Setup(**{name: getattr(before.setup, name) for name in STAYS})
     known = {name: value for name, value in setup.items() if value is not None and name not in NOT_HERE}
-    made = replace(before, model=model, methods=methods, setup=with_fields(usual, known))
+    made = replace(before, model=model, methods=methods, setup=with_fields(start, known))
     epochs = found.job.get("epochs")
     made = made if epochs is None else replace(made, epochs=float(epochs))
     return made, list(filter(None, (READ.format(name, found.tool), said.first_line, *found.notes)))
@@ -61,12 +58,6 @@ def _of_launch(launch: Launch, name: str, before: Choices) -> tuple[Choices, lis
     found = launch.of(Imported(launch.tool, None, None, chosen, [], []), several=gpus > 1, gpus=(gpus,))
     made = replace(before, setup=replace(setup, **found.setup | {"gpus": gpus, "nodes": launch.nodes}))
     return made, list(filter(None, (f"{READ.format(name, launch.tool)}: {launch.in_words}", found.first_line)))
-
-
-def _unset() -> dict[str, Any]:
-    """Fields that a file need not name, as they are at first."""
-    usual = Choices().setup
-    return {name: getattr(usual, name) for name in UNSET}
 
 
 def _on_its_gpus(found: Imported, before: Setup) -> Imported:

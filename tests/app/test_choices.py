@@ -171,6 +171,35 @@ def test_a_config_fills_the_form() -> None:
     assert of_query(to_query(c)) == c
 
 
+ONE_BILLION = "model_name_or_path: meta-llama/Llama-3.2-1B\n"
+OF_TRL = ONE_BILLION + "dataset_name: x\nper_device_train_batch_size: 3\nmax_length: 777\n"
+OF_TRANSFORMERS = ONE_BILLION + "per_device_train_batch_size: 3\n"
+OF_FACTORY = ONE_BILLION + "finetuning_type: full\nstage: sft\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (OF_TRL, OF_FACTORY + "pure_bf16: true\n"),
+        (OF_TRL, OF_TRANSFORMERS),
+        (AXOLOTL + "fp8: true\n", OF_TRL),
+        (AXOLOTL + "torch_compile: true\n", "model: meta-llama/Llama-3.2-1B\nmodel_class: llm\nmicro_batch_size: 2\n"),
+        (AXOLOTL.replace("adapter", "rl: grpo\nadapter"), AXOLOTL),
+        (OF_FACTORY + "bf16: true\nuse_galore: true\ngalore_layerwise: true\n", OF_TRL),
+    ],
+)
+def test_a_config_is_read_alike_whatever_was_dropped_before(first: str, then: str) -> None:
+    """What a file leaves out is as usual, not as another file had it; sizes and GPUs that it does not name are kept."""
+    before = Choices(setup=Setup(batch=4, seq=512, gpus=4, nodes=2, node="aws-p5"))
+    dropped, _ = of_file("first.yaml", first, before)
+    kept = {name: getattr(dropped.setup, name) for name in ("batch", "seq")}
+    fresh = replace(before, setup=replace(before.setup, **kept))
+    after, said = of_file("then.yaml", then, dropped)
+    alone, said_alone = of_file("then.yaml", then, fresh)
+    assert (after.setup, said) == (alone.setup, said_alone)
+    assert (after.setup.gpus, after.setup.nodes, after.setup.node) == (4, 2, "aws-p5")
+
+
 SHARDED = AXOLOTL + "fsdp_version: 2\nfsdp_config: {reshard_after_forward: true, offload_params: true}\n"
 
 
