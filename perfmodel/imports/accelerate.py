@@ -13,7 +13,7 @@ from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, ONE_GROUP, check_launch
 from .micro_batches import KEYS, on_each_gpu
-from .read import Imported
+from .read import TOOLS, Imported
 from .values import read_values
 
 ZERO = "zero_optimization"
@@ -133,9 +133,9 @@ def read_launch(path: Path) -> Launch:
     return launch_of(path, values)
 
 
-def is_launch(values: Mapping[str, Any]) -> bool:
-    """Whether a file's values are accelerate's or DeepSpeed's."""
-    return ZERO in values or any(mark in values for mark in MARKS)
+def is_launch(values: dict[str, Any]) -> bool:
+    """Whether a file's values are accelerate's or DeepSpeed's; a training config may hand `num_processes` on."""
+    return ZERO in values or (any(mark in values for mark in MARKS) and not any(tool.owns(values) for tool in TOOLS))
 
 
 def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Launch:

@@ -259,6 +259,13 @@ def test_a_launchers_config_chooses_gpus_and_what_they_do() -> None:
     assert of_query(to_query(c)) == c
 
 
+def test_a_training_config_that_says_how_many_run_it_is_no_launchers() -> None:
+    """TRL's scripts hand `num_processes` on to accelerate."""
+    c, said = of_file("sft.yaml", OF_TRL + "num_processes: 4\n", Choices())
+    assert (c.model, c.setup.batch, c.setup.seq) == ("llama-3.2-1b", 3, 777)
+    assert said[0].startswith("sft.yaml (Transformers/TRL) was read")
+
+
 def test_an_adapter_fills_the_form() -> None:
     adapter = '{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "gpt2"}'
     of_gpt2, _ = of_file("adapter_config.json", adapter, Choices())

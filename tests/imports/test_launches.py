@@ -277,6 +277,7 @@ def test_a_launchers_config_says_what_gpus_do(
     ("values", "told"),
     [
         ({"a": 1}, "neither accelerate's config nor DeepSpeed's"),
+        ({"num_processes": 4, "dataset_name": "x"}, "neither accelerate's config nor DeepSpeed's"),
         ([1], "keys and values are expected"),
         ({**EIGHT, "distributed_type": "MEGATRON_LM"}, "'MEGATRON_LM' is not modelled: MULTI_GPU, FSDP, DEEPSPEED"),
         ({**EIGHT, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 3}}, "version must be 1 or 2"),
