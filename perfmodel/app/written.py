@@ -11,6 +11,7 @@ from ..imports import read_alone
 from ..methods import parse
 from ..methods.lora import Lora
 from ..methods.parts.quantised import QuantisedLora
+from ..methods.parts.targeted import ALL_LINEAR
 from ..setup import Setup
 from .choices import Choices, chosen_fields, setup_fields
 
@@ -71,10 +72,17 @@ def _of_trl(c: Choices) -> dict[str, Any]:
     found |= {"optim": OPTIMIZERS[s.optimizer]} if s.optimizer in OPTIMIZERS else {}
     if isinstance(method, (Lora, QuantisedLora)):
         found |= {"use_peft": True, "lora_r": method.r, "lora_dropout": method.dropout}
-        found |= {"lora_target_modules": list(method.targets)} if method.targets else {}
+        found |= {"lora_target_modules": _listed(method.targets)} if method.targets else {}
         found |= {"load_in_4bit": True} if method.name == "qlora" else {}
         found |= {"load_in_8bit": True} if method.name == "lora_8bit" else {}
     return found
+
+
+def _listed(targets: tuple[str, ...]) -> list[str]:
+    """Targets as a list that TRL leaves one: what stands alone it takes out (trl/trainer/model_config.py), and PEFT for
+    `all-linear` or for a regex of whole paths. So a name that is alone stands twice."""
+    alone = len(targets) == 1 and targets != (ALL_LINEAR,)
+    return list(targets * 2 if alone else targets)
 
 
 def _unsaid(c: Choices, text: str) -> list[str]:

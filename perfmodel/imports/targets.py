@@ -10,13 +10,18 @@ RANGE = re.compile(r".+\[\d*(:\d*)?\]")  # Axolotl's pattern of some rows of a p
 OLD, NEW = "block_sparse_moe", "mlp"  # a mixture's name in transformers 4 and 5
 
 
-def as_targets(keys: Keys, key: str) -> tuple[str, ...]:
-    """Targets as a method takes them; a regex stands between slashes.
+def as_targets(keys: Keys, key: str, *, alone_is_regex: bool = False) -> tuple[str, ...]:
+    """Targets as a method takes them, each once; a regex stands between slashes.
+
+    Args:
+        alone_is_regex: whether the only entry of a list is a regex, too.
 
     Raises:
         UserError: neither names nor a regex.
     """
     value = keys.get(key)
+    if alone_is_regex and isinstance(value, list) and len(value) == 1:
+        (value,) = value
     if isinstance(value, str) and value.lower() == "all-linear":
         return ("all-linear",)
     if not isinstance(value, str) or ("," in value and NAME.fullmatch(value.replace(",", "").replace(" ", ""))):
@@ -24,7 +29,7 @@ def as_targets(keys: Keys, key: str) -> tuple[str, ...]:
         odd = next((name for name in names if not NAME.fullmatch(name)), None)
         if odd is not None:
             raise UserError(f"{keys.origin}: {key} {odd!r} is no name of a module; a regex stands alone, not in a list")
-        return ("all-linear",) if names == ("all-linear",) else names
+        return ("all-linear",) if names == ("all-linear",) else tuple(dict.fromkeys(names))
     if "/" in value:
         raise UserError(f"{keys.origin}: {key} {value!r} is neither a list of names nor a regex of them")
     return (f"/{value}/",)

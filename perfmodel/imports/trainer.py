@@ -233,8 +233,9 @@ def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None, 
         keys, bits=bits, dora=keys.flag("use_dora"), rslora=keys.flag("use_rslora"),
         pissa=False, plus=False,
     )  # fmt: skip
+    targets = as_targets(keys, "lora_target_modules", alone_is_regex=True)  # `ModelConfig.__post_init__` unpacks it
     return spec(
-        name, r=keys.count("lora_r", 16), targets=as_targets(keys, "lora_target_modules"),
+        name, r=keys.count("lora_r", 16), targets=targets,
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         adapter_dtype=dtype_in_trl(bits, objective) or shared_dtype,
         double_quant=None if name != "qlora" else _double(keys), target_parameters=keys.names("lora_target_parameters"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("jinja2")
 
@@ -69,6 +70,19 @@ def test_the_config_says_what_was_chosen_or_what_it_does_not_say(name: str, setu
         assert comments == [f"# read as {found.method}, not as {name}", "# not said here: kernels=torch"]
     else:  # TRL fuses its head, and no key of a file keeps it from that
         assert (found.method, comments) == (name, ["# not said here: kernels=torch"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "listed"),
+    [
+        ("q_proj", ["q_proj", "q_proj"]), ("all-linear", ["all-linear"]), ("q_proj+v_proj", ["q_proj", "v_proj"]),
+    ],
+)  # fmt: skip
+def test_targets_of_the_config_are_those_that_trl_and_peft_make_of_them(targets: str, listed: list[str]) -> None:
+    """TRL takes a target out of a list of one; PEFT matches it with whole paths, of which no name is one."""
+    text = as_config(Choices(methods=("full", f"lora:r=8,targets={targets}")))
+    assert yaml.safe_load(text)["lora_target_modules"] == listed
+    assert of_file("config.yaml", text, Choices())[0].methods[1] == f"lora:r=8,targets={targets}"
 
 
 def test_what_a_config_cannot_say_is_said() -> None:

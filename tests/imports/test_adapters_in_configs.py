@@ -266,6 +266,24 @@ def test_an_adapter_of_pefts_benchmark_of_generation_is_trained_on_its_model(tmp
     assert (own.model, own.first_line) == ("distilgpt2", "")
 
 
+@pytest.mark.parametrize(
+    ("listed", "targets"),
+    [
+        ("[q_proj]", "/q_proj/"), ("[q_proj, q_proj]", "q_proj"), ("[all-linear]", "all-linear"),
+        ("['.*k_proj']", "/.*k_proj/"),
+    ],
+)  # fmt: skip
+def test_the_only_target_of_a_list_is_a_regex_to_trl(tmp_path: Path, listed: str, targets: str) -> None:
+    """TRL takes it out of its list; PEFT ends where a regex matches no whole path."""
+    text = "model_name_or_path: llama-3.2-1b\nuse_peft: true\nlora_dropout: 0\nmax_length: 16\n"
+    (tmp_path / "config.yml").write_text(text + f"lora_target_modules: {listed}")
+    found = read(tmp_path / "config.yml")
+    assert found.method == f"lora:r=16,targets={targets}"
+    if targets == "/q_proj/":
+        with pytest.raises(UserError, match="/q_proj/ matches no linear layer"):
+            predict("llama-3.2-1b", found.method, seq=16)
+
+
 @pytest.mark.parametrize("model", ["mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B"])
 def test_weights_of_experts_alone_bring_no_default_layers(tmp_path: Path, model: str) -> None:
     """Axolotl hands in an empty list of layers, where PEFT would take its default for none."""
