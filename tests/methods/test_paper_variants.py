@@ -254,6 +254,7 @@ def test_a_draw_has_as_many_blocks_as_asked_for(layers: int, data: Any) -> None:
     [
         ("rolora:round=C", "method rolora: round 'C' is unknown: use A or B"),
         ("cola:phase=0", "method cola: phase must be from 1"),
+        ("lora:alpha=nan", "method lora: alpha must be a number, got 'nan'"),
         ("paca:adapter_dtype=x", "method paca: adapter_dtype 'x' is unknown"),
         ("top_k:k=1,targets=nonsense", "method top_k: targets goes with inner=lora"),
         ("top_k:k=1,r=4", "method top_k: r goes with inner=lora"),

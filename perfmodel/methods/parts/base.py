@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Hashable
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -330,7 +331,9 @@ def _convert(where: str, text: str, hint: Any) -> Any:
         return (text,) if text.startswith("/") else tuple(filter(None, text.split("+")))
     try:
         if hint is float:
-            return float(text)
+            if not isfinite(number := float(text)):
+                raise ValueError
+            return number
         return text if "str" in str(hint) else int(text)
     except ValueError:
         kind = "number" if hint is float else "whole number"
