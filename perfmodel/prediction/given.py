@@ -9,6 +9,8 @@ from ..devices.profile import DeviceProfile
 from ..errors import UserError, check_kind, nearest
 from ..setup import Setup
 
+NAMES = tuple(f.name for f in fields(Setup))
+
 
 def setup_given(
     setup: Setup | None,
@@ -25,10 +27,9 @@ def setup_given(
         UserError: an unknown option, or one out of range.
     """
     check_kind("setup", setup, (Setup, type(None)), "a Setup; its fields go as options, such as batch=4")
-    known = {f.name for f in fields(Setup)}
     for name in options:
-        if name not in known:
-            raise UserError(f"unknown setup option {name!r}: {nearest(name, known)}")
+        if name not in NAMES:
+            raise UserError(f"unknown setup option {name!r}: {nearest(name, NAMES)}")
     if setup is not None:
         return replace(setup, **options) if options else setup
     usual = {} if "attention" in options or architecture is None else usual_attention(architecture)
