@@ -1,7 +1,6 @@
 """Which tool a config file belongs to, and what it says as model, method and setup."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -33,7 +32,7 @@ from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with
 from .micro_batches import agreed
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 from .trained_for import cut_otherwise
-from .values import read_values, refuse_others, values_alone
+from .values import read_values, refuse_others, unquoted, values_alone
 
 CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that has them
 
@@ -242,8 +241,6 @@ PRECISE = ("Axolotl", "LLaMA-Factory v1")  # tools that take no precision from a
 BASELINES = {(FACTORY, half, False): "full:trained_dtype=fp32" for half in ("bf16", "fp16")}
 PRECISION = ("bf16", "fp16", "pure_bf16")
 BALANCING = ("dpo", "kto", "grpo")  # objectives whose trainers add the loss on the loads of experts
-WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-OF_WORDS = re.compile("^(wandb|hub|report)_|strategy$")  # keys that hold such words, as save_strategy: "no"
 FROZEN = {"Axolotl": axolotl.frozen_on_request, FACTORY: llama_factory.frozen}
 
 
@@ -281,10 +278,29 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
             f"{path}: not a config of PEFT, Axolotl, LLaMA-Factory, TRL or Transformers: it has none of the keys they "
             "need"
         )
-    values = _unquoted(found.name, path, values)
-    keys, table = Keys(values, path.name, path.parts, alone=alone), meanings_of(*found.tables)
+    keys = Keys(unquoted(found.name, path, values), path.name, path.parts, alone=alone)
     if found.name == "PEFT":
-        return _of_adapter(found.name, path, keys, table)
+        return _of_adapter(found.name, path, keys, meanings_of(*found.tables))
+    return _of_training(found, keys)
+
+
+def read_arguments(values: dict[str, Any], origin: str, usual: Collection[str] = ()) -> Imported:
+    """What the arguments of a Trainer of transformers or TRL say.
+
+    Args:
+        usual: names of those that have their defaults, of which there is nothing to say.
+
+    Raises:
+        UserError: as of `read`.
+    """
+    keys = Keys(values, origin)
+    keys.used.update(usual)
+    return _of_training(TOOLS[-1], keys)
+
+
+def _of_training(found: Tool, keys: Keys) -> Imported:
+    """What the keys of a training config say."""
+    values, table = keys.values, meanings_of(*found.tables)
     refuse(keys, table)
     model, method, setup, notes = found.reader(keys)
     frozen = FROZEN[found.name](keys) if found.name in FROZEN else ()
@@ -305,15 +321,6 @@ def _imported(path: Path, values: dict[str, Any], *, alone: bool) -> Imported:
         samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),
         baseline=BASELINES.get((found.name, setup["dtype"], bool(values.get("pure_bf16"))), "full"),
     )  # fmt: skip
-
-
-def _unquoted(tool: str, path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Words in quotes as a tool takes them; one for false is true to LLaMA-Factory, and to some checks of Axolotl."""
-    words = {key: value.lower() for key, value in values.items() if isinstance(value, str) and not OF_WORDS.search(key)}
-    for key, word in words.items():
-        if tool in (FACTORY, "Axolotl") and WORDS.get(word) is False:
-            raise UserError(f"{path}: {key} {values[key]!r} in quotes is a word, which {tool} may take for true")
-    return {**values, **{k: WORDS[w] for k, w in words.items() if w in WORDS}} if tool == "Axolotl" else values
 
 
 def _balances(tool: str, keys: Keys, objective: str) -> bool:
@@ -347,13 +354,9 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:
     """PEFT's own file: what the built-in form cannot say, a trace can."""
     try:
-        model, method, setup, notes = adapter.read(keys)
-        rest = [key for key in keys.unread() if table.has_effect(key, keys.values[key])]
-        asked = [key for key in rest if not table.without_weight(key)]
-        if asked:
-            raise adapter.NoBuiltIn(f"{keys.origin}: {', '.join(asked)} {'has' if len(asked) == 1 else 'have'}")
+        model, method, setup, notes, rest = adapter.read_whole(keys, table)
     except adapter.NoBuiltIn as error:
-        why = f"{error} no built-in form: add --traced"
+        why = error.but("add --traced")
         adapter.differ_without_data(keys)
         base, differences = keys.text("base_model_name_or_path"), keys.told_differences()
         task = keys.text("task_type", "") or ""

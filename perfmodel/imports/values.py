@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..resources import LARGEST, json_object, mapping, parsed, read_text
+from .ddp import FACTORY
 from .keys import NO_TRAINING
 
 LARGEST_YAML = 2**20  # bytes
@@ -22,6 +23,9 @@ BESIDE = (
 OF_OTHERS = ((("train_type model", "tuner_type model"), "ms-swift"),)
 COMPONENT = "_component_"  # of torchtune's sections
 UNREAD = "a config of {}, which is not read: say its step with options, such as --model, --method, --batch and --seq"
+
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+OF_WORDS = re.compile("^(wandb|hub|report)_|strategy$")  # keys that hold such words, as save_strategy: "no"
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -84,6 +88,19 @@ def refuse_others(path: Path, values: dict[str, Any]) -> None:
     for marks, tool in OF_OTHERS:
         if _has(values, marks):
             raise UserError(f"{path}: {UNREAD.format(tool)}")
+
+
+def unquoted(tool: str, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Words in quotes as a tool takes them; one for false is true to LLaMA-Factory, and to some checks of Axolotl.
+
+    Raises:
+        UserError: a word for false in a file of these.
+    """
+    words = {key: value.lower() for key, value in values.items() if isinstance(value, str) and not OF_WORDS.search(key)}
+    for key, word in words.items():
+        if tool in (FACTORY, "Axolotl") and WORDS.get(word) is False:
+            raise UserError(f"{path}: {key} {values[key]!r} in quotes is a word, which {tool} may take for true")
+    return {**values, **{k: WORDS[w] for k, w in words.items() if w in WORDS}} if tool == "Axolotl" else values
 
 
 def _has(values: dict[str, Any], marks: tuple[str, ...]) -> bool:

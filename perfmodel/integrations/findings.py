@@ -17,6 +17,7 @@ from .program import TrainingRun
 from .watch import DATA, IN_STEP, OTHER, Watch
 
 SMALL = 0.01  # of the step: causes below it are not told
+DIFFERS = "not the run's step as it is: "
 HOST_BOUND = 0.2  # share of the step that waits for the host, above which that is told
 
 
@@ -111,7 +112,7 @@ def findings(
     seen = _mean_step(program, setup, shapes, on, by)
     seconds = {what: total / watch.steps for what, total in watch.seconds().items()}
     step = sum(seconds.values())
-    notes = _notes(plan, on, named, grown if peak is None else None)
+    notes = [*_unlike(program, plan), *_notes(plan, on, named, grown if peak is None else None)]
     causes = [
         Cause(seen - float(plan.time.phases["total"]), _batches(program, plan.setup.seq, shapes, micro)),
         Cause(seconds.get(DATA, 0.0), "waiting for data: more dataloader_num_workers, or a cheaper collator"),
@@ -181,6 +182,14 @@ def _rest(seconds: float, seen: float, planned: Prediction) -> Cause:
     else:
         what = "inside the step, beyond the prediction's interval: other clocks, a shared machine, or code of your own"
     return Cause(seconds, what)
+
+
+def _unlike(program: TrainingRun, planned: Prediction) -> list[str]:
+    """How the step that is predicted is another one than the run's."""
+    said = [DIFFERS + "; ".join(program.differences)] if program.differences else []
+    if program.trained not in (None, planned.trainable_params):
+        said.append(f"{program.trained:,} parameters of the model train, {planned.trainable_params:,} are predicted to")
+    return said
 
 
 def _notes(planned: Prediction, on: DeviceProfile, named: str | None, grown: int | None) -> list[str]:

@@ -6,15 +6,18 @@ Nothing here imports torch or transformers: the objects of the run are asked for
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..architectures import Architecture, Config, from_config
 from ..devices import profile
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
-from ..imports import adapter, trainer
+from ..imports import Imported, adapter
+from ..imports.fields import DECAYED
 from ..imports.keys import Keys
+from ..imports.meanings import meanings_of
+from ..imports.read import read_arguments
 from ..methods import Method, parse
 from ..methods.parts.peft_adapter import AUTOCAST, PeftAdapter
 from ..prediction.predict import method_of
@@ -24,6 +27,8 @@ from ..tracing.recorded import traced
 
 HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
+OF_DEVICES = ("use_cpu", "no_cuda")  # arguments that say where the model is
+QUANTISED = "base weights in {}, not quantised (quantization_config)"
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,16 @@ class TrainingRun:
     Attributes:
         method: bound to the architecture.
         length: tokens of a sample that the run's configuration names (TRL's max_length), None if it names none.
+        differences: how the step that is predicted differs from the run's.
+        trained: parameters of the model that train, None where several processes may share them.
     """
 
     architecture: Architecture
     method: Method
     setup: Setup
     length: int | None
+    differences: tuple[str, ...]
+    trained: int | None
 
 
 def trainer_program(model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False) -> TrainingRun:
@@ -56,19 +65,30 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     config = Config(values, type(base).__name__, type(base).__name__)
     architecture = traced(config) if from_trace else from_config(config)
     weights = _dtype(p for p in base.parameters() if not p.requires_grad or base is model)
-    found = arguments.to_dict() | {
-        "dtype": f"torch.{weights}",
-        "attn_implementation": getattr(base.config, "_attn_implementation", None),
-    }
-    _, _, fields, _ = trainer.read(Keys(found, "TrainingArguments"))
-    if (objective := fields.get("objective", "sft")) != "sft":  # its trainer runs more forward passes than batches
+    found = _asked(arguments, weights, getattr(base.config, "_attn_implementation", None))
+    if (objective := found.setup.get("objective", "sft")) != "sft":  # its trainer runs more forward passes than batches
         raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
-    length = fields.pop("seq", None) if found.get("max_length") or found.get("max_seq_length") else None
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
-    fields.pop("seq", None)  # a default, where the run cuts no sample
-    fields["kernels"] = _kernels(fields["kernels"], architecture)
-    setup = replace(Setup(), **fields, experts=_experts(base), stack=_stack())
-    return TrainingRun(architecture, chosen.bind(architecture), setup, length)
+    asked = {**found.setup, "kernels": _kernels(found.setup["kernels"], architecture)}
+    length = asked.pop("seq", None)  # a default, where the run cuts no sample
+    cuts = any(getattr(arguments, name, None) for name in ("max_length", "max_seq_length"))
+    setup = replace(Setup(), **asked, experts=_experts(base), stack=_stack())
+    differences = [words for words in found.differences if chosen.name == "full" or not words.startswith(DECAYED)]
+    if method is None and values.get("quantization_config"):
+        differences.append(QUANTISED.format(weights))
+    alone = arguments.world_size == 1
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) if alone else None
+    bound = chosen.bind(architecture)
+    return TrainingRun(architecture, bound, setup, length if cuts else None, tuple(differences), trained)
+
+
+def _asked(arguments: Any, weights: str, attention: str | None) -> Imported:
+    """What the arguments ask of a step, wherever it runs; nothing is said of those that have their defaults."""
+    values = arguments.to_dict()
+    usual = [field.name for field in fields(arguments) if values.get(field.name) == field.default]
+    given = {name: value for name, value in values.items() if name not in OF_DEVICES}
+    of_model = {"dtype": f"torch.{weights}", "attn_implementation": attention}
+    return read_arguments(given | of_model, "TrainingArguments", usual).with_seq()
 
 
 def _kernels(asked: str, architecture: Architecture) -> str:
@@ -112,7 +132,10 @@ def _method(model: Any, weights: str, *, from_trace: bool) -> Method:
     adapters = _dtype(p for p in model.parameters() if p.requires_grad)
     if from_trace:
         return PeftAdapter.of({**plain, AUTOCAST: adapters != weights})
-    _, spec, _, _ = adapter.read(Keys(plain, "peft_config"))
+    try:
+        _, spec, *_ = adapter.read_whole(Keys(plain, "peft_config"), meanings_of("peft"))
+    except adapter.NoBuiltIn as error:
+        raise UserError(error.but("give traced=True")) from None
     if adapters == weights and f"torch.{weights}" in HALF:  # peft keeps adapters in fp32 unless told otherwise
         spec += f"{',' if ':' in spec else ':'}adapter_dtype={HALF[f'torch.{weights}']}"
     return parse(spec)

@@ -4,7 +4,7 @@ import mmap
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from perfmodel import UserError
 from perfmodel.architectures import Config, from_config
+from perfmodel.imports.packing import NEVER_CUT
 from perfmodel.integrations import program
 from perfmodel.integrations.findings import Findings
 from perfmodel.integrations.program import CPU, trainer_program
@@ -33,6 +34,15 @@ CONFIG = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512,
     "num_key_value_heads": 2, "pad_token_id": 0,
 }  # fmt: skip
+
+
+@dataclass
+class SFTArguments(TrainingArguments):
+    """Of TRL's SFTConfig what tells whose it is."""
+
+    max_length: int | None = 1024
+    packing: bool = False
+    loss_type: str = "nll"
 
 
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -97,14 +107,60 @@ def test_a_real_run_is_predicted_from_the_trainer_alone(tmp_path: Path, lora: bo
 
 
 @pytest.mark.parametrize(("length", "named"), [(256, 256), (None, None)])
-def test_a_run_that_cuts_no_sample_names_no_length(length: int | None, named: int | None) -> None:
+def test_a_run_that_cuts_no_sample_names_no_length(tmp_path: Path, length: int | None, named: int | None) -> None:
     """TRL's default of 1,024 tokens is not that of a run that empties it: its batches are as long as its samples."""
+    arguments = SFTArguments(str(tmp_path), use_cpu=True, max_length=length)
+    program = trainer_program(LlamaForCausalLM(LlamaConfig(**CONFIG)), arguments)
+    assert program.length == named
+    assert not any(words.startswith(NEVER_CUT) for words in program.differences)
 
-    class Arguments:
-        def to_dict(self) -> dict[str, Any]:
-            return {"per_device_train_batch_size": 2, "packing": False, "max_length": length, "loss_type": "nll"}
 
-    assert trainer_program(LlamaForCausalLM(LlamaConfig(**CONFIG)), Arguments()).length == named
+UNLIKE = "note: not the run's step as it is: "
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"rank_pattern": {"q_proj": 32}}, "rank_pattern has"),
+        ({"exclude_modules": ["v_proj"], "lora_bias": True}, "exclude_modules, lora_bias have"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trainable_token_indices has"),
+        ({"bias": "all"}, "bias 'all' has"),
+    ],
+)
+def test_an_adapter_beyond_its_built_in_form_is_not_answered_as_a_plain_one(
+    tmp_path: Path, asked: dict[str, Any], told: str
+) -> None:
+    """Eight times the rank, taken for the model's error, would be blamed on the host."""
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **asked)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**CONFIG)), adapters)
+    with pytest.raises(UserError) as error:
+        trainer_program(model, TrainingArguments(str(tmp_path), use_cpu=True))
+    assert str(error.value) == f"peft_config: {told} no built-in form: give traced=True"
+
+
+def test_what_a_run_asks_beyond_the_predicted_step_is_told(tmp_path: Path) -> None:
+    """As of the same keys in a file; a run that asks for nothing else hears nothing."""
+    (text,) = train(tmp_path, StepPrediction(warm_up=1, steps=2), Samples(), steps=3)
+    assert UNLIKE not in text
+    beyond = {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "weight_decay": 0.1}
+    (text,) = train(tmp_path, StepPrediction(warm_up=1, steps=2), Samples(), steps=3, **beyond)
+    told = next(line for line in text.splitlines() if line.startswith(UNLIKE)).removeprefix(UNLIKE)
+    assert told == "without label smoothing (label_smoothing_factor); without NEFTune's noise (neftune_noise_alpha)"
+
+
+@pytest.mark.parametrize("asked", [{"full_determinism": True}, {"optim_target_modules": "all-linear"}])
+def test_a_run_of_another_kind_is_refused_as_its_file_is(tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="not modelled"):
+        trainer_program(
+            LlamaForCausalLM(LlamaConfig(**CONFIG)), TrainingArguments(str(tmp_path), use_cpu=True, **asked)
+        )
+
+
+def test_other_parameters_than_those_of_the_model_are_told(tmp_path: Path) -> None:
+    """Whatever was misread: what trains can be counted."""
+    callback = StepPrediction(method="lora:r=8,targets=q_proj+v_proj", warm_up=1, steps=2)
+    (text,) = train(tmp_path, callback, Samples(), lora=True, steps=3)
+    assert "note: 5,376 parameters of the model train, 10,752 are predicted to" in text
 
 
 class Logger(TrainerCallback):
