@@ -28,6 +28,7 @@ from ..tracing.recorded import traced
 HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
 OF_DEVICES = ("use_cpu", "no_cuda")  # arguments that say where the model is
+ALONE = "one process alone of {}, without what they exchange or share"
 QUANTISED = "base weights in {}, not quantised (quantization_config)"
 
 
@@ -77,6 +78,8 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     if method is None and values.get("quantization_config"):
         differences.append(QUANTISED.format(weights))
     alone = arguments.world_size == 1
+    if not alone:
+        differences.append(ALONE.format(arguments.world_size))
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) if alone else None
     bound = chosen.bind(architecture)
     return TrainingRun(architecture, bound, setup, length if cuts else None, tuple(differences), trained)

@@ -45,6 +45,13 @@ class SFTArguments(TrainingArguments):
     loss_type: str = "nll"
 
 
+@dataclass
+class SeveralArguments(TrainingArguments):
+    """Of one of four processes."""
+
+    world_size = 4
+
+
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Random tokens; may take a while to come, and may end in padding."""
 
@@ -161,6 +168,16 @@ def test_other_parameters_than_those_of_the_model_are_told(tmp_path: Path) -> No
     callback = StepPrediction(method="lora:r=8,targets=q_proj+v_proj", warm_up=1, steps=2)
     (text,) = train(tmp_path, callback, Samples(), lora=True, steps=3)
     assert "note: 5,376 parameters of the model train, 10,752 are predicted to" in text
+
+
+def test_a_run_of_several_processes_is_told_from_the_step_of_one(tmp_path: Path) -> None:
+    """What they exchange would look like a slow host, and whole weights beside a part of them like an error."""
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    alone = trainer_program(model, TrainingArguments(str(tmp_path), use_cpu=True))
+    assert (alone.differences, alone.trained) == ((), model.num_parameters())
+    several = trainer_program(model, SeveralArguments(str(tmp_path), use_cpu=True))
+    assert several.differences == ("one process alone of 4, without what they exchange or share",)
+    assert several.trained is None
 
 
 class Logger(TrainerCallback):
