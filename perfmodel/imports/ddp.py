@@ -39,19 +39,19 @@ def that_runs(ddp: str, setup: dict[str, Any]) -> tuple[str, list[str]]:
     return ("plain", [ENDS[ddp]]) if ends.get(ddp) else (ddp, [])
 
 
-def _by_trainer(keys: Keys, wrapped: bool, setup: dict[str, Any]) -> bool:
-    """transformers' default: where nothing is checkpointed, and always in another class (`_build_accelerator_args`).
+def by_trainer(given: Any, wrapped: bool, setup: dict[str, Any]) -> bool:
+    """Whether DDP searches: by transformers' default where nothing is checkpointed, and always in another class.
 
     Args:
+        given: what the arguments say (`ddp_find_unused_parameters`), None if they say nothing.
         wrapped: whether the model is in such a class, as peft's.
     """
-    given = keys.values.get(ASKED)
     return bool(given) if given is not None else wrapped or setup["checkpoint"] == "none"
 
 
 def _in_trl(keys: Keys, setup: dict[str, Any]) -> bool:
     """As the Trainer."""
-    return _by_trainer(keys, bool(keys.values.get("use_peft")), setup)
+    return by_trainer(keys.values.get(ASKED), bool(keys.values.get("use_peft")), setup)
 
 
 def _in_llama_factory(keys: Keys, setup: dict[str, Any]) -> bool:
@@ -62,7 +62,7 @@ def _in_llama_factory(keys: Keys, setup: dict[str, Any]) -> bool:
     kind = keys.text("finetuning_type", "lora")
     if kind == "lora":
         return bool(keys.values.get(ASKED))
-    return _by_trainer(keys, kind == "oft" or keys.text("stage") == "rm", setup)
+    return by_trainer(keys.values.get(ASKED), kind == "oft" or keys.text("stage") == "rm", setup)
 
 
 def _in_axolotl(keys: Keys, setup: dict[str, Any]) -> bool:
@@ -71,7 +71,7 @@ def _in_axolotl(keys: Keys, setup: dict[str, Any]) -> bool:
     The builder of `rl` hands the key to no trainer, so that transformers' default holds (core/builders/rl.py).
     """
     if keys.values.get("rl"):
-        return _by_trainer(keys.but(**{ASKED: None}), bool(keys.values.get("adapter")), setup)
+        return by_trainer(None, bool(keys.values.get("adapter")), setup)
     given = keys.values.get(ASKED)
     if given is None and GEMMA_4.search(str(keys.values.get("base_model"))):
         return keys.values.get("activation_offloading") is not True

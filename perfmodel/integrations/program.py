@@ -24,11 +24,12 @@ from ..prediction.predict import method_of
 from ..program.software import SoftwareStack
 from ..setup import Setup
 from ..tracing.recorded import traced
+from .processes import REPLICATED, launched, on_its_processes
 
 HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
 OF_DEVICES = ("use_cpu", "no_cuda")  # arguments that say where the model is
-ALONE = "one process alone of {}, without what they exchange or share"
+ALONE = "one process alone of {}, without what they exchange or share ({})"
 QUANTISED = "base weights in {}, not quantised (quantization_config)"
 
 
@@ -51,12 +52,15 @@ class TrainingRun:
     trained: int | None
 
 
-def trainer_program(model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False) -> TrainingRun:
+def trainer_program(
+    model: Any, arguments: Any, method: str | None = None, *, from_trace: bool = False, alone: str | None = None
+) -> TrainingRun:
     """Read a model (a PEFT model too) and the TrainingArguments of its Trainer.
 
     Args:
         method: as `predict` takes it; read from the model if None.
         from_trace: whether steps come from traces of the real program (`perfmodel.traced`).
+        alone: why one of several processes is answered as if it were alone; None where it is not.
 
     Raises:
         UserError: an architecture, adapter or option that is not modelled, or weights of which only some train.
@@ -70,6 +74,9 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     if (objective := found.setup.get("objective", "sft")) != "sft":  # its trainer runs more forward passes than batches
         raise UserError(f"runs of {objective} are not compared step by step; ask predict --objective {objective}")
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
+    several = arguments.world_size > 1
+    if several and alone is None:
+        found = on_its_processes(found, arguments, model, chosen.spec)
     asked = {**found.setup, "kernels": _kernels(found.setup["kernels"], architecture)}
     length = asked.pop("seq", None)  # a default, where the run cuts no sample
     cuts = any(getattr(arguments, name, None) for name in ("max_length", "max_seq_length"))
@@ -77,10 +84,12 @@ def trainer_program(model: Any, arguments: Any, method: str | None = None, *, fr
     differences = [words for words in found.differences if chosen.name == "full" or not words.startswith(DECAYED)]
     if method is None and values.get("quantization_config"):
         differences.append(QUANTISED.format(weights))
-    alone = arguments.world_size == 1
-    if not alone:
-        differences.append(ALONE.format(arguments.world_size))
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) if alone else None
+    if several and alone is not None:
+        differences.append(ALONE.format(arguments.world_size, alone))
+    if arguments.n_gpu > 1:
+        differences.append(REPLICATED.format(arguments.n_gpu))
+    whole = not several or (alone is None and setup.parallel in ("ddp", "zero1", "zero2") and setup.tp == 1)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad) if whole else None
     bound = chosen.bind(architecture)
     return TrainingRun(architecture, bound, setup, length if cuts else None, tuple(differences), trained)
 
@@ -91,7 +100,7 @@ def _asked(arguments: Any, weights: str, attention: str | None) -> Imported:
     usual = [field.name for field in fields(arguments) if values.get(field.name) == field.default]
     given = {name: value for name, value in values.items() if name not in OF_DEVICES}
     of_model = {"dtype": f"torch.{weights}", "attn_implementation": attention}
-    return read_arguments(given | of_model, "TrainingArguments", usual).with_seq()
+    return read_arguments(given | launched(arguments) | of_model, "TrainingArguments", usual).with_seq()
 
 
 def _kernels(asked: str, architecture: Architecture) -> str:
@@ -116,8 +125,10 @@ def _experts(base: Any) -> str:
 
 
 def _dtype(parameters: Iterator[Any]) -> str:
-    """The dtype of the first matrix among parameters, float32 if there is none."""
-    return next((str(p.dtype).removeprefix("torch.") for p in parameters if p.dim() > 1), "float32")
+    """The dtype of the first matrix among parameters; of the first one where all are shards, float32 of none."""
+    known = list(parameters)
+    matrices = [p for p in known if len(getattr(p, "ds_shape", p.shape)) > 1]
+    return next((str(p.dtype).removeprefix("torch.") for p in (*matrices, *known)), "float32")
 
 
 def _method(model: Any, weights: str, *, from_trace: bool) -> Method:

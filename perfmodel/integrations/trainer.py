@@ -11,12 +11,14 @@ and is silent from then on. Model, method and setup are read from the Trainer, t
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..devices import host as hosts
 from ..devices import profile
 from ..errors import UserError
+from ..prediction.predict import Prediction
 from .findings import Findings, as_configured, findings, too_large
 from .program import TrainingRun, device_here, trainer_program
 from .watch import DATA, IN_STEP, OTHER, Stopwatch, Watch
@@ -30,6 +32,7 @@ class StepPrediction:
     Args:
         device: what to predict for, a name or the path of a TOML; the device that the Trainer runs on if None.
         host: name or path of a TOML.
+        node: what several processes run on, a name or the path of a TOML; the usual one of the device if None.
         method: as `perfmodel predict --method` takes it; read from the model if None.
         traced: whether to predict from a trace of the real program (`perfmodel.traced`): for models and tuners without
             a built-in form.
@@ -50,6 +53,7 @@ class StepPrediction:
         device: str | None = None,
         *,
         host: str = "default",
+        node: str | None = None,
         method: str | None = None,
         traced: bool = False,
         seq: int | None = None,
@@ -60,7 +64,7 @@ class StepPrediction:
     ) -> None:
         if warm_up < 0 or steps < 1:
             raise UserError(f"warm_up must be from 0 and steps from 1, got {warm_up} and {steps}")
-        self.device, self.host, self.method, self.seq = device, host, method, seq
+        self.device, self.host, self.node, self.method, self.seq = device, host, node, method, seq
         self.traced = traced
         self.warm_up, self.steps, self.show, self.log = warm_up, steps, show, log
         self.program: TrainingRun | None = None
@@ -149,14 +153,28 @@ class StepPrediction:
             self.show(f"perfmodel: no prediction: {kind}{error}")
 
     def _before(self, seq: int) -> None:
-        """Read the run, and warn if its step will not fit; ranks that may share weights are not judged."""
-        program = trainer_program(self.model, self.arguments, self.method, from_trace=self.traced)
-        self.program = replace(program, length=self.seq or program.length)
-        if self.arguments.world_size == 1 and not self.arguments.deepspeed:
-            on = self._on()
-            warning = too_large(as_configured(self.program, seq, on, hosts.host_of(self.host, on)), on)
-            if warning:
-                self.show(f"perfmodel: {warning}")
+        """Read the run, and warn if its step will not fit; a process that is taken alone of several is not judged."""
+        on = self._on()
+        by = hosts.host_of(self.host, on)
+        read = partial(trainer_program, self.model, self.arguments, self.method, from_trace=self.traced)
+        try:
+            self.program, planned = self._planned(read(), seq, on, by)
+            warning = too_large(planned, on)
+        except UserError as error:
+            if self.arguments.world_size == 1:
+                raise
+            self.program, _ = self._planned(read(alone=str(error)), seq, on, by)
+            warning = ""
+        if warning:
+            self.show(f"perfmodel: {warning}")
+
+    def _planned(
+        self, program: TrainingRun, seq: int, on: profile.DeviceProfile, by: hosts.Host
+    ) -> tuple[TrainingRun, Prediction]:
+        """A run, and the prediction of its step as configured, or of a first batch of so many tokens a sample."""
+        setup = program.setup if program.setup.gpus == 1 else replace(program.setup, node=self.node)
+        known = replace(program, length=self.seq or program.length, setup=setup)
+        return known, as_configured(known, seq, on, by)
 
     def _end(self, control: Any) -> None:
         """Close the window, print and log."""
