@@ -76,7 +76,7 @@ def trainer_program(
     chosen = method_of(method) if method else _method(model, weights, from_trace=from_trace)
     several = arguments.world_size > 1
     if several and alone is None:
-        found = on_its_processes(found, arguments, model, chosen.spec)
+        found = on_its_processes(found, arguments, model, chosen.spec())
     asked = {**found.setup, "kernels": _kernels(found.setup["kernels"], architecture)}
     length = asked.pop("seq", None)  # a default, where the run cuts no sample
     cuts = any(getattr(arguments, name, None) for name in ("max_length", "max_seq_length"))

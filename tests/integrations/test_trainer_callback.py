@@ -229,6 +229,24 @@ def test_deepspeeds_stage_is_that_of_the_plugin(tmp_path: Path) -> None:
     assert (run.setup.parallel, run.setup.dtype) == ("zero3", "bf16")
 
 
+@dataclass
+class OfTrl(SFTArguments):
+    """As TRL's own class, of one of two processes."""
+
+    __module__ = "trl.trainer.sft_config"
+    world_size = 2
+
+
+def test_trl_has_its_own_ways_with_adapters_under_zero_3(tmp_path: Path) -> None:
+    """Its trainer checkpoints reentrantly there; the plain one does as it is told."""
+    found = []
+    for kind in (OfTrl, SeveralArguments):
+        arguments = kind(str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+        arguments.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+        found.append(trainer_program(in_one_class(lora=True), arguments).setup.checkpoint)
+    assert found == ["block-reentrant", "block"]
+
+
 class TwoProcesses(SeveralArguments):
     """Their network is nobody's but this machine's."""
 
