@@ -18,7 +18,7 @@ TRL = "trl."  # the package whose trainers keep adapters and checkpoints as they
 REPLICATED = "one GPU, not nn.DataParallel over {}"
 
 
-def launched(arguments: Any) -> dict[str, Any]:
+def keys_of_launcher(arguments: Any) -> dict[str, Any]:
     """What a launcher or an object decides, as keys of a training config."""
     given: dict[str, Any] = {}
     mixed = getattr(arguments, "mixed_precision", "no")

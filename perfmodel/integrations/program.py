@@ -24,7 +24,7 @@ from ..prediction.predict import method_of
 from ..program.software import SoftwareStack
 from ..setup import Setup
 from ..tracing.recorded import traced
-from .processes import REPLICATED, launched, on_its_processes
+from .processes import REPLICATED, keys_of_launcher, on_its_processes
 
 HALF = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 CPU = "cpu-epyc-genoa-2c"  # the bundled CPU profile
@@ -100,7 +100,7 @@ def _asked(arguments: Any, weights: str, attention: str | None) -> Imported:
     usual = [field.name for field in fields(arguments) if values.get(field.name) == field.default]
     given = {name: value for name, value in values.items() if name not in OF_DEVICES}
     of_model = {"dtype": f"torch.{weights}", "attn_implementation": attention}
-    return read_arguments(given | launched(arguments) | of_model, "TrainingArguments", usual).with_seq()
+    return read_arguments(given | keys_of_launcher(arguments) | of_model, "TrainingArguments", usual).with_seq()
 
 
 def _kernels(asked: str, architecture: Architecture) -> str:

@@ -19,7 +19,8 @@ class Memory:
     `gradients` are those that a rank keeps (of ZeRO-1 and 2 its part). `activations` is what the peak holds beyond
     weights, gradients and optimizer state: saved activations, logits, temporaries of the optimizer. `low` and `high`
     bound what the allocator reserves for it, fragmentation included. `host` is what is kept for it in the host's
-    memory, page-locked: offloaded weights, states and gradients.
+    memory, page-locked: offloaded weights, states and gradients. `buffers` is what NCCL keeps for the groups that a GPU
+    exchanges with, beside the allocator (`perfmodel.network.buffers`).
     """
 
     weights: Dim
@@ -30,6 +31,7 @@ class Memory:
     low: Any
     high: Any
     host: Dim = 0
+    buffers: Dim = 0
 
     @classmethod
     def of(cls, built: Step) -> "Memory":
@@ -100,16 +102,16 @@ def reserved_bounds(peak: Dim, device: str) -> tuple[Dim, Dim]:
     return peak + workspace, peak * (1 + FRAGMENTATION) + workspace
 
 
-def fits(peak: Dim, capacity: float, device: str) -> Dim:
+def fits(peak: Dim, capacity: float, device: str, buffers: Dim = 0) -> Dim:
     """Whether the step runs in a device memory of `capacity` bytes, with the context and a tight allocator."""
-    return reserved_bounds(peak, device)[0] <= reservable(capacity, device)
+    return reserved_bounds(peak, device)[0] <= reservable(capacity, device, buffers)
 
 
-def reservable(capacity: float, device: str) -> float:
-    """Bytes of a device memory that the allocator can have: all but CUDA's context."""
-    return capacity - (CONTEXT if device == "cuda" else 0.0)
+def reservable(capacity: float, device: str, buffers: Dim = 0) -> Any:
+    """Bytes of a device memory that the allocator can have: all but CUDA's context and NCCL's buffers."""
+    return capacity - (CONTEXT if device == "cuda" else 0.0) - buffers
 
 
-def room(capacity: float, device: str) -> float:
+def room(capacity: float, device: str, buffers: Dim = 0) -> Any:
     """The highest peak that fits into a device memory of `capacity` bytes."""
-    return reservable(capacity, device) - (WORKSPACE if device == "cuda" else 0)
+    return reservable(capacity, device, buffers) - (WORKSPACE if device == "cuda" else 0)

@@ -29,7 +29,7 @@ BROKEN = "Dynamo breaks the graph in each layer of {}'s in PEFT's code: expect l
 FP16_UNSCALED = "--amp fp16: without the pass that unscales gradients and looks for infinities (GradScaler)"
 
 
-def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[str]:
+def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time, held: memory.Memory) -> list[str]:
     """What a reader should know about a prediction and its time."""
     seconds, total = time.components, time.phases["total"]
     notes = notes_before(built.architecture, built.method, built.setup)
@@ -59,7 +59,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time) -> list[s
     notes += _mixture_notes(built)
     ran = [kind for kind, calls in time.communication.calls.items() if np.any(calls)]
     notes += on.network.notes_of(ran) if on.network is not None else []
-    notes += _room_notes(built, on)
+    notes += _room_notes(held, on)
     notes += _offload_notes(built, on)
     notes += _stack_notes(built, on)
     if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
@@ -150,9 +150,9 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
     ]
 
 
-def _room_notes(built: StepWork, on: DeviceProfile) -> list[str]:
+def _room_notes(held: memory.Memory, on: DeviceProfile) -> list[str]:
     """Says of a step that fits where fragmentation may take more than is there."""
-    held, limit = built.memory, memory.reservable(on.capacity, on.kind)
+    limit = memory.reservable(on.capacity, on.kind, held.buffers)
     if not np.any(np.less_equal(held.low, limit) & np.greater(held.high, limit)):
         return []
     if np.ndim(held.peak):

@@ -11,6 +11,7 @@ from ..devices import own
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
 from ..network import files
+from ..network.buffers import nccl_bytes
 from ..network.files import BETWEEN
 from ..network.node import Node
 from ..program.dims import Dim
@@ -95,6 +96,11 @@ class Placed:
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Multiprocessors that it takes from the kernels beside it."""
         return self.node.collective_work(kind, nbytes, *self._spread(size, stride)).channels
+
+    def buffers(self, kinds: Collection[str], size: Any, stride: Any, capability: int) -> Any:
+        """Bytes that NCCL keeps on each GPU for a group that runs these kinds of collectives."""
+        gpus, nodes = self._spread(size, stride)
+        return nccl_bytes(self.node.file, kinds, gpus, gpus // nodes, capability)
 
     def _spread(self, size: Any, stride: Any) -> tuple[Any, Any]:
         """Ranks and their nodes; some that lie on nodes unevenly (3 stages on 2) count as so many that do not (4)."""

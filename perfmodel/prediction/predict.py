@@ -297,6 +297,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
     work = replace(
         works[found.busiest], memory=works[found.fullest].memory, total=sum(step.total for step in steps),
         trainable=sum(step.trainable for step in steps), active=sum(step.active for step in steps),
+        exchanging=max((w.exchanging for w in works), key=len),
     )  # fmt: skip
     figures = _figures(work, found.time, on)
     flops = sum(w.of_model for w in works) / len(works)
@@ -304,7 +305,7 @@ def _of_pipeline(architecture: Architecture, setup: Setup, method: Method, on: D
         device=on.slug,
         **{**figures, "mfu": flops / max(map(on.peak, work.dtypes)) / found.time.phases["total"]},
         peak_dtype=max(work.dtypes, key=on.peak),
-        notes=[*notes_on(work, on, by, found.time), found.note],
+        notes=[*notes_on(work, on, by, found.time, figures["memory"]), found.note],
         pipeline=None if grid_shape(setup, method) else found,
         recorded=StepOnDemand(KnownStep(work, None, steps[found.busiest]), found.durations),
     )
@@ -354,11 +355,12 @@ def _answer(
     work = known.work
     exchange = exchange_of(known.step, durations, on, by) if known.step is not None else None
     time = time_of(work, durations, on, by, clocks, exchange)
+    figures = _figures(work, time, on)
     return Prediction(
         device=on.slug,
-        **_figures(work, time, on),
+        **figures,
         peak_dtype=max(work.dtypes, key=on.peak),
-        notes=notes_on(work, on, by, time),
+        notes=notes_on(work, on, by, time, figures["memory"]),
         periodic=[_periodic(ops, on, by) for ops in work.periodic],
         choices=[{**choice} for choice in work.choices],
         recorded=StepOnDemand(known, durations),
@@ -367,7 +369,7 @@ def _answer(
 
 def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[str, Any]:
     """The fields of a prediction that hold its figures, and what they are of."""
-    held, counted = work.memory, work.counted
+    held, counted = replace(work.memory, buffers=_buffers(work, on)), work.counted
     capacity = of_each(on, lambda device: device.capacity)
     peak = of_each(on, lambda device: max(map(device.peak, work.dtypes)))
     return {
@@ -375,9 +377,17 @@ def _figures(work: StepWork, time: Time, on: DeviceProfile | Devices) -> dict[st
         "total_params": work.total, "trainable_params": work.trainable, "active_params": work.active,
         # what is kept is nobody's to change
         **{name: {**counted[name]} for name in ("flops", "bytes", "kernels", "dispatches")},
-        "time": time, "memory": held, "fits": memory.fits(held.peak, capacity, work.device),
+        "time": time, "memory": held, "fits": memory.fits(held.peak, capacity, work.device, held.buffers),
         "mfu": work.of_model / peak / time.phases["total"],
     }  # fmt: skip
+
+
+def _buffers(work: StepWork, on: DeviceProfile | Devices) -> Dim:
+    """What NCCL keeps on a GPU for the groups that it exchanges with, B."""
+    if not isinstance(on, DeviceProfile) or on.network is None:
+        return 0
+    major = int(_capability(on).split(".")[0])
+    return sum(on.network.buffers(kinds, ranks.size, ranks.stride, major) for ranks, kinds in work.exchanging)
 
 
 def _periodic(ops: PeriodicOps, on: DeviceProfile | Devices, by: Host) -> PeriodicCost:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..architectures.base import Architecture
 from ..calls import costs
+from ..calls.collectives import KIND_OF
 from ..calls.table import row
 from ..devices.host import HostCalls
 from ..methods.parts.base import Method
@@ -16,6 +17,7 @@ from ..methods.parts.periodic import PeriodicOps
 from ..program.dims import Dim, summed
 from ..program.op import Op
 from ..program.part import PHASES, Group, Part
+from ..program.ranks import Ranks
 from ..program.streams import Run
 from ..recording.reuse import Shared, recalled
 from ..recording.step import Step
@@ -131,6 +133,7 @@ class StepWork:
         counted: sums by phase of flops, recomputed flops, bytes, kernels, dispatches.
         dtypes: those that products and attention run in, that of the setup first.
         unknown: names of calls that no row of `calls.table` tells of.
+        exchanging: groups of ranks that this GPU exchanges with, and the kinds of collectives that they run.
         freezes_embedding: whether it has embeddings of words, and none of them trains.
         zero, paged_bytes, periodic, notes: as of `Step`.
     """
@@ -150,6 +153,7 @@ class StepWork:
     choices: list[dict[str, Any]]
     dtypes: list[str]
     unknown: list[str]
+    exchanging: list[tuple[Ranks, set[str]]]
     freezes_embedding: bool
     zero: bool
     paged_bytes: Dim
@@ -179,6 +183,7 @@ class StepWork:
             choices=[asdict(choice) for choice in built.method.choices(built)],
             dtypes=_product_dtypes(built),
             unknown=sorted({op.name for _, op, _ in built.ops() if not op.view and row(op.name).work == "unknown"}),
+            exchanging=_exchanging(built) if np.any(np.greater(built.setup.gpus, 1)) else [],
             freezes_embedding=bool(embeddings) and not any(p.requires_grad for p in embeddings),
             zero=built.zero,
             paged_bytes=built.paged_bytes,
@@ -214,6 +219,16 @@ def _product_dtypes(built: Step) -> list[str]:
     """The dtypes that matrix products and attention run in, that of the setup first: it names the peak among equals."""
     ops = (op for part, _ in built.parts() for op in part.ops if costs.kind(op) in ("gemm", "attention"))
     return list(dict.fromkeys([built.setup.computes_in, *map(costs.operand_dtype, ops)]))
+
+
+def _exchanging(built: Step) -> list[tuple[Ranks, set[str]]]:
+    """Groups of ranks, each a communicator, with the kinds of collectives that they run."""
+    found: dict[bytes, tuple[Ranks, set[str]]] = {}
+    for _, op, _ in built.ops():
+        if (ranks := op.attrs.ranks) is not None:
+            key = b"|".join(np.asarray(of).tobytes() for of in ranks)
+            found.setdefault(key, (ranks, set()))[1].add(KIND_OF[op.name])
+    return list(found.values())
 
 
 def _counted(built: Step, shared: Shared) -> dict[str, Phases]:

@@ -56,5 +56,8 @@ class JobNetwork(Protocol):
     def between(self, nbytes: Any, stages: tuple[int, int], width: Any) -> Any:
         """Seconds of a message between two stages of so many ranks each."""
 
+    def buffers(self, kinds: Collection[str], size: Any, stride: Any, capability: int) -> Any:
+        """Bytes that NCCL keeps on each GPU for a group that runs these kinds of collectives."""
+
     def channels(self, kind: str, nbytes: Any, size: Any, stride: Any) -> Any:
         """Multiprocessors that it takes from the kernels beside it."""

@@ -261,7 +261,7 @@ def advise(
             progress(len(searched), len(spaces), f"{method.spec()}, setup {next(tried)}")
         alike = shared[model.vocab, setup.dtype, setup.amp]
         p = predict(model, replace(method, architecture=None), setup, on, host=by, shared=alike)
-        fits = bool(memory.fits(p.memory.peak, limit, on.kind)) and p.trainable_params >= least
+        fits = bool(memory.fits(p.memory.peak, limit, on.kind, p.memory.buffers)) and p.trainable_params >= least
         return Candidate(changes, p, fits)
 
     start = evaluate(architecture, setup, start_method, ())

@@ -120,6 +120,6 @@ def compare(
 def with_reason(base: Prediction, other: Prediction, before: Anatomy, after: Anatomy, on: DeviceProfile) -> SpeedUp:
     """The speed-up of a single setup with its reason in words, from both steps taken apart."""
     found = speed_up(base, other, on)
-    space = room(on.capacity, on.kind)
+    space = room(on.capacity, on.kind, max(p.memory.buffers for p in (base, other)))
     reason = words.why(before, after, found.verdict, base.setup.tokens)
     return replace(found, reason=reason, answer=words.answer(base, other, found, reason, on.capacity, space))

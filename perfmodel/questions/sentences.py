@@ -85,7 +85,8 @@ def _room(a: Prediction, b: Prediction, capacity: float, room: float) -> str:
         return ""
     out = [p for p in (a, b) if not p.fits]
     *peaks, limit = _told_apart([float(p.memory.peak) for p in out], room)
-    less = f" ({units.nbytes(capacity)} less CUDA's context and workspaces)" if room < capacity else ""
+    besides = ", and NCCL's buffers" if a.memory.buffers or b.memory.buffers else ""
+    less = f" ({units.nbytes(capacity)} less CUDA's context and workspaces{besides})" if room < capacity else ""
     have = f"of {limit}{less}"
     if len(out) == 2:
         return f" Neither fits: they need {' and '.join(peaks)} {have}."

@@ -55,11 +55,12 @@ def show_prediction(p: Prediction) -> None:
         show(paragraph(f"{padding}{p.tokens_per_second:,.0f} tokens/s of documents"))
     m = p.memory
     fits = "fits" if p.fits else style("does not fit", fg="red")
+    beside = f"; NCCL's buffers take {units.nbytes(m.buffers)} beside it" if m.buffers else ""
     show(
         paragraph(
             f"peak memory {style(units.nbytes(m.peak), bold=True)} = weights {units.nbytes(m.weights)} + gradients "
             f"{units.nbytes(m.gradients)} + optimizer {units.nbytes(m.optimizer)} + activations and temporaries "
-            f"{units.nbytes(m.activations)}; {fits}"
+            f"{units.nbytes(m.activations)}{beside}; {fits}"
         )
     )
     for cost in p.periodic:

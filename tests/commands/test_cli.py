@@ -161,15 +161,8 @@ def check_prediction(value: dict[str, Any]) -> None:
     assert set(value["time_s"]) == PHASES | {"low", "high", "device_busy", "launch_bound_share"}
     assert all(isinstance(t, float) for t in value["time_s"].values())
     assert set(value["memory_bytes"]) == {
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "peak",
-        "low",
-        "high",
-        "host",
-    }
+        "weights", "gradients", "optimizer", "activations", "peak", "low", "high", "host", "buffers"
+    }  # fmt: skip
     assert set(value["setup"]) == set(Setup().as_dict())
     assert isinstance(value["fits"], bool)
     assert all(isinstance(note, str) for note in value["notes"])
