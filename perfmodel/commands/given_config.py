@@ -69,6 +69,8 @@ def _check(ctx: click.Context, options: dict[str, Any], traced_type: str) -> Non
     typed = [ctx.get_parameter_source(name) for name in ("method", "methods", "a") if name in ctx.params]
     if found.why_traced and not ctx.params.get("traced") and ParameterSource.COMMANDLINE not in typed:
         raise UserError(found.why_traced)
+    if ParameterSource.COMMANDLINE in typed:
+        found = ctx.meta[CONFIG] = found.with_method()
     if ctx.get_parameter_source("seq") == ParameterSource.COMMANDLINE:
         found = ctx.meta[CONFIG] = found.with_seq()
     if options["lengths"] or ctx.get_parameter_source("packing") == ParameterSource.COMMANDLINE:

@@ -12,7 +12,7 @@ from .forms import OFFLOADS, AskedForm, form_of, of_deepspeed, offloadable
 from .keys import Keys
 from .meanings import judge, meanings_of, refuse
 from .mesh import MESH, ONE_GROUP, check_launch
-from .micro_batches import KEYS, on_each_gpu
+from .micro_batches import KEYS, agreed, on_each_gpu
 from .read import TOOLS, Imported
 from .values import read_values
 
@@ -22,6 +22,7 @@ MARKS = ("distributed_type", "compute_environment", "num_processes")
 TYPES = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 PRECISIONS = {"no": None, "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
 UNCOMPILED = "without torch.compile (dynamo_config)"  # data/configs/accelerate.toml
+DEEPSPEED = "DeepSpeed"
 DEFAULT_STAGE = 2  # `DeepSpeedPlugin.zero_stage` of accelerate/utils/dataclasses.py
 NAMES = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp1": "FSDP", "fsdp2": "FSDP"}
 # Of accelerate's short form of DeepSpeed's config: what changes neither speed nor memory
@@ -73,6 +74,8 @@ class Launch:
         typed = typed or {}
         own = replace(self.form, setup={k: v for k, v in self.form.setup.items() if k not in typed})
         amp, dtype = own.setup.pop("amp", None), found.setup.get("dtype")
+        if self.tool == DEEPSPEED:  # the trainer compares the two (`trainer_config_process`)
+            agreed({"amp": found.setup.get("amp")}, {"amp": amp})
         if amp is not None and not found.precise and found.setup.get("amp") is None:
             if dtype in (None, "fp32", amp):
                 own.setup["amp"] = amp
@@ -148,7 +151,7 @@ def launch_of(path: Path, values: dict[str, Any], *, alone: bool = False) -> Lau
         UserError: as of `read_launch`.
     """
     if ZERO in values:
-        return Launch("DeepSpeed", None, None, of_deepspeed(values, path.name))
+        return Launch(DEEPSPEED, None, None, of_deepspeed(values, path.name))
     keys, table = Keys(values, path.name), meanings_of("accelerate")
     refuse(keys, table)
     keys.one_of("compute_environment", {"LOCAL_MACHINE": True}, True)

@@ -101,7 +101,9 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if in_tf32 and amp is None and (dtype is None or adapter is not None):  # PEFT's adapters are in fp32
         keys.differ("fp32 products without TF32", *(["tf32"] if "tf32" in keys else []))
     runs_on, checkpointed = engine(keys, zero3=not objective), fsdp(keys, by_config=True)
-    method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
+    own_code(keys, "base_model", in_few_bits=any(keys.values.get(key) for key in ("load_in_4bit", "load_in_8bit")))
+    with keys.said_of_method():
+        method = _method(keys, adapter, dtype or "fp32", str(objective.get("objective", "")))
     setup: dict[str, Any] = {
         "engine": runs_on,
         "batch": keys.count("micro_batch_size", 1),
@@ -255,7 +257,6 @@ def _checkpoint(keys: Keys, *, checkpoints: bool) -> str:
 
 
 def _method(keys: Keys, adapter: str | None, dtype: str, objective: str) -> str:
-    own_code(keys, "base_model", in_few_bits=any(keys.values.get(key) for key in ("load_in_4bit", "load_in_8bit")))
     if adapter is None:
         return _full(keys)
     if adapter not in ("lora", "qlora"):

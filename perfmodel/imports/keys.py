@@ -1,6 +1,7 @@
 """A config file's keys with typed access, and what is to be said of the answer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..resources import is_file, read_json
 
 NO_TRAINING = "no training config"  # of files that lie beside training configs
 WORDS = {word: on for on, words in ((True, "true t yes y 1"), (False, "false f no n 0")) for word in words.split()}
+OF_METHOD = ("lora_", "peft_")  # how keys of tools begin that are of adapters alone
 NOTHING: tuple[Any, ...] = (None, "", False, [], {})
 
 
@@ -21,6 +23,7 @@ class Keys:
         place: the parts of the file's path.
         alone: whether the file is only a text, beside which no other file is read.
         differences: how the step that is answered differs from the file's, each with the keys that ask for it.
+        of_method: those that are said of the file's method, and not of another in its place.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Keys:
         self.alone = alone
         self.used: set[str] = set()
         self.differences: dict[str, list[str]] = {}
+        self.of_method: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         self.used.add(key)
@@ -144,9 +148,22 @@ class Keys:
         self.used.update(keys)
         self.differences.setdefault(answered, []).extend(keys)
 
+    @contextmanager
+    def said_of_method(self) -> Iterator[None]:
+        """What differs from here to the end is said of the method alone."""
+        before = set(self.differences)
+        yield
+        self.of_method |= self.differences.keys() - before
+
     def told_differences(self) -> list[str]:
         """What is answered instead, with the keys that ask for something else."""
-        return [f"{answered} ({', '.join(keys)})" if keys else answered for answered, keys in self.differences.items()]
+        return [_told(*said) for said in self.differences.items()]
+
+    def told_of_method(self) -> list[str]:
+        """The same of the method, whose keys tell themselves too."""
+        own = (keys and all(key.startswith(OF_METHOD) for key in keys) for keys in self.differences.values())
+        of_keys = {said for said, is_own in zip(self.differences, own, strict=True) if is_own}
+        return [_told(said, keys) for said, keys in self.differences.items() if said in self.of_method | of_keys]
 
     def unread(self) -> list[str]:
         """Keys that are set and that no one asked for."""
@@ -155,3 +172,7 @@ class Keys:
     def wrong(self, key: str, expected: str) -> UserError:
         """The complaint about a value of the wrong type."""
         return UserError(f"{self.origin}: {key} must be {expected}, got {self.values.get(key)!r}")
+
+
+def _told(answered: str, keys: Sequence[str]) -> str:
+    return f"{answered} ({', '.join(keys)})" if keys else answered

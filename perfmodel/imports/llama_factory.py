@@ -65,7 +65,8 @@ def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     if keys.flag("do_predict") and not keys.flag("do_train"):
         raise UserError(f"{keys.origin}: {NO_TRAINING}: do_predict without do_train")
     objective = of_llama_factory(keys)
-    name, options = _method(keys)
+    with keys.said_of_method():
+        name, options = _method(keys)
     own_code(keys, "model_name_or_path", in_few_bits=keys.get("quantization_bit") is not None)
     keys.exclude("pure_bf16", "fp16")
     pure = keys.flag("pure_bf16")

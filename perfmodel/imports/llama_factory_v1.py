@@ -30,7 +30,8 @@ TOKEN_BUDGETS = ("dynamic_batching", "dynamic_padding_free")  # strategies that 
 def read(keys: Keys) -> tuple[str | None, str, dict[str, Any], list[str]]:
     """Model, method, setup and notes of a file of LLaMA-Factory v1."""
     keys.one_of("model_class", {"llm": True}, True)
-    method = _method(keys)
+    with keys.said_of_method():
+        method = _method(keys)
     own_code(keys, "model", in_few_bits=bool(keys.values.get("quant_config")))
     kernels = _section(keys, "kernel_config").get("name")
     if kernels not in (None, "auto", "liger_kernel"):

@@ -73,6 +73,7 @@ class Imported:
         samples: of a step on all GPUs together, where the tool counts those.
         splits: whether GPUs share each batch, as they do where accelerate is told so.
         of_engine: of the differences those of DeepSpeed's config, where one GPU runs its ZeRO-3.
+        of_method: of the differences those of the method.
         task: what an adapter's own config says that it is for, in PEFT's word.
         as_kept: whether weights have the dtype in which the checkpoint keeps them, whatever is computed in.
         baseline: full fine-tuning as the tool runs it beside the same keys.
@@ -101,12 +102,18 @@ class Imported:
     samples: int | None = None
     splits: bool = False
     of_engine: tuple[str, ...] = ()
+    of_method: tuple[str, ...] = ()
     task: str = ""
     baseline: str = "full"
 
     def with_seq(self) -> "Imported":
         """What it says where the length of samples is given."""
         return replace(self, differences=[d for d in self.differences if not d.startswith(NEVER_CUT)])
+
+    def with_method(self) -> "Imported":
+        """What it says where another method is given."""
+        gone = (*self.of_method, *SAID_OF["method"])
+        return replace(self, differences=[d for d in self.differences if not d.startswith(gone)])
 
     def with_lengths(self, *, padded: bool = True) -> "Imported":
         """What it says where the lengths of documents are given.
@@ -315,7 +322,8 @@ def _of_training(found: Tool, keys: Keys) -> Imported:
         found.name, model, method, setup, ignored, notes,
         [*keys.told_differences(), *of_engine, *unscaled(setup)],
         frozen=frozen, upcasts=found.name == "Axolotl" and axolotl.upcasts(keys), multiple=multiple, asks=asks,
-        job=table.of_job(values), of_engine=of_engine, ddp=ddp.asked(found.name, keys, setup),
+        job=table.of_job(values), of_engine=of_engine, of_method=tuple(keys.told_of_method()),
+        ddp=ddp.asked(found.name, keys, setup),
         precise=found.name in PRECISE or any(values.get(key) is not None for key in PRECISION),
         as_kept=_as_kept(found.name, keys, setup, method), balances=balances,
         samples=llama_factory_v1.samples(keys) if found.name == "LLaMA-Factory v1" else None, splits=splits(keys),

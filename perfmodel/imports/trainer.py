@@ -131,7 +131,8 @@ def read(keys: Keys) -> tuple[str | None, str | None, dict[str, Any], list[str]]
         setup["group_by_length"] = by_length(keys)
         notes += [packing.shorter("max_length")] if is_trl and not uncut and "prompt" not in objective else []
     shared_dtype = _under_zero3(keys, setup)
-    method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
+    with keys.said_of_method():
+        method = _method(keys, is_trl, str(objective.get("objective", "sft")), shared_dtype, amp)
     if method == "full":
         undecayed(keys, setup)
     cast = dtype_in_trl(low_bits(keys), str(objective.get("objective", "sft")))

@@ -298,3 +298,22 @@ def test_weights_of_experts_alone_bring_no_default_layers(tmp_path: Path, model:
     (tmp_path / "config.yml").write_text(text)
     with pytest.raises(UserError, match="no lora_target_modules"):
         read(tmp_path / "config.yml")
+
+
+def test_nothing_is_said_of_a_files_method_beside_another_one(tmp_path: Path) -> None:
+    """What full fine-tuning does has nothing to do with which adapters Axolotl freezes again."""
+    path = tmp_path / "axolotl.yaml"
+    path.write_text(
+        "base_model: NousResearch/Llama-3.2-1B\nadapter: lora\nlora_target_linear: true\nsequence_len: 512\n"
+        "micro_batch_size: 1\nunfrozen_parameters: [lm_head]\npeft_layers_to_transform: [4, 5]\n"
+        "ray_num_workers: 2\n"
+    )
+    asked = ["predict", "--device", "h100-sxm", "--config", str(path)]
+    its, another = (
+        CliRunner().invoke(main, [*asked, *typed]).stdout.splitlines()[0] for typed in ((), ("--method", "full"))
+    )
+    assert "unfrozen_parameters" in its
+    assert "peft_layers_to_transform" in its
+    assert another.endswith("one GPU (ray_num_workers); --gpus N beside it answers for N")
+    assert "unfrozen_parameters" not in another
+    assert "peft_layers_to_transform" not in another

@@ -109,3 +109,15 @@ def test_a_grid_takes_a_launchers_numbers_of_samples(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "as many samples on each of any number of GPUs" in result.stdout
     assert "batch 4" in result.stdout
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_another_precision_than_the_trainers_is_refused_wherever_deepspeeds_config_is(
+    tmp_path: Path, beside: bool
+) -> None:
+    """TRL computes in bf16 by default; transformers ends the run where DeepSpeed's config says fp16."""
+    half = {**ZERO_2, "fp16": {"enabled": True}}
+    config, launch = (TRL, half) if beside else ({**TRL, "deepspeed": half}, None)
+    result = answered(tmp_path, config, launch, "--gpus", "2")
+    assert result.exit_code == 2
+    assert "the training config has bf16, DeepSpeed's config fp16: make them alike" in result.stderr
