@@ -14,7 +14,6 @@ from ..architectures.tasks import Classifier
 from ..errors import UserError
 from ..methods.full import Full
 from ..methods.parts.base import Method
-from ..methods.parts.targeted import Targeted
 from ..program.dims import Dim
 from ..program.dtypes import ITEMSIZE
 from ..program.part import Part
@@ -30,7 +29,7 @@ from ..tape.scores import greater, logsumexp, mean_all, natural_exp, sum_all
 from ..tape.shape import narrow, squeeze
 from ..tape.split import select
 from ..tape.tensor import Parameter, Tensor
-from .parts.base import Objective, Passes, objective
+from .parts.base import Objective, Passes, compares_by_adapters, objective
 from .parts.logps import selective_log_softmax
 from .reward import with_head
 
@@ -157,7 +156,7 @@ def _hold(build: Build, name: str, held: Held) -> None:
 def _resident(passes: Passes) -> dict[str, Parameter]:
     """Weights of the models that lie there: the reward model, and the reference if it is one of its own."""
     lie = {f"reward model {name}": p for name, p in passes.critic.items()}
-    if not isinstance(passes.method, Targeted) or passes.setup.reference == "model":
+    if not compares_by_adapters(passes.method, passes.setup):
         own = {name: p for name, p in passes.model.build.parameters.items() if p.kind != "adapter"}
         lie |= {f"reference model {name}": p for name, p in own.items()}
     for name, p in lie.items():

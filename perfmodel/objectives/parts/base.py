@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -111,8 +111,11 @@ class Objective:
         what += ", a sample is a pair of sequences" if setup.objective in PAIRS else ""
         if not self.compares or (self.compares == "if named" and setup.reference == "auto"):
             return [what]
-        off = isinstance(method, Targeted) and setup.reference != "model"
-        reference = "the model without its adapters" if off else "a second, frozen model in memory"
+        reference = (
+            "the model without its adapters"
+            if compares_by_adapters(method, setup)
+            else "a second, frozen model in memory"
+        )
         reference = "log-probabilities made before" if setup.reference == "precomputed" else reference
         return [what, f"its reference is {reference}"]
 
@@ -138,6 +141,11 @@ class Objective:
             raise UserError(f"objective {self.name} with virtual tokens ({method.name}) is not modelled; use lora")
         if setup.reference == "adapter-off" and not isinstance(method, Targeted):
             raise UserError(f"reference adapter-off: {method.name} has no adapters; use --reference model")
+
+
+def compares_by_adapters(method: Method, setup: Setup) -> TypeGuard[Targeted]:
+    """Whether a reference is the model with its adapters off, and not one of its own."""
+    return isinstance(method, Targeted) and setup.reference != "model"
 
 
 @dataclass(eq=False, repr=False)
@@ -208,7 +216,7 @@ class Passes:
 
         setup, runs = replace(self.setup, checkpoint="none"), self.model.build.architecture
         how: Rewrites
-        if isinstance(self.method, Targeted) and self.setup.reference != "model":
+        if compares_by_adapters(self.method, self.setup):
             how, parameters = AdaptersOff(inner=self.method, architecture=runs), dict[str, Parameter]()
         else:
             runs = without_dropout(runs)  # `eval()`, which one that trains beside it is not in

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ... import setup as options
 from ...errors import UserError
 from ...methods.parts.base import Method
 from ...optimizers import Update
@@ -19,7 +20,7 @@ from .tokens import check_tokens
 CUT = ("full", "lora")  # methods whose program on tensor-parallel layers is modelled
 
 # Objectives that several have; of others the trainers prepare models in ways that are not modelled
-OBJECTIVES = ("sft", "prm", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "asft", "ppo")
+OBJECTIVES = tuple(name for name in options.OBJECTIVES if name != "ebft")
 
 # Forms and methods whose compiled program is that of PyTorch: others were not compared, or Dynamo breaks their graphs
 COMPILED, COMPILED_METHODS = ("ddp", "fsdp2"), ("full", "lora", "top_k", "bitfit", "norm")
