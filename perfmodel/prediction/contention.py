@@ -49,6 +49,21 @@ def on_each(found: Sequence[Seconds]) -> Seconds:
     return Seconds(alone, alone if same else stacked([seconds.added for seconds in found]))
 
 
+def on_the_slowest(part: Part, alone: np.ndarray, on: DeviceProfile) -> np.ndarray:
+    """What a part's ops take on the slowest GPU of a job, for which the others wait; what GPUs exchange, or move over
+    the bus, takes what it takes on any.
+
+    Args:
+        alone: of each op by itself on the mean GPU.
+    """
+    if on.network is None or np.all(np.equal(on.network.slowest, 1.0)):
+        return alone
+    slower = np.asarray(on.network.slowest)
+    found = np.broadcast_to(alone[:, None], (len(alone), *slower.shape)) if slower.ndim and alone.ndim == 1 else alone
+    own = np.array([not (exchanges(op) or costs.offloads(op)) for op in part.ops], dtype=bool)
+    return np.where(own.reshape(-1, *[1] * (found.ndim - 1)), found * slower, found)
+
+
 def beside_streams(part: Part, alone: np.ndarray, on: DeviceProfile) -> Seconds:
     """What a part's ops take when those of other streams run beside those of the compute stream.
 

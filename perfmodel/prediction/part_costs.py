@@ -29,7 +29,8 @@ def part_durations(built: Step, on: DeviceProfile, shared: Shared | None = None)
     start = 0
     for part in new:
         rows = slice(start, start + len(part.ops))
-        shared.durations[part] = contention.beside_streams(part, seconds[rows], on)
+        alone = contention.on_the_slowest(part, seconds[rows], on)
+        shared.durations[part] = contention.beside_streams(part, alone, on)
         shared.calls[part] = calls[rows]
         start = rows.stop
     return [shared.durations[part] for part, _ in built.parts()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import units
 from ..devices import own
 from ..devices.profile import DeviceProfile
 from ..errors import UserError
@@ -16,11 +17,13 @@ from ..network.files import BETWEEN
 from ..network.node import Node
 from ..program.dims import Dim
 from ..program.ranks import Ranks
+from ..program.stragglers import slowest_of
 from ..setup import Setup
 from ..values import immutable
 
 USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
 SLOTS = ("pcie", "pcie_host")  # links that are the bus
+WAITED = "the slowest of the GPUs, for which the others wait, is taken as {} slower than the mean one"
 MEASURE = "torchrun --nproc-per-node {} -m perfmodel calibrate --network --device cpu"
 
 
@@ -32,12 +35,14 @@ class Placed:
         per_node: GPUs of the job on each node; of nodes that they fill unevenly on the fullest.
         several: whether that are several nodes.
         chosen: what an answer should say of how they were chosen.
+        slowest: seconds of the slowest of the job's GPUs over those of the mean one.
     """
 
     node: Node
     per_node: Dim
     several: bool
     chosen: list[str]
+    slowest: Any
 
     def notes_of(self, kinds: Collection[str]) -> list[str]:
         """What an answer of a job that runs these kinds of collectives should say; of none, nothing of the links."""
@@ -137,9 +142,11 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
         if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
             asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
             raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; give other --nodes")
-    return Placed(
-        node, per_node.astype(np.int64) if np.ndim(per_node) else int(per_node), bool(np.any(nodes > 1)), notes
-    )
+    on_each: Dim = per_node.astype(np.int64) if np.ndim(per_node) else int(per_node)
+    slowest = slowest_of(setup.gpus) if on.kind == "cuda" else 1.0
+    if not np.ndim(slowest) and slowest > 1:
+        notes = [*notes, WAITED.format(units.percent(slowest - 1, 1))]
+    return Placed(node, on_each, bool(np.any(nodes > 1)), notes, slowest)
 
 
 def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:

@@ -30,6 +30,7 @@ class JobNetwork(Protocol):
         sigma: mean relative error of its prices on rows that no fit saw.
         host_bandwidth: B/s of the host's memory that each GPU's process has.
         slot_bandwidth: B/s of a GPU's slot, one way; infinite where its links are no slots.
+        slowest: seconds of the slowest of the job's GPUs over those of the mean one.
     """
 
     @property
@@ -46,6 +47,11 @@ class JobNetwork(Protocol):
     def slot_bandwidth(self) -> float:
         """A slot may have fewer lanes than the card."""
         return math.inf
+
+    @property
+    def slowest(self) -> Any:
+        """All GPUs wait for it."""
+        return 1.0
 
     def notes_of(self, kinds: Collection[str]) -> list[str]:
         """What an answer has to say of a job that runs these kinds: the node that was taken, what nobody measured."""
