@@ -112,7 +112,9 @@ def test_advice_lays_fsdp_out_as_memory_allows() -> None:
     layouts_of_all = [dict(zip(names, how, strict=True)) for how in every if how[0] == "fsdp2" or how[-1] == "none"]
     tried = [predict(model, "full", replace(setup, **how), "l40s") for how in layouts_of_all]
     for limit in (1.6e9, 2.1e9, 4e9):
-        fastest = min(p.time.phases["total"] for p in tried if memory.fits(p.memory.peak, limit, "cuda"))
+        fastest = min(
+            p.time.phases["total"] for p in tried if memory.fits(p.memory.peak, limit, "cuda", p.memory.buffers)
+        )
         found = advise(model, "full", setup, "l40s", memory_bytes=limit).best
         assert found is not None
         assert found.seconds == pytest.approx(fastest, rel=1e-12)
