@@ -77,6 +77,23 @@ def test_a_card_that_is_not_bundled_takes_the_drivers_figures() -> None:
     assert 1e12 < mine.hardware.memory_bandwidth < 3e12
 
 
+@pytest.mark.parametrize("clock", ["[N/A]", "[Not Supported]", ""])
+def test_a_driver_that_tells_no_clock_is_no_obstacle(clock: str) -> None:
+    """Virtual GPUs and WSL: it was known only after all was measured."""
+    gpu = {**A100, "name": "NVIDIA A123", "clocks.max.sm": clock}
+    _, fits = calibrate.device_file(made_up(profile.load("a100-80gb-sxm"), gpu), "mine")
+    assert "gemm.bf16" in fits
+
+
+def test_a_card_without_units_for_bf16_keeps_its_class_for_16_bits() -> None:
+    """What PyTorch emulates says nothing of fp16, in which such a card trains."""
+    gpu = {**A100, "name": "NVIDIA T123", "major": 7, "minor": 5}
+    text, fits = calibrate.device_file(made_up(profile.load("a100-80gb-sxm"), gpu), "mine")
+    assert set(fits) == {"gemm.fp32", "pointwise"}
+    mine = calibrate.profile_of_text(text, "mine")
+    assert mine.fitted["gemm.bf16"] == "class"
+
+
 def test_what_a_calibration_did_not_measure_keeps_the_cards_figure_and_is_named() -> None:
     """A calibration that was cut short before the backward layouts, on a card whose bundled profile knows them."""
     known = profile.load("a100-80gb-sxm")

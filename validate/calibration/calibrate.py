@@ -91,8 +91,7 @@ def calibrate(
         raise UserError(f"{name!r} is a bundled device{which}: give the calibration another --name")
     if name in host_files.names():
         raise UserError(f"{name!r} is a bundled host: give the calibration another --name")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    environment.check_device(device)
     threads = threads or torch.get_num_threads()
     found = microbenchmarks(device, threads, seconds * (1.0 - HOST_SHARE), progress)
     if output is not None:
@@ -112,7 +111,7 @@ def calibrate(
     if on:
         progress(1.0, "real steps")
         checks[verify.STEPS] = verify.of_steps(on, by.host, threads)
-    refusal = verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()})
+    refusal = verify.refusal(verify.judged(checks, fits, mine.kind))
     if not refusal:
         hosts.write_host(by.host, host_target, by.provenance(checks))
         write_text(target, text)

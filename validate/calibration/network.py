@@ -31,6 +31,7 @@ from ..fitting.collectives.fit import USUAL, fit_kind, fit_links_between
 from ..fitting.collectives.rows import grouped_rows
 from ..fitting.judging import Fit
 from ..fitting.write import block_text
+from ..measuring import environment
 from ..measuring.team import Team, join, under_torchrun
 
 SMALLEST, LARGEST, FACTOR = 512, 2**30, 4  # bytes of a message
@@ -68,8 +69,7 @@ def calibrate_network(device: str, name: str, *, seconds: float) -> NetworkCalib
         raise UserError(f"{name!r} is a bundled node: give the calibration another --name")
     if not under_torchrun() or int(os.environ["WORLD_SIZE"]) < 2:
         raise UserError(f"--network needs several processes: {COMMAND} {device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    environment.check_device(device)
     team = join("network", device)
     rows = measured_collectives(team, device, seconds)
     if not team.first:

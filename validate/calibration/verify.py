@@ -18,6 +18,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.setup import Setup
 
 from ..accuracy import Errors
+from ..fitting.judging import Fit
 from ..measuring.cells import Cell
 from ..measuring.environment import native_bf16
 from ..measuring.visit import visit
@@ -77,6 +78,16 @@ def of_steps(on: DeviceProfile, by: Host, threads: int) -> Errors:
     finally:
         torch.set_num_threads(before)
     return Errors.of(errors)
+
+
+def judged(checks: Mapping[str, Errors], fits: Mapping[str, Fit], kind: str) -> dict[str, float]:
+    """What is judged before it is kept, in words -> mean |relative error|.
+
+    Of a GPU the kernels on rows that no fit saw; a CPU's take part in the programs and steps that were timed.
+    """
+    found = {TITLES[key]: errors.mean for key, errors in checks.items()}
+    blocks = fits.items() if kind == "cuda" else ()
+    return found | {f"kernels of {block}, left-out rows": fit.errors.mean for block, fit in blocks}
 
 
 def refusal(means: Mapping[str, float]) -> str:

@@ -60,8 +60,7 @@ def worker_of(settings: Settings) -> Callable[[Any], Record]:
 
 def here(settings: Settings) -> Record:
     """The environment's record, packages that a campaign may use included."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    environment.check_device(settings.device)
     found = environment.describe(settings.device, settings.threads)
     found["packages"] = {name: have or "not installed" for name, have in installed_versions().items()}
     return {"kind": "environment", "id": environment.identity(found), **found}

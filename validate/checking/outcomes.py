@@ -97,6 +97,11 @@ class CellOutcome:
         return [*self.calls, *self.kernels, *self.messages]
 
     @property
+    def counted(self) -> bool:
+        """Whether anything of it was counted; a compiled step's calls are not."""
+        return bool(self.measured.calls or self.measured.kernels or self.measured.traced)
+
+    @property
     def communication(self) -> float:
         """Predicted share of the step in which a collective is under way."""
         sent = self.predicted.time.communication
@@ -124,8 +129,8 @@ class CellOutcome:
 
     @property
     def memory_error(self) -> float:
-        """Of peak memory."""
-        return float(self.predicted.memory.peak) / self.measured.peak - 1
+        """Of peak memory; NaN where no peak was seen."""
+        return float(self.predicted.memory.peak) / self.measured.peak - 1 if self.measured.peak else float("nan")
 
     @property
     def inside(self) -> bool:

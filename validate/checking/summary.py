@@ -43,6 +43,7 @@ class Line:
     memory: Errors
     inside: float
     counts_differ: int
+    counted: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; what no cell can tell is None."""
@@ -50,6 +51,7 @@ class Line:
             "cells": self.name, "step": _plain(self.step), "phases": {p: _plain(e) for p, e in self.phases.items()},
             "ratio": _plain(self.ratio), "verdicts": {"right": self.verdicts[0], "decided": self.verdicts[1]},
             "memory": _plain(self.memory), "in_interval": self.inside, "counts_differ": self.counts_differ,
+            "counted": self.counted,
         }  # fmt: skip
 
 
@@ -69,6 +71,7 @@ def line(name: str, outcomes: Sequence[CellOutcome], of_pairs: Sequence[Pair[Cel
         memory=Errors.of(o.memory_error for o in outcomes),
         inside=sum(o.inside for o in outcomes) / len(outcomes),
         counts_differ=sum(bool(o.differences) for o in outcomes),
+        counted=sum(o.counted for o in outcomes),
     )
 
 
@@ -105,10 +108,13 @@ def _sharing(o: CellOutcome) -> str:
 def promises(cells: Sequence[Measured], outcomes: Sequence[CellOutcome]) -> list[Limit]:
     """The promises, with what the records say of them."""
     found = [Limit("cells that failed", sum(c.status == "error" for c in cells), 0)]
+    if not any(c.status == "ok" for c in cells):
+        found.append(Limit("cells, none of which came to its end", max(1, len(cells)), 0))
     if not outcomes:
         return found
     total = line("all", outcomes, cell_pairs(outcomes))
-    found.append(Limit("cells whose ATen calls differ", sum(bool(o.calls) for o in outcomes), 0))
+    if any(o.counted for o in outcomes):
+        found.append(Limit("cells whose ATen calls differ", sum(bool(o.calls) for o in outcomes), 0))
     if any(o.measured.kernels for o in outcomes):
         found.append(Limit("cells whose kernels differ", sum(bool(o.kernels) for o in outcomes), 0))
     if any(o.measured.shared for o in outcomes):

@@ -95,7 +95,7 @@ def line_cells(line: Line) -> list[str]:
         line.name, str(line.step.number),
         *(units.percent(e, 1) for e in (line.step.mean, line.step.median, line.step.p90)),
         units.percent(line.ratio.mean, 1), f"{right}/{decided}" if decided else "", units.percent(line.memory.mean, 2),
-        f"{line.counts_differ} differ" if line.counts_differ else "exact",
+        f"{line.counts_differ} differ" if line.counts_differ else "exact" if line.counted else "not counted",
     ]  # fmt: skip
 
 

@@ -49,10 +49,12 @@ def fit_gpu(found: Sequence[Record], here: Record) -> tuple[DeviceProfile, dict[
     telling = [r for r in every if r.seconds > HOST_BOUND * launch]
     known = beforehand(here["gpu"], telling)
     software = f"PyTorch {here['software'].get('torch')}, CUDA {here['gpu'].get('cuda')}"
-    fits = {f"gemm.{d}": _gemm(telling, d, known, software) for d in ("bf16", "fp32")}
-    block = "attention" if known.cudnn_attention == known.attention else "attention_cudnn"  # what PyTorch runs there
-    fits |= {block: _attention(telling, known, software), "pointwise": _pointwise(telling, launch, known, software)}
-    return known, fits
+    computes = known.hardware.bf16_flops is not None  # where PyTorch emulates bf16, it is not what is trained in
+    fits = {f"gemm.{d}": _gemm(telling, d, known, software) for d in (("bf16", "fp32") if computes else ("fp32",))}
+    if computes:
+        block = "attention" if known.cudnn_attention == known.attention else "attention_cudnn"  # what PyTorch runs
+        fits[block] = _attention(telling, known, software)
+    return known, fits | {"pointwise": _pointwise(telling, launch, known, software)}
 
 
 def beforehand(gpu: Record, telling: Sequence[CpuRow]) -> DeviceProfile:
@@ -65,7 +67,8 @@ def beforehand(gpu: Record, telling: Sequence[CpuRow]) -> DeviceProfile:
     if architecture is None:
         raise UserError(f"compute capability {capability} is of no known family: {', '.join(ARCHITECTURES)}")
     peaks = {d: _peak(telling, d) for d in ("bf16", "fp32")}
-    clock = float(gpu.get("clocks.max.sm", "0").split()[0]) * 1e6 or 1.5e9
+    highest = str(gpu.get("clocks.max.sm", "")).split()[:1]  # "1980 MHz", or [N/A] of a virtual GPU
+    clock = float(highest[0]) * 1e6 if highest and highest[0].isdecimal() else 1.5e9
     sheet: dict[str, Any] = {
         "sm_count": int(gpu["multi_processor_count"]), "clock_hz": clock, "memory_bytes": float(gpu["total_memory"]),
         "usable_bytes": float(gpu["total_memory"]),

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from perfmodel.errors import UserError
 from perfmodel.program.installed import installed
 
 from .allocator import KEPT, on_glibc
@@ -21,7 +23,7 @@ VARIABLES = (  # beginnings of the names of environment variables that change ho
 )  # fmt: skip
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NVIDIA_SMI = (
-    "name", "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem",
+    "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem",
     "power.limit", "power.max_limit", "temperature.gpu", "persistence_mode", "mig.mode.current",
 )  # fmt: skip
 
@@ -108,20 +110,46 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def check_device(device: str) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Raises:
+        UserError: no such device here, or one that is not modelled: ROCm's, a slice of a GPU.
+    """
+    if device != "cuda":
+        return
+    if torch.version.hip is not None:
+        raise UserError("AMD cards are not modelled (this PyTorch is built for ROCm): use --device cpu")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    name = str(torch.cuda.get_device_properties(torch.cuda.current_device()).name)
+    if re.search(r"\bMIG\b", name):
+        raise UserError(f"{name}: MIG slices are not modelled; measure a whole GPU")
+
+
 def gpu() -> dict[str, Any]:
     """Properties of the current CUDA device, and what nvidia-smi tells."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     found = {name: getattr(properties, name) for name in names if hasattr(properties, name)}
     found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    which = _known_to_nvidia_smi(properties)
     for name in NVIDIA_SMI:  # one by one: an old driver refuses the whole query for one unknown name
-        if (value := _nvidia_smi(name)) is not None:
+        if which is not None and (value := _nvidia_smi(name, which)) is not None:
             found[name] = value
     return found
 
 
-def _nvidia_smi(name: str) -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+def _known_to_nvidia_smi(properties: Any) -> str | None:
+    """The current device as nvidia-smi names it: by its UUID, or by its number where all are visible in its order."""
+    if (uuid := getattr(properties, "uuid", None)) is not None:
+        return f"GPU-{str(uuid).removeprefix('GPU-')}"
+    alone = torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
+    return "0" if alone else None
+
+
+def _nvidia_smi(name: str, which: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", f"--id={which}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

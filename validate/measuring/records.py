@@ -64,7 +64,7 @@ def _whole(record: Record, where: str) -> None:
         raise UserError(f"{where}: unknown status {record['status']!r}")
     if record["status"] == "ok":
         _holds(record, "ok", where)
-        if not _times(record["seconds"]) or not isinstance(record["memory"].get("peak"), int):
+        if not _times(record["seconds"]) or not _whole_number(record["memory"].get("peak")):
             raise UserError(f"{where}: a visit that ended well holds seconds of steps and the peak of memory")
         traced = record.get("traced", {})
         tables = [record.get("calls", {}), *(traced.values() if isinstance(traced, dict) else [traced])]
@@ -168,6 +168,6 @@ def only_writer(path: Path) -> Iterator[None]:
         yield
 
 
-def done(records: list[Record]) -> set[tuple[int, str]]:
-    """(round, cell id) of the visits that have a record."""
-    return {(r["round"], r["id"]) for r in records if r.get("kind") == "visit"}
+def done(records: list[Record], environment: str) -> set[tuple[int, str]]:
+    """(round, cell id) of the visits that have a record of an environment: another's would pass for one of here."""
+    return {(r["round"], r["id"]) for r in records if r.get("kind") == "visit" and r["environment"] == environment}

@@ -52,8 +52,7 @@ def plan(
     Raises:
         UserError: no such device here, a grid that `cells.load_grid` refuses, or a program that is not measured.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to PyTorch here: use --device cpu")
+    environment.check_device(device)
     found = cells.load_grid(grid, device)
     for cell in found.cells:
         check_cell(cell)
@@ -83,12 +82,12 @@ def measure_cells(
         return _follow(plan, output, team)
     with records.only_writer(output):
         before = records.read_records(output) if output.exists() else []
-        known, named = records.done(before), team.name if team else str
+        here, named = _environment(plan, output, before), team.name if team else str
+        known = records.done(before, here)
         todo = [v for v in plan.visits() if (v[0], named(v[1].id)) not in known]
         alone = plan.device == "cpu" and team is None and isolate.can_fork()
         if not alone:
             torch.set_num_threads(plan.threads)
-        here = _environment(plan, output, before) if todo else ""
         if alone:
             load_modules([cell for _, cell in todo])
         if team:

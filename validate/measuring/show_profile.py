@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel import units
-from perfmodel.errors import UserError
+from perfmodel.errors import UserError, nearest
 from perfmodel.report.plain import print_json, show, table
 
 from . import kineto, traces
@@ -35,12 +35,19 @@ def show_profile(path: Path, phases: Sequence[str], top: int, *, as_json: bool) 
             raise UserError(f"{path}: neither a Chrome trace (traceEvents) nor an execution trace (nodes)")
         try:
             facts, text = _nodes(trace, top) if "nodes" in trace else _chrome(trace, phases, top)
+        except UserError:
+            raise
         except BROKEN as error:
             raise UserError(f"{path}: not as PyTorch writes a trace ({type(error).__name__}: {error})") from None
     print_json(facts) if as_json else show(text)
 
 
 def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Facts, str]:
+    known = traces.marks(trace)
+    for phase in phases:
+        if phase not in known:
+            has = nearest(phase, known) if known else "it has none"
+            raise UserError(f"no annotation {phase!r} is in the trace: {has}")
     found = kineto.parse_trace(trace, phases or traces.annotations(trace), transparent=composite)
     device = "cuda" if found.work else "cpu"
     seconds = found.span if found.work else sum(c.seconds for c in found.calls if c.outermost)
@@ -56,6 +63,10 @@ def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Fac
         launches = [[k, f"{n:,}", units.seconds(s)] for k, (n, s) in sorted(found.launches.items())]
         parts.append(table(("launches", "number", "host"), launches))
         parts.append(table(("call", "kernels", "time", ""), _rows(facts["by_call"], top)))
+    elif found.unlaunched:
+        parts.append(
+            f"{found.unlaunched:,} works of the device without a launch: the trace holds no calls of CUDA's runtime"
+        )
     parts.append(table(("kernel" if found.work else "call", "number", "time", ""), _rows(facts["by_name"], top)))
     return facts, "\n\n".join(parts)
 

@@ -43,6 +43,11 @@ def annotations(trace: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def marks(trace: dict[str, Any]) -> list[str]:
+    """All annotations of a Chrome trace, in the order of their first."""
+    return list(dict.fromkeys(str(e["name"]) for e in trace["traceEvents"] if e.get("cat") == "user_annotation"))
+
+
 def calls(trace: dict[str, Any], transparent: Callable[[str], bool]) -> dict[str, Counter[str]]:
     """Operators of an execution trace by phase and name: those that the dispatcher sees below autograd.
 

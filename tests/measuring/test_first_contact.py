@@ -1,0 +1,115 @@
+"""What a measurement meets on a machine that nobody has seen: slices, other makers, drivers that tell nothing, files
+of another machine."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("peft")
+
+import torch
+
+from perfmodel.cli import main
+from perfmodel.errors import UserError
+from validate.accuracy import Errors
+from validate.calibration import verify
+from validate.checking.outcomes import Measured
+from validate.checking.summary import promises
+from validate.measuring import environment, records
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "kineto_two_streams.json"
+WHOLE = {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "multi_processor_count": 108, "total_memory": 80e9}
+UUID = "2b6f1f52-0000-1111-2222-333344445555"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A made-up GPU's properties, which a test may change; nvidia-smi answers with the question."""
+    told = dict(WHOLE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**told))
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda name, which: f"{name} of {which}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return told
+
+
+def test_the_gpu_is_the_one_that_pytorch_computes_on(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi counts the GPUs of the machine, PyTorch those that are visible: by number it may be another one."""
+    gpu["uuid"] = UUID
+    found = environment.gpu()
+    assert (found["name"], found["power.limit"]) == (WHOLE["name"], f"power.limit of GPU-{UUID}")
+    del gpu["uuid"]
+    assert environment.gpu()["power.limit"] == "power.limit of 0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert "power.limit" not in environment.gpu()
+
+
+@pytest.mark.parametrize(
+    ("change", "hip", "message"),
+    [
+        ({"name": "NVIDIA A100-SXM4-80GB MIG 3g.40gb"}, None, "MIG slices are not modelled; measure a whole GPU"),
+        ({"name": "AMD Instinct MI300X"}, "6.2", "AMD cards are not modelled"),
+        ({}, None, ""),
+    ],
+)
+def test_what_is_not_modelled_is_refused_before_it_is_measured(
+    gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], hip: str | None, message: str
+) -> None:
+    """A slice would be written with the figures of the whole card, a card of another maker as a Hopper."""
+    gpu.update(change)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if not message:
+        environment.check_device("cuda")
+        return
+    with pytest.raises(UserError, match=message):
+        environment.check_device("cuda")
+
+
+def test_kernels_that_are_priced_by_a_factor_of_two_are_not_kept() -> None:
+    """A GPU's programs judge the host alone: its kernels must be judged themselves."""
+    good, bad = (SimpleNamespace(errors=Errors.of([error])) for error in (0.1, 0.7))
+    checks = {verify.FITTED: Errors.of([0.1])}
+    fits: Any = {"gemm.bf16": good, "pointwise": bad}
+    assert verify.refusal(verify.judged(checks, fits, "cuda")).startswith(
+        "predictions of kernels of pointwise, left-out rows are off by 70 % in the mean"
+    )
+    assert not verify.refusal(verify.judged(checks, {"gemm.bf16": good}, "cuda"))  # type: ignore[dict-item]
+    assert not verify.refusal(verify.judged(checks, fits, "cpu"))
+
+
+def test_another_environments_visits_do_not_pass_for_those_of_here() -> None:
+    """With other threads or another PyTorch the old times would be shown as the new ones."""
+    visits = [{"kind": "visit", "round": 0, "id": "a", "environment": name} for name in ("here", "there")]
+    assert records.done(visits[1:], "here") == set()
+    assert records.done(visits, "here") == {(0, "a")}
+
+
+def test_a_check_of_nothing_does_not_pass() -> None:
+    """All out of memory: no promise was kept, for none was tried."""
+    cell: Any = None
+    (_, none) = promises([Measured(cell, "e", "oom")], [])
+    assert (none.name, none.holds) == ("cells, none of which came to its end", False)
+
+
+def test_a_phase_that_the_trace_does_not_have_is_named() -> None:
+    result = CliRunner().invoke(main, ["validate", "profile", str(FIXTURE), "--phase", "forwad"])
+    assert (result.exit_code, result.stderr) == (
+        2, "perfmodel: no annotation 'forwad' is in the trace: did you mean 'forward'?\n"
+    )  # fmt: skip
+
+
+def test_kernels_of_a_trace_without_the_runtimes_calls_are_told(tmp_path: Path) -> None:
+    """As if it were a trace of a CPU, no kernel was spoken of."""
+    trace = json.loads(FIXTURE.read_text())
+    trace["traceEvents"] = [e for e in trace["traceEvents"] if e.get("cat") not in ("cuda_runtime", "cuda_driver")]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(trace))
+    result = CliRunner().invoke(main, ["validate", "profile", str(path)])
+    assert result.exit_code == 0
+    assert "works of the device without a launch" in result.stdout
