@@ -43,7 +43,7 @@ def show_profile(path: Path, phases: Sequence[str], top: int, *, as_json: bool) 
 
 
 def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Facts, str]:
-    known = traces.marks(trace)
+    known = traces.all_annotations(trace)
     for phase in phases:
         if phase not in known:
             has = nearest(phase, known) if known else "it has none"

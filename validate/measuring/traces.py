@@ -43,7 +43,7 @@ def annotations(trace: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def marks(trace: dict[str, Any]) -> list[str]:
+def all_annotations(trace: dict[str, Any]) -> list[str]:
     """All annotations of a Chrome trace, in the order of their first."""
     return list(dict.fromkeys(str(e["name"]) for e in trace["traceEvents"] if e.get("cat") == "user_annotation"))
 
