@@ -24,10 +24,12 @@ RINGS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 TREES = ("all_reduce",)  # of several nodes
 # Buffers of the switch: 8 steps of 128 KiB, to it and from it
 SWITCH = 2 * 8 * 128 * 1024
-SWITCH_CHANNELS = {9: 16, 10: 24}  # by compute capability (NVLS_NCHANNELS_SM90, NVLS_NCHANNELS_SM100_NVL)
+ON_HOPPER, ON_BLACKWELL = 16, 24  # its channels (NVLS_NCHANNELS_SM90, NVLS_NCHANNELS_SM100_NVL)
 PCIE_CHANNELS = 2  # to one rank, where no NVLink leads there
 NVLINK = ("nvswitch", "bridge")
-IN_HOST = ("none", "pcie_host")  # links whose buffers lie in the host's memory: gloo's, and those through it
+# Links whose buffers lie in the host's memory: gloo's, and those through it. A node of one GPU has none, its cards' are
+# left out
+IN_HOST = ("none", "pcie_host")
 
 
 def nccl_bytes(node: NodeFile, kinds: Collection[str], gpus: Any, on_node: Any, capability: int = 9) -> Any:
@@ -56,7 +58,7 @@ def _of_switch(node: NodeFile, kinds: Collection[str], on_node: Any, capability:
     """Of in-switch reduction, which takes more than two GPUs of a node (`ncclNvlsInit`)."""
     if "all_reduce" not in kinds or node.blocks["all_reduce"].parameters.in_switch is None:
         return 0
-    return SWITCH_CHANNELS[min(max(capability, 9), 10)] * SWITCH * on_node * (on_node > 2)
+    return (ON_HOPPER if capability < 10 else ON_BLACKWELL) * SWITCH * on_node * (on_node > 2)
 
 
 def _power_of_two(n: int) -> int:

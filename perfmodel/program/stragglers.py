@@ -11,7 +11,6 @@ largest sum over a step's micro-batches, whose distribution is a convolution (of
 """
 
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from .lengths import Batches, Lengths, longest_chances, padded_batches
 BINS = 4096  # that the distribution of a sum has
 FEWEST = 64  # bins of one of its terms
 
-# Relative standard deviation of the seconds of GPUs of one kind: on five clusters of them 8 % on average between the
-# whiskers of box plots, which of a normal distribution are 5.4 standard deviations (https://arxiv.org/abs/2208.11035)
+# Relative standard deviation of the seconds of GPUs of one kind, by the "8% (max 22%) average performance variation"
+# in five clusters, mostly of V100 (https://arxiv.org/abs/2208.11035, abstract). Taken for a range between whiskers of
+# box plots, which of a normal distribution are 5.4 standard deviations: how the paper has it could not be looked up
 SPREAD = 0.015
 
 
@@ -32,6 +32,8 @@ def slowest_of(gpus: Any) -> Any:
     Args:
         gpus: from 1; may be an array.
     """
+    from statistics import NormalDist  # few ask for several
+
     if np.ndim(gpus):
         numbers, places = np.unique(gpus, return_inverse=True)
         return np.array([slowest_of(int(n)) for n in numbers])[places].reshape(np.shape(gpus))

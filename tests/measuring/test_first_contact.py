@@ -12,6 +12,7 @@ from click.testing import CliRunner
 pytest.importorskip("peft")
 
 import torch
+from test_measuring import GRID
 
 from perfmodel.cli import main
 from perfmodel.errors import UserError
@@ -19,7 +20,10 @@ from validate.accuracy import Errors
 from validate.calibration import verify
 from validate.checking.outcomes import Measured
 from validate.checking.summary import promises
-from validate.measuring import environment, records
+from validate.measuring import environment, isolate, records, run
+from validate.microbench.designs import MicroCase
+from validate.microbench.run import attempt
+from validate.microbench.stopwatch import CpuStopwatch
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "kineto_two_streams.json"
 WHOLE = {"name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "multi_processor_count": 108, "total_memory": 80e9}
@@ -113,3 +117,28 @@ def test_kernels_of_a_trace_without_the_runtimes_calls_are_told(tmp_path: Path) 
     result = CliRunner().invoke(main, ["validate", "profile", str(path)])
     assert result.exit_code == 0
     assert "works of the device without a launch" in result.stdout
+
+
+def test_a_spoilt_gpu_is_not_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process fails at whatever comes next: it must end, and not take its errors for cases that are too large."""
+
+    def spoilt(case: MicroCase, device: str) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("validate.microbench.run.build_call", spoilt)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        attempt(MicroCase("gemm", "mm", "fp32"), "cuda", CpuStopwatch(1))
+
+
+def test_a_spoilt_gpu_ends_a_measurement_behind_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells behind it would be recorded as failed, and never be tried again."""
+    (tmp_path / "grid.toml").write_text(GRID)
+    told = {"status": "error", "message": "CUDA error: unspecified launch failure"}
+    monkeypatch.setattr(run, "_visit", lambda *visit: told)
+    monkeypatch.setattr(run, "load_modules", lambda cells: None)
+    monkeypatch.setattr(isolate, "can_fork", lambda: False)
+    plan, output = run.plan(str(tmp_path / "grid.toml"), "cpu", threads=1), tmp_path / "records.jsonl"
+    for visits in (1, 2):
+        with pytest.raises(UserError, match="unspecified launch failure: recorded; run again to go on behind it"):
+            run.measure_cells(plan, output)
+        assert sum(r["kind"] == "visit" for r in records.read_records(output)) == visits

@@ -193,8 +193,9 @@ class _Turn:
             found = {**visit.head(), **found}
         self.ran.ledger.keep({**self._head(unit), **found, **times}, now=visit is not None)
         self.pace[_kind(unit)].append(times["elapsed_s"] / times["expected_s"])
-        if visit and (self.settings.device == "cpu" or found["status"] != "ok"):
-            self.worker.close()  # every visit on a CPU starts from the same heap, on a GPU the one after a failure
+        failed = found.get("status", "ok") != "ok"
+        if (visit and self.settings.device == "cpu") or failed:
+            self.worker.close()  # a visit on a CPU starts from the same heap; a failure may have spoilt a GPU's context
 
     def _head(self, unit: Unit) -> Record:
         return {"kind": "unmeasured", "unit": unit.id, "stage": unit.stage, "environment": self.ran.environment["id"]}

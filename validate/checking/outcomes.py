@@ -129,8 +129,8 @@ class CellOutcome:
 
     @property
     def memory_error(self) -> float:
-        """Of peak memory; NaN where no peak was seen."""
-        return float(self.predicted.memory.peak) / self.measured.peak - 1 if self.measured.peak else float("nan")
+        """Of peak memory."""
+        return float(self.predicted.memory.peak) / self.measured.peak - 1
 
     @property
     def inside(self) -> bool:

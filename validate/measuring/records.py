@@ -64,7 +64,7 @@ def _whole(record: Record, where: str) -> None:
         raise UserError(f"{where}: unknown status {record['status']!r}")
     if record["status"] == "ok":
         _holds(record, "ok", where)
-        if not _times(record["seconds"]) or not _whole_number(record["memory"].get("peak")):
+        if not _times(record["seconds"]) or not _positive_number(record["memory"].get("peak")):
             raise UserError(f"{where}: a visit that ended well holds seconds of steps and the peak of memory")
         traced = record.get("traced", {})
         tables = [record.get("calls", {}), *(traced.values() if isinstance(traced, dict) else [traced])]
@@ -110,6 +110,10 @@ def _by_phase(table: Any, good: Callable[[Any], bool]) -> bool:
 
 def _whole_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _positive_number(value: Any) -> bool:
+    return _whole_number(value) and bool(value)
 
 
 def _message(value: Any) -> bool:

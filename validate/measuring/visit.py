@@ -34,7 +34,7 @@ def visit(
     """
     try:
         return {"status": "ok", **_measure(cell, device, threads, warm_up, steps, whole, team)}
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # of torch, transformers or peft, or a package that is missing
         text = " ".join(str(error).split())[:300] or type(error).__name__
         return {"status": "oom" if out_of_memory(error) else "error", "message": text}
     finally:

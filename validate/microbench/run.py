@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
+from perfmodel.tracing.programs.choose import out_of_memory
 
 from .designs import MicroCase
 from .kernels import build_call, release_pools
@@ -60,7 +60,7 @@ def attempt(case: MicroCase, device: str, watch: Stopwatch) -> dict[str, Any]:
         timing = watch(call, inner, CASE_SECONDS, REPEATS)
     except (RuntimeError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]
-        oom = isinstance(error, torch.OutOfMemoryError) or "memory" in text
+        oom = out_of_memory(error)
         if not oom and not any(sign in text for sign in CANNOT):
             raise
         return {"kind": "unmeasured", "status": "oom" if oom else "error", "message": text}

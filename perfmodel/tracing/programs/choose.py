@@ -22,7 +22,7 @@ FAMILIES = (
     classifiers.OF_SAMPLES, classifiers.OF_TOKENS,
 )  # fmt: skip
 LINEAR_EXPERTS = "linear_experts"  # a key of ours in bundled configs: the experts are linear layers
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 def types() -> dict[str, Family]:
