@@ -31,6 +31,24 @@ def test_the_connections_of_an_all_to_all_are_those_measured() -> None:
     assert found == pytest.approx(4.34e9 - 1.06e9, rel=0.15)
 
 
+def test_over_several_nodes_the_network_allows_few_channels_to_a_rank() -> None:
+    """NCCL takes the fewest of all its ranks, by the cards of 50 GB/s four; one round of sends reaches eight of them.
+
+    What lies on other nodes shares a pool: 32 channels of 16 pieces of 128 KiB, to them and from them.
+    """
+    pool = 32 * 2 * 16 * 131_072
+    assert nccl_bytes(H100, ["all_to_all"], 32, 8) == 4 * 7 * CONNECTION + pool
+    assert nccl_bytes(H100, ["all_to_all"], 128, 8) == 2 * 7 * CONNECTION + pool
+    assert nccl_bytes(H100, ["send_recv"], 2, 1) == 4 * CONNECTION + pool
+    assert nccl_bytes(H100, ["send_recv"], 2, 2) == 32 * CONNECTION
+
+
+def test_of_bridged_pairs_two_channels_lead_to_the_rank_behind_the_bus() -> None:
+    bridged = files.load("a100-pcie-4")
+    assert nccl_bytes(bridged, ["all_to_all"], 2, 2) == 16 * CONNECTION
+    assert nccl_bytes(bridged, ["all_to_all"], 4, 4) == 2 * 3 * CONNECTION
+
+
 @given(st.sets(st.sampled_from(KINDS), min_size=1), st.integers(1, 3))
 def test_more_ranks_and_more_kinds_keep_no_less(kinds: set[str], nodes: int) -> None:
     """And a group of one, or one whose buffers lie in the host's memory, keeps nothing."""
