@@ -112,11 +112,14 @@ class Fitting:
         return None
 
     def _fitting(self, stage: list[Concession], on: DeviceProfile) -> Iterator[tuple[Concession, Prediction]]:
-        full: set[tuple[str, str]] = set()  # method and checkpointing of which a smaller micro-batch did not fit
+        # Method, checkpointing and whether it accumulates, of which a smaller micro-batch did not fit. Between
+        # micro-batches whole gradients may be kept that are sharded after a single one (FSDP's `no_sync`)
+        full: set[tuple[str, str, bool]] = set()
         fitting: set[tuple[str, Dim]] = set()  # method and micro-batch: what is recomputed would only add to its time
         for concession in stage:
             spec, setup = concession.method.spec(), concession.setup
-            if (spec, setup.checkpoint) in full or (spec, setup.batch) in fitting:
+            kind = spec, setup.checkpoint, setup.grad_accum > 1
+            if kind in full or (spec, setup.batch) in fitting:
                 continue
             try:
                 p = self._if_it_fits(concession, on)
@@ -125,7 +128,7 @@ class Fitting:
                     raise
                 continue
             if p is None:
-                full.add((spec, setup.checkpoint))
+                full.add(kind)
             else:
                 fitting |= {(spec, setup.batch)} if setup.checkpoint == "none" else set()
                 yield concession, p

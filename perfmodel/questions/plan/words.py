@@ -106,14 +106,12 @@ def _figures(run: PlannedRun) -> str:
 def _against(plan: Plan) -> Iterator[str]:
     """What each further method costs at its cheapest, or takes at its fastest, against the first one."""
     first, *others = plan.methods
+    yield from (f"{method} fits nowhere here." for method in plan.methods if others and not plan.of(method))
     for method in others:
         if (a := plan.cheapest(first)) and (b := plan.cheapest(method)):
             here, there = a[0].dollars or 0.0, b[0].dollars or 0.0
             text = f"{money(there)} against {money(here)}"
             yield f"At its cheapest {_which(b[0])} costs {text} for {_which(a[0])}{_factor(there, here)}."
-        elif not plan.of(first) or not plan.of(method):
-            missing = first if not plan.of(first) else method
-            yield f"{missing} fits nowhere here."
 
 
 def _which(run: PlannedRun) -> str:
