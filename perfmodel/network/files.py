@@ -93,6 +93,12 @@ def bundled(name: str) -> str:
     return slug if slug in names() else _aliases().get(slug, "")
 
 
+def standing_for(gpu: str) -> str:
+    """The bundled node whose links stand for those of a device that no known node holds."""
+    classes = _classes()
+    return str(classes["gpu"].get(gpu, classes["link"]["pcie"]))
+
+
 def load(name_or_path: str | PathLike[str]) -> NodeFile:
     """A bundled node by name or alias (in any case), an own one by name, or any by the path of its TOML file.
 
@@ -254,7 +260,7 @@ def _table(slug: str) -> Table:
 
 @lru_cache(maxsize=1)
 def _classes() -> Table:
-    """Kind of link, or of network card -> the node whose figures stand for it."""
+    """Of a kind of link or network card, and of a GPU, the node whose figures stand for it; host memory of a link."""
     return read_toml(NODES / f"{CLASSES}.toml")
 
 

@@ -21,7 +21,6 @@ from ..program.stragglers import slowest_of
 from ..setup import Setup
 from ..values import immutable
 
-USUAL = {"sxm": "dgx-h100", "pcie": "l40s-8"}  # whose links stand for those of a device that no known node has
 SLOTS = ("pcie", "pcie_host")  # links that are the bus
 WAITED = "the slowest of the GPUs, for which the others wait, is taken as {} slower than the mean one"
 MEASURE = "torchrun --nproc-per-node {} -m perfmodel calibrate --network --device cpu"
@@ -157,7 +156,7 @@ def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
         return node, [] if of == on.slug else [f"links of {node.file.slug}, a node of {of}"]
     name = _of_gpu().get(on.slug)
     if name is None:
-        name = USUAL["sxm" if "sxm" in on.slug else "pcie"]
+        name = files.standing_for(on.slug)
         notes = [f"no node of {on.slug} is known: links as in {name} (--node NAME, see `perfmodel nodes`)"]
     else:
         notes = [f"the GPUs stand in {name} (--node)"]

@@ -170,3 +170,19 @@ def test_an_answer_tells_of_the_links_that_its_step_uses(
     assert all(word in said for word in told)
     assert not any(word in said for word in untold)
     assert any("the GPUs stand in" in note for note in p.notes)
+
+
+@pytest.mark.parametrize(
+    ("device", "node"),
+    [
+        ("gb300", "gb200-tray"),
+        ("v100", "dgx-1-v100"),
+        ("gh200", "dgx-h100"),
+        ("a100-40gb-sxm", "dgx-a100"),
+        ("rtx-3090", "l40s-8"),
+    ],
+)
+def test_a_gpu_without_a_node_takes_the_links_of_its_like(device: str, node: str) -> None:
+    """Those with NVLink were given a slow PCIe host's, and an A100 the reduction in a switch that it has not."""
+    p = predict("smollm2-135m", "full", device=device, gpus=4, parallel="ddp", batch=1, seq=128, dtype="fp16")
+    assert any(f"no node of {device} is known: links as in {node}" in note for note in p.notes)
