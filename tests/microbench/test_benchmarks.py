@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 pytest.importorskip("peft")
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfmodel.tracing.programs.dtypes import DTYPES
@@ -17,6 +20,7 @@ from validate.fitting import cpu_ops
 from validate.measuring import clocks
 from validate.microbench import designs, kernels, run, stopwatch
 from validate.microbench.designs import MicroCase
+from validate.microbench.kernels import Ring
 
 
 class Dispatched(TorchDispatchMode):
@@ -61,6 +65,35 @@ def test_a_benchmark_calls_what_its_fit_counts(name: str, dtype: str) -> None:
         assert [shape for _, shape in outputs] == [s.shape for s in told.outputs]
     read = sorted((dtype, prod(shape)) for dtype, shape in set(inputs) if dtype != "i64")
     assert read == sorted({(s.dtype, s.numel) for s in told.inputs if s.shape != (rows,) or name != "embedding"})
+
+
+@given(st.integers(1, 3), st.integers(1, 400), st.integers(1, 300), st.sampled_from(["fp32", "bf16"]), st.booleans())
+def test_operands_of_a_call_share_no_memory(of: int, rows: int, columns: int, dtype: str, warm: bool) -> None:
+    """Where one filled the pool, the next began at its start again: of x + x half is read, and memory seemed faster."""
+    before = kernels.RING["cpu"]
+    kernels.RING["cpu"] = 2e5
+    try:
+        rings = [Ring(rows, columns, dtype=dtype, device="cpu", warm=warm and not n, of=of) for n in range(of)]
+    finally:
+        kernels.RING["cpu"] = before
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for ring in rings for copy in ring.copies)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+
+
+def test_every_call_says_how_many_large_operands_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that share the pool: a new op that forgets to would be timed on one operand twice."""
+    made: list[tuple[int, int]] = []
+
+    def ring(*shape: int, of: int = 1, **other: Any) -> Ring:
+        made.append((prod(shape), of))
+        return Ring(*shape, of=of, **other)
+
+    monkeypatch.setattr(kernels, "Ring", ring)
+    monkeypatch.setitem(kernels.RING, "cpu", 2e5)
+    for op in designs.STREAMS:
+        made.clear()
+        kernels.build_call(MicroCase("pointwise", op, "fp32", (("rows", 64), ("columns", 96))), "cpu")
+        assert sum(size == 64 * 96 for size, _ in made) == made[0][1]
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2)])
@@ -112,13 +145,14 @@ def test_only_a_launch_is_a_call_on_the_device(op: str) -> None:
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"), (RuntimeError("not enough memory: 1 EB"), "oom"),
         (NotImplementedError("'mm' not implemented for 'Half'"), "error"),
         (RuntimeError("No available kernel. Aborting execution."), "error"),
-        (RuntimeError("shapes cannot be multiplied"), None), (NotImplementedError("a hook"), None),
+        (RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"), "error"),
+        (ValueError("a mistake of ours"), None),
     ],
 )  # fmt: skip
 def test_what_a_device_cannot_do_is_a_record_and_a_fault_is_none(
     monkeypatch: pytest.MonkeyPatch, error: Exception, status: str | None
 ) -> None:
-    """An hour of cases goes on past a kernel that is not there; a mistake of ours must not pass for one."""
+    """An hour of cases goes on past a kernel that is not there, whatever PyTorch says of it."""
 
     def refuse(case: MicroCase, device: str) -> None:
         raise error

@@ -28,7 +28,7 @@ from .designs import MicroCase
 aten = torch.ops.aten
 Call = Callable[[int], object]
 ROOM = 6.0  # times the largest cache
-RING = {"cpu": min(max(64e6, ROOM * max(caches().values(), default=0)), 512e6), "cuda": 256e6}  # bytes of a pool
+RING = {"cpu": min(max(64e6, ROOM * max(caches().values(), default=0)), 512e6), "cuda": 512e6}  # bytes of a pool
 MOST_COPIES = 64
 FEW = 2  # copies of a warm operand
 LINE = 64  # bytes: operands begin at whole lines
@@ -80,18 +80,23 @@ def release_pools(device: str) -> None:
 
 
 class Ring:
-    """Copies of an operand; `ring[i]` is the copy of repeat i."""
+    """Copies of an operand; `ring[i]` is the copy of repeat i.
+
+    Args:
+        of: large operands of the case. They share the pool and no memory: of a sum with itself half is read.
+    """
 
     def __init__(
         self, *shape: int, dtype: str = "fp32", device: str, positive: bool = False, warm: bool = False,
-        most: int | None = None,
+        most: int | None = None, of: int = 1,
     ) -> None:  # fmt: skip
         numel, per_line = prod(shape), int(LINE // ITEMSIZE[dtype])
         step = int(ceil(numel / per_line) * per_line)
-        pool = _pool(max(RING[device], 2.0 * step * ITEMSIZE[dtype]), dtype, device, positive)
+        shares = of + (of > 1)  # less than one is passed over where the pool ends
+        pool = _pool(max(RING[device], max(2, shares) * step * ITEMSIZE[dtype]), dtype, device, positive)
         most = min(most or MOST_COPIES, MOST_COPIES)
         most = min(most, FEW) if warm and device == "cpu" else most
-        copies = max(1, min(most, len(pool) // step))
+        copies = max(1, min(most, len(pool) // (shares * step)))
         begin = _cursor.get(pool.data_ptr(), 0)
         if begin + copies * step > len(pool):
             begin = 0
@@ -105,8 +110,8 @@ class Ring:
 def gemm(case: MicroCase, device: str) -> tuple[Call, int]:
     """A product in the layout of forward, input gradient or weight gradient."""
     m, n, k = case["m"], case["n"], case["k"]
-    a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device, warm=True)
-    b = Ring(*((n, k) if case.layout == "tn" else (k, n)), dtype=case.dtype, device=device)
+    a = Ring(*((k, m) if case.layout == "nt" else (m, k)), dtype=case.dtype, device=device, warm=True, of=2)
+    b = Ring(*((n, k) if case.layout == "tn" else (k, n)), dtype=case.dtype, device=device, of=2)
     calls: dict[str, Call] = {
         "tn": lambda i: torch.mm(a[i], b[i].t()),
         "nn": lambda i: torch.mm(a[i], b[i]),
@@ -119,7 +124,7 @@ def _attention(case: MicroCase, device: str) -> tuple[Call, int]:
     """As transformers lays heads out: (batch, seq, heads, head_dim), transposed."""
     b, s, d = case["batch"], case["seq"], case["head_dim"]
     heads = (case["heads"], case["kv_heads"], case["kv_heads"])
-    own: Any = {"dtype": case.dtype, "device": device, "warm": not case.backward, "most": 8}
+    own: Any = {"dtype": case.dtype, "device": device, "warm": not case.backward, "most": 8, "of": 3}
     q, k, v = (Ring(b, s, h, d, **own) for h in heads)
     inputs = [[x[i].transpose(1, 2) for x in (q, k, v)] for i in range(len(q.copies))]
     grad = torch.ones_like(inputs[0][0])
@@ -155,9 +160,10 @@ def _stream(case: MicroCase, device: str) -> tuple[Call, int]:
     rows, columns = case["rows"], case["columns"]
 
     def ring(*shape: int) -> Ring:
-        return Ring(*shape, dtype=case.dtype, device=device, positive=True, warm=case.op in HOT)
+        return Ring(*shape, dtype=case.dtype, device=device, positive=True, warm=case.op in HOT, of=operands)
 
-    x = Ring(rows, columns, dtype=case.dtype, device=device, positive=True, warm=case.op not in STATE)
+    operands = OPERANDS.get(case.op, 1)
+    x = Ring(rows, columns, dtype=case.dtype, device=device, positive=True, warm=case.op not in STATE, of=operands)
     return STREAM_CALLS[case.op](x, ring, rows, columns), 10 if rows * columns < 4096 else 1
 
 
@@ -213,7 +219,7 @@ def _add_mixed(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> C
     """As PEFT adds an fp32 adapter to the output of a 16-bit layer."""
     y, other = ring(rows, columns), torch.bfloat16 if x[0].dtype == torch.float32 else torch.float32
     cast = [part.to(other) for part in y.copies[:FEW]]
-    return lambda i: x[i] + cast[i % FEW]
+    return lambda i: x[i] + cast[i % len(cast)]
 
 
 def _cast(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
@@ -221,6 +227,10 @@ def _cast(x: Ring, ring: Callable[..., Ring], rows: int, columns: int) -> Call:
     return lambda i: x[i].to(target)
 
 
+OPERANDS = {  # as large as the first one, of ops that have several
+    **dict.fromkeys(("add", "mul", "div", "lerp_", "addcmul_", "silu_backward", "gelu_backward"), 2),
+    **dict.fromkeys(("log_softmax_backward", "layer_norm_backward", "add_mixed"), 2), "addcdiv_": 3,
+}  # fmt: skip
 STREAM_CALLS: dict[str, Callable[..., Call]] = {
     "add": _binary(torch.add),
     "mul": _binary(torch.mul),

@@ -40,7 +40,7 @@ def backends(case: MicroCase, device: str) -> tuple[Call, int]:
         RuntimeError: this backend does not take such operands here.
     """
     b, s, d, heads = (case[name] for name in ("batch", "seq", "head_dim", "heads"))
-    rings = [Ring(b, s, heads, d, dtype=case.dtype, device=device) for _ in range(3)]
+    rings = [Ring(b, s, heads, d, dtype=case.dtype, device=device, of=3) for _ in range(3)]
     inputs = [[ring[i].transpose(1, 2) for ring in rings] for i in range(len(rings[0].copies))]
     backend = BACKENDS[case.op]
 
