@@ -174,6 +174,31 @@ def write_text(path: Path, text: str) -> None:
         place.write_text(text, encoding="utf-8")
 
 
+def make_parent(path: Path) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from None
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Look whether a file can be written, before the work whose result it is to hold.
+
+    Raises:
+        UserError: its folder is missing or cannot be written to.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written (no folder {path.parent})")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent}: cannot be written")
+
+
 @contextmanager
 def written(path: Path, done: str = "written") -> Iterator[Path]:
     """Where to write what is to be at `path`: a new file beside it, which takes its place if all went well.

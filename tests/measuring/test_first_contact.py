@@ -17,10 +17,11 @@ from test_measuring import GRID
 from perfmodel.cli import main
 from perfmodel.errors import UserError
 from validate.accuracy import Errors
-from validate.calibration import verify
+from validate.calibration import calibrate, verify
 from validate.checking.outcomes import Measured
 from validate.checking.summary import promises
 from validate.measuring import environment, isolate, records, run
+from validate.microbench import run as benches
 from validate.microbench.designs import MicroCase
 from validate.microbench.run import attempt
 from validate.microbench.stopwatch import CpuStopwatch
@@ -37,6 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79e9, 80e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**told))
     monkeypatch.setattr(environment, "_nvidia_smi", lambda name, which: f"{name} of {which}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -77,14 +79,49 @@ def test_what_is_not_modelled_is_refused_before_it_is_measured(
 
 def test_kernels_that_are_priced_by_a_factor_of_two_are_not_kept() -> None:
     """A GPU's programs judge the host alone: its kernels must be judged themselves."""
-    good, bad = (SimpleNamespace(errors=Errors.of([error])) for error in (0.1, 0.7))
-    checks = {verify.FITTED: Errors.of([0.1])}
-    fits: Any = {"gemm.bf16": good, "pointwise": bad}
-    assert verify.refusal(verify.judged(checks, fits, "cuda")).startswith(
-        "predictions of kernels of pointwise, left-out rows are off by 70 % in the mean"
-    )
-    assert not verify.refusal(verify.judged(checks, {"gemm.bf16": good}, "cuda"))  # type: ignore[dict-item]
-    assert not verify.refusal(verify.judged(checks, fits, "cpu"))
+    good, bad, none = (SimpleNamespace(errors=Errors.of([error])) for error in (0.1, 0.7, float("nan")))
+    fits: Any = {"gemm.bf16": good, "pointwise": bad, "attention": none}
+    assert list(verify.poor(fits, "cuda")) == ["pointwise", "attention"]
+    assert verify.poor(fits, "cuda")["pointwise"].startswith("kernels of pointwise: off by 70 % on rows left out")
+    assert not verify.poor(fits, "cpu")
+
+
+def test_a_gpu_that_answers_no_more_ends_a_calibration_and_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every later case would fail as well; what came before is on disk."""
+    real, calls = benches.build_call, []
+
+    def third_spoils(case: MicroCase, device: str) -> Any:
+        calls.append(case)
+        if len(calls) == 2:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        if len(calls) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(case, device)
+
+    monkeypatch.setattr(benches, "build_call", third_spoils)
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "home"))
+    output = tmp_path / "bench.jsonl"
+    with pytest.raises(UserError, match=r"illegal memory access.*answers no more.*what was measured is in"):
+        calibrate.calibrate("cpu", "spoilt", threads=1, seconds=1.0, output=output)
+    found = records.read_records(output)
+    assert [r["kind"] for r in found] == ["environment", "microbench", "unmeasured", "unmeasured"]
+    assert calibrate.failed(found)[0].startswith("1 microbenchmarks failed, ")
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default calibration takes minutes, and they were lost."""
+    monkeypatch.setattr(calibrate, "microbenchmarks", lambda *args: pytest.fail("measured"))
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="cannot be written"):
+        calibrate.calibrate("cpu", "box", threads=1, output=tmp_path / "none" / "bench.jsonl")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be made"):
+        calibrate.calibrate("cpu", "box", threads=1)
 
 
 def test_another_environments_visits_do_not_pass_for_those_of_here() -> None:
@@ -126,8 +163,9 @@ def test_a_spoilt_gpu_is_not_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr("validate.microbench.run.build_call", spoilt)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        attempt(MicroCase("gemm", "mm", "fp32"), "cuda", CpuStopwatch(1))
+    found = attempt(MicroCase("gemm", "mm", "fp32"), "cuda", CpuStopwatch(1))
+    assert found["status"] == "error"
+    assert environment.spoilt(found)
 
 
 def test_a_spoilt_gpu_ends_a_measurement_behind_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

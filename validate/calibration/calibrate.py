@@ -4,7 +4,6 @@ The device file has the form of data/devices/*.toml; its datasheet holds what th
 makers publish no such figures, the best rates that were measured.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from perfmodel.devices.cpu_work import STATE
 from perfmodel.devices.hardware import Hardware
 from perfmodel.devices.profile import CPU_ATTENTION16, DeviceProfile
 from perfmodel.errors import UserError
-from perfmodel.resources import write_text
+from perfmodel.resources import check_parent, make_parent, write_text
 
 from ..accuracy import Errors
 from ..fitting import cpu as cpu_fit
@@ -46,7 +45,8 @@ class Calibration:
 
     Attributes:
         device, host: the files.
-        fits: blocks of the device file, with their errors on left-out rows.
+        fits: blocks that were fitted, with their errors on left-out rows.
+        caveats: blocks that the file goes without, and microbenchmarks that failed, in words.
         by: the host's fit.
         checks: errors of predicting the timed programs and real steps (`verify`).
         refusal: why nothing was written; empty if the files are there.
@@ -57,6 +57,7 @@ class Calibration:
     device: Path
     host: Path
     fits: Mapping[str, Fit]
+    caveats: list[str]
     by: hosts.HostFit
     checks: Mapping[str, Errors]
     refusal: str
@@ -82,7 +83,8 @@ def calibrate(
         output: keeps the records of the microbenchmarks.
 
     Raises:
-        UserError: no such device here, a name that is none or a bundled device's, files that cannot be written.
+        UserError: no such device here, a name that is none or a bundled device's, files that cannot be written; an
+            error after which the GPU can be used no more.
     """
     begin = time.perf_counter()
     target, host_target = own.path(name), own.path(name, "hosts")
@@ -92,14 +94,19 @@ def calibrate(
     if name in host_files.names():
         raise UserError(f"{name!r} is a bundled host: give the calibration another --name")
     environment.check_device(device)
+    for path in (target, host_target):
+        make_parent(path)
+    if output is not None:
+        check_parent(output)
     threads = threads or torch.get_num_threads()
     found = microbenchmarks(device, threads, seconds * (1.0 - HOST_SHARE), progress)
     if output is not None:
         records.append_records(output, *found)
+    if found and environment.spoilt(found[-1]):
+        kept = f" (what was measured is in {output})" if output else ""
+        raise UserError(f"{found[-1]['unit']}: {found[-1]['message']}: the GPU answers no more{kept}; calibrate again")
     text, fits = device_file(found, name)
     mine = profile_of_text(text, name)
-    _folder(target)
-    _folder(host_target)
     on = mine if device == "cpu" else None
     by = hosts.calibrate_host(
         lambda label: progress(1.0, f"host: {label}"),
@@ -111,12 +118,13 @@ def calibrate(
     if on:
         progress(1.0, "real steps")
         checks[verify.STEPS] = verify.of_steps(on, by.host, threads)
-    refusal = verify.refusal(verify.judged(checks, fits, mine.kind))
+    refusal = verify.refusal(checks)
     if not refusal:
         hosts.write_host(by.host, host_target, by.provenance(checks))
         write_text(target, text)
         profile.forget()
-    return Calibration(mine, target, host_target, fits, by, checks, refusal, time.perf_counter() - begin)
+    caveats = [*verify.poor(fits, mine.kind).values(), *failed(found)]
+    return Calibration(mine, target, host_target, fits, caveats, by, checks, refusal, time.perf_counter() - begin)
 
 
 def microbenchmarks(device: str, threads: int, seconds: float, progress: Progress) -> list[Record]:
@@ -132,11 +140,20 @@ def microbenchmarks(device: str, threads: int, seconds: float, progress: Progres
         measured = run.run_blocks(designs.design(device, designs.DTYPES), device, watch, seconds, progress)
     finally:
         torch.set_num_threads(before)
-    return [head, *({**r, "environment": head["id"]} for r in measured)]
+    return [head, *({"unit": run.in_words(r["case"]), **r, "environment": head["id"]} for r in measured)]
+
+
+def failed(found: Sequence[Record]) -> list[str]:
+    """Microbenchmarks that ended with an error, by what it said; out of memory is none, the case was too large."""
+    said: dict[str, list[Record]] = {}
+    for r in found:
+        if r["kind"] == "unmeasured" and r["status"] == "error":
+            said.setdefault(r["message"], []).append(r)
+    return [f"{len(rs)} microbenchmarks failed, {rs[0]['unit']} first: {text}" for text, rs in said.items()]
 
 
 def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]]:
-    """The text of a device file, and its fitted blocks, from the records of a calibration.
+    """The text of a device file, and the blocks that were fitted, from the records of a calibration.
 
     Raises:
         UserError: records without an environment, or too few microbenchmarks to fit.
@@ -149,7 +166,8 @@ def device_file(found: Sequence[Record], name: str) -> tuple[str, dict[str, Fit]
         title = str(here["gpu"]["name"])
         datasheet = cuda_fit.datasheet(known, here["gpu"])
         capability = known.compute_capability
-        return file_text(name, title, "cuda", known.architecture, datasheet, fits, capability), fits
+        kept = {block: fit for block, fit in fits.items() if block not in verify.poor(fits, "cuda")}
+        return file_text(name, title, "cuda", known.architecture, datasheet, kept, capability), fits
     rows = cpu_fit.cpu_rows(found)
     datasheet = cpu_datasheet(rows, here)
     hardware = Hardware(**{k: v for k, (v, _) in datasheet.items()})
@@ -238,12 +256,3 @@ def profile_of_text(text: str, name: str) -> DeviceProfile:
     import tomllib
 
     return profile.from_table(name, tomllib.loads(text), f"{name}.toml")
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot be made ({error.strerror})") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path.parent}: cannot be written")

@@ -136,6 +136,15 @@ def _named(by: Host, where: str, cells: int) -> Host:
     return replace(by, name=f"{by.name}, refitted", source=source)
 
 
+def refusal(found: Refit) -> str:
+    """Why the fit is not to be kept, in one line; empty if cells that it did not see are predicted no worse by it."""
+    before, after = found.before.step.mean, found.after.step.mean
+    if after <= before:
+        return ""
+    errors = f"{100 * before:.1f} % before, {100 * after:.1f} % after"
+    return f"steps of the cells left out of the fit are predicted worse by it ({errors}): nothing was written"
+
+
 def refit_provenance(found: Refit) -> dict[str, Any]:
     """What the host file says about the fit."""
     residuals = {f"{phase}_mean": found.after.phases[phase].mean for phase in PHASES}

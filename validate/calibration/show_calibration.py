@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from perfmodel.report.plain import print_json, show, table
+from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import filling
 
 from ..accuracy import Errors
@@ -32,6 +32,8 @@ def show_calibration(
     show(table(("block", "fitted on", "left out", "mean error", "plain roofline"), rows))
     show_checks(done.checks)
     show_caveats({**{block: f.caveats for block, f in done.fits.items()}, "host": done.by.caveats})
+    for caveat in done.caveats:
+        show(paragraph(caveat), colour="yellow")
     if done.refusal:
         show(done.refusal, colour="yellow")
         return False
@@ -54,7 +56,7 @@ def _plain(done: Calibration) -> dict[str, Any]:
     """The JSON of a calibration: its files, the errors of its check and of each block on the rows left out of it."""
     return {
         "name": done.profile.name, "device": str(done.device), "host": str(done.host), "seconds": done.seconds,
-        "written": not done.refusal, "refusal": done.refusal,
+        "written": not done.refusal, "refusal": done.refusal, "caveats": done.caveats,
         "checks": {key: asdict(errors) for key, errors in done.checks.items()},
         "blocks": {
             block: {**asdict(f.errors), "rows_fitted": f.rows_fitted, "rows": f.rows_left_out, **asdict(f.caveats)}

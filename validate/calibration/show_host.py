@@ -28,7 +28,7 @@ def show_host(output: Path) -> bool:
     show(table(("", "seconds", "not measured"), rows, left=(0, 2), title="host costs"))
     show_checks(checks)
     show_caveats({"host": replace(found.caveats, kept=())})
-    if refusal := verify.refusal({verify.TITLES[key]: errors.mean for key, errors in checks.items()}):
+    if refusal := verify.refusal(checks):
         show(refusal, colour="yellow")
         return False
     hosts.write_host(found.host, output, found.provenance(checks))

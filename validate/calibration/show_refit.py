@@ -7,7 +7,7 @@ from perfmodel.program.part import PHASES
 from perfmodel.report.plain import paragraph, print_json, show, table
 from perfmodel.report.progress import counting
 
-from . import hosts, refit, verify
+from . import hosts, refit
 from .refit import Refit
 
 
@@ -18,7 +18,7 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
     """
     with counting("predicting") as tick:
         found = refit.refit([records], device=device, host=host, progress=tick)
-    refusal = verify.refusal({"the cells left out of the fit": found.after.step.mean})
+    refusal = refit.refusal(found)
     written = output is not None and not refusal
     if output and written:
         hosts.write_host(found.host, output, refit.refit_provenance(found))

@@ -80,23 +80,21 @@ def of_steps(on: DeviceProfile, by: Host, threads: int) -> Errors:
     return Errors.of(errors)
 
 
-def judged(checks: Mapping[str, Errors], fits: Mapping[str, Fit], kind: str) -> dict[str, float]:
-    """What is judged before it is kept, in words -> mean |relative error|.
+def poor(fits: Mapping[str, Fit], kind: str) -> dict[str, str]:
+    """Blocks of a GPU's kernels that are too far off on rows that no fit saw -> what becomes of them.
 
-    Of a GPU the kernels on rows that no fit saw; a CPU's take part in the programs and steps that were timed.
+    The file goes without them, so its class's figures are taken. A CPU's take part in the programs and steps that are
+    judged.
     """
-    found = {TITLES[key]: errors.mean for key, errors in checks.items()}
     blocks = fits.items() if kind == "cuda" else ()
-    return found | {f"kernels of {block}, left-out rows": fit.errors.mean for block, fit in blocks}
+    off = {block: fit.errors.mean for block, fit in blocks if not fit.errors.mean <= WORST}
+    told = "kernels of {}: off by {:,.0f} % on rows left out of the fit: the figures of its class are taken"
+    return {block: told.format(block, 100 * mean) for block, mean in off.items()}
 
 
-def refusal(means: Mapping[str, float]) -> str:
-    """Why a fit is not to be kept, in one line; empty if it may be.
-
-    Args:
-        means: what was predicted, in words -> mean |relative error|.
-    """
-    for what, mean in means.items():
+def refusal(checks: Mapping[str, Errors]) -> str:
+    """Why a fit is not to be kept, in one line; empty if it may be."""
+    for what, mean in ((TITLES[key], errors.mean) for key, errors in checks.items()):
         if not mean <= WORST:
             limit = f"more than {100 * WORST:.0f} %: nothing was written"
             return f"predictions of {what} are off by {100 * mean:,.0f} % in the mean, {limit}"

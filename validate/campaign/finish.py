@@ -89,7 +89,8 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
     on = mine if mine.kind == "cpu" else None
     by = hosts.fit_host([_timed(r) for r in programs], on, calibrate.host_floors(benches))
     found.host = verify.of_programs(by, on)
-    if refusal := verify.refusal(verify.judged(found.host, found.fits, mine.kind)):
+    found.missing += verify.poor(found.fits, mine.kind).values()
+    if refusal := verify.refusal(found.host):
         raise TooLittle(refusal)
     write_text(folder / DEVICE, text)
     hosts.write_host(by.host, folder / HOST, by.provenance(found.host))

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ NVIDIA_SMI = (
     "power.limit", "power.max_limit", "temperature.gpu", "persistence_mode", "mig.mode.current",
 )  # fmt: skip
 
-PASSING = ("clocks.sm", "clocks.mem", "temperature.gpu")  # of a GPU, from one moment to the next
+SPOILT = "CUDA error"  # begins what PyTorch says when a process can use its GPU no more
+PASSING = ("clocks.sm", "clocks.mem", "temperature.gpu", "free_memory")  # of a GPU, from one moment to the next
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
@@ -60,6 +62,11 @@ def identity(found: dict[str, Any]) -> str:
         lasting["gpu"] = {k: v for k, v in found["gpu"].items() if k not in PASSING}
     text = json.dumps(lasting, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def spoilt(record: Mapping[str, Any]) -> bool:
+    """Whether what was to be measured ended with an error after which the process can use its GPU no more."""
+    return record.get("status") == "error" and SPOILT in str(record["message"])
 
 
 def cpu_name() -> str:
@@ -132,6 +139,7 @@ def gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     names = ("name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     found = {name: getattr(properties, name) for name in names if hasattr(properties, name)}
+    found["free_memory"] = torch.cuda.mem_get_info()[0]
     found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     which = _known_to_nvidia_smi(properties)
     for name in NVIDIA_SMI:  # one by one: an old driver refuses the whole query for one unknown name

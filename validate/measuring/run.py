@@ -21,7 +21,6 @@ from .loop import check_cell
 from .team import Team
 from .visit import visit
 
-SPOILT = "CUDA error"  # after which a process can use its GPU no more
 Progress = Callable[[int, int, str], None]  # visits done, visits in all, what comes next
 
 
@@ -100,7 +99,7 @@ def measure_cells(
             found = isolate.run_forked(work) if alone else work()
             took = {"started": round(started, 1), "elapsed_s": round(time.time() - started, 2)}
             _keep(output, {**_head(cell, number, here, team), **took}, found, team)
-            if not alone and found["status"] == "error" and SPOILT in found["message"]:
+            if not alone and environment.spoilt(found):
                 raise UserError(f"{cell.id}: {found['message']}: recorded; run again to go on behind it")
         progress(len(todo), len(todo), "done")
         return records.read_records(output)
