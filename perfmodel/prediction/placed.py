@@ -173,7 +173,11 @@ def _of_cpu(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:
     processes = int(np.max(setup.gpus))
     measure = MEASURE.format(processes // (setup.nodes or 1))
     if name is None:
-        raise UserError(f"gpus: {processes} processes on {on.slug} need the network between them, measured: {measure}")
+        own_nodes = " or ".join(own.calibrated(files.OWN))
+        there = f"; or take one that was (--node {own_nodes})" if own_nodes else ""
+        raise UserError(
+            f"gpus: {processes} processes on {on.slug} need the network between them, measured: {measure}{there}"
+        )
     node = Node.load(name)
     if node.file.link != "none" or node.file.slug in files.names():
         raise UserError(f"gpus: {name} is a node of GPUs, and {on.slug} is a CPU; measure its network: {measure}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -26,6 +27,16 @@ def progress(*, counted: bool = True, auto_refresh: bool = True) -> Progress:
 
 
 @contextmanager
+def stoppable(left: str) -> Iterator[None]:
+    """Tell whoever interrupts a long command what it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped: {left}", err=True)
+        raise
+
+
+@contextmanager
 def counting(first: str, total: int | None = None, *, forks: bool = False) -> Iterator[Callable[[int, int, str], None]]:
     """A bar for work in parts: is told how many are done, how many there are, and which one comes next.
 
@@ -43,10 +54,10 @@ def counting(first: str, total: int | None = None, *, forks: bool = False) -> It
 
 
 @contextmanager
-def filling(first: str) -> Iterator[Callable[[float, str], None]]:
+def filling() -> Iterator[Callable[[float, str], None]]:
     """A bar for work that fills a budget of time and forks or takes times: is told the share, and what comes next."""
     with progress(counted=False, auto_refresh=False) as bar:
-        task = bar.add_task(first, total=1.0)
+        task = bar.add_task("loading", total=1.0)
 
         def tick(share: float, label: str) -> None:
             bar.update(task, completed=share, description=label[:LONGEST], refresh=True)

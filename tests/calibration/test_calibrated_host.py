@@ -94,7 +94,7 @@ def test_a_fit_that_predicts_nothing_is_not_written(
     if words[0] == "calibrate":
         from validate.calibration import calibrate as module
 
-        monkeypatch.setattr(module, "microbenchmarks", lambda *arguments: [])
+        monkeypatch.setattr(module, "microbenchmarks", lambda *arguments: [{"kind": "environment"}])
         monkeypatch.setattr(module, "device_file", lambda *arguments: ("", {}))
         monkeypatch.setattr(module, "profile_of_text", lambda *arguments: SimpleNamespace(name="A box", kind="cpu"))
         monkeypatch.setattr(verify, "of_programs", lambda found, on: {"left_out": verify.Errors.of([0.6])})

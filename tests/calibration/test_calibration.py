@@ -232,7 +232,7 @@ def test_a_short_calibration_makes_a_device(home: Path, monkeypatch: pytest.Monk
     arguments = ["calibrate", "--device", "cpu", "--threads", "1", "--seconds", "5", "--records", str(kept)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert [r["message"] for r in records.read_records(kept) if r["kind"] == "unmeasured"] == []
+    assert [(r["unit"], r["message"]) for r in records.read_records(kept) if r["kind"] == "unmeasured"] == []
     assert {r["kind"] for r in records.read_records(kept)} == {"environment", "microbench"}
     step = predict("gpt2", "full", device="mine", batch=1, seq=32, dtype="fp32")
     assert 0.01 < step.time.phases["total"] < 60

@@ -292,9 +292,13 @@ def test_another_machines_campaign_is_not_continued(
     """One fit over two machines would be of neither."""
     fake = Fake(monkeypatch, measured)
     fake.run(planned, tmp_path / "c")
-    fake.here = {**fake.here, "host": {**fake.here["host"], "threads": 2}, "id": "there"}
-    with pytest.raises(UserError, match="holds the campaign of a CPU with 1 threads"):
-        fake.run(planned, tmp_path / "c")
+    threads = {"host": {**fake.here["host"], "threads": 2}}
+    software = {"software": {**fake.here["software"], "torch": "1.0"}}
+    for change in (threads, software):
+        there = Fake(monkeypatch, measured)
+        there.here = {**fake.here, **change, "id": "there"}
+        with pytest.raises(UserError, match="holds the campaign of a CPU with 1 threads, torch 2"):
+            there.run(planned, tmp_path / "c")
 
 
 @pytest.mark.skipif(not isolate.can_fork(), reason="processes cannot be forked here")

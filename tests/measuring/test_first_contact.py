@@ -2,6 +2,7 @@
 of another machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,16 @@ import torch
 from test_measuring import GRID
 
 from perfmodel.cli import main
+from perfmodel.devices import profile
 from perfmodel.errors import UserError
 from validate.accuracy import Errors
 from validate.calibration import calibrate, verify
+from validate.campaign.guide import memory_of
+from validate.checking import machine
 from validate.checking.outcomes import Measured
 from validate.checking.summary import promises
-from validate.measuring import environment, isolate, records, run
+from validate.measuring import environment, isolate, kineto, records, run
+from validate.measuring.visit import workspaces
 from validate.microbench import run as benches
 from validate.microbench.designs import MicroCase
 from validate.microbench.run import attempt
@@ -122,6 +127,72 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
     monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be made"):
         calibrate.calibrate("cpu", "box", threads=1)
+
+
+def test_cublas_workspaces_are_no_part_of_a_steps_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 32 MiB were 5 % of a small model's memory on a Hopper."""
+    held = [100]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: held.__setitem__(0, 36), raising=False)
+    assert (workspaces(), workspaces()) == (64, 0)
+
+
+def test_a_gpu_that_others_use_is_told_and_leaves_less_room(gpu: dict[str, Any]) -> None:
+    """A neighbour's memory made cells run out of it that fit, and its kernels take from the clock."""
+    found = {"device": "cuda", "gpu": environment.gpu()}
+    assert (environment.occupied(found), memory_of(found)) == ("", 79e9)
+    found["gpu"]["free_memory"] = 30e9
+    assert environment.occupied(found).startswith("others hold 50.0 GB of the GPU's 80.0 GB")
+    assert memory_of(found) == 30e9
+    assert environment.occupied({"device": "cpu"}) == ""
+    here = {**found, "host": {}}
+    assert environment.identity(here) == environment.identity({**here, "gpu": {**found["gpu"], "free_memory": 1}})
+
+
+@pytest.mark.parametrize("words", [["calibrate", "--device", "cpu"], ["validate", "measure", "--device", "cpu"]])
+def test_whoever_interrupts_is_told_what_is_left(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("PERFMODEL_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrate, "microbenchmarks", interrupted)
+    monkeypatch.setattr(run, "measure_cells", interrupted)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 130
+    assert "stopped: nothing was written" in done.output or "goes on behind it" in done.output
+
+
+@pytest.mark.parametrize(("threads", "found"), [(1, "mine"), (4, None)])
+def test_a_cpus_profile_predicts_steps_of_as_many_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: int, found: str | None
+) -> None:
+    """One thread's rates are no four threads': the records would look wrong by a factor."""
+    on = replace(profile.load("cpu-xeon-2.5ghz-1t"), slug="mine")
+    monkeypatch.setattr(profile, "load", lambda name: on)
+    monkeypatch.setattr(machine.own, "find", lambda *name: Path("mine.toml"))
+    here = {"device": "cpu", "host": {"cpu": on.name, "threads": threads}}
+    assert getattr(machine._calibrated(here), "slug", None) == found
+
+
+def test_of_nested_phases_the_innermost_has_what_it_launched() -> None:
+    """An outer annotation had all of it, and the inner one vanished."""
+    mark = {"ph": "X", "cat": "user_annotation", "tid": 1}
+    events = [
+        {**mark, "name": "step", "ts": 0.0, "dur": 100.0},
+        {**mark, "name": "inner", "ts": 10.0, "dur": 20.0},
+        *({"ph": "X", "cat": "cpu_op", "name": "aten::mm", "tid": 1, "ts": ts, "dur": 5.0} for ts in (2.0, 12.0, 40.0)),
+    ]
+    found = kineto.parse_trace({"traceEvents": events}, ["step", "inner"])
+    assert [call.phase for call in found.calls] == ["step", "inner", "step"]
+
+
+def test_a_trace_of_nothing_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text('{"traceEvents": []}')
+    done = CliRunner().invoke(main, ["validate", "profile", str(tmp_path / "empty.json")])
+    assert (done.exit_code, "holds no call and no work of a device" in done.output) == (2, True)
 
 
 def test_another_environments_visits_do_not_pass_for_those_of_here() -> None:

@@ -102,7 +102,7 @@ def calibrate(
     found = microbenchmarks(device, threads, seconds * (1.0 - HOST_SHARE), progress)
     if output is not None:
         records.append_records(output, *found)
-    if found and environment.spoilt(found[-1]):
+    if environment.spoilt(found[-1]):
         kept = f" (what was measured is in {output})" if output else ""
         raise UserError(f"{found[-1]['unit']}: {found[-1]['message']}: the GPU answers no more{kept}; calibrate again")
     text, fits = device_file(found, name)
@@ -124,6 +124,8 @@ def calibrate(
         write_text(target, text)
         profile.forget()
     caveats = [*verify.poor(fits, mine.kind).values(), *failed(found)]
+    if occupied := environment.occupied(found[0]):
+        caveats.append(occupied)
     return Calibration(mine, target, host_target, fits, caveats, by, checks, refusal, time.perf_counter() - begin)
 
 

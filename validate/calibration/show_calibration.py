@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.report.plain import paragraph, print_json, show, table
-from perfmodel.report.progress import filling
+from perfmodel.report.progress import filling, stoppable
 
 from ..accuracy import Errors
 from ..fitting.show import show_caveats
@@ -20,7 +20,7 @@ def show_calibration(
 ) -> bool:
     """Calibrate with a progress bar, then print what came of it; returns whether the files were written."""
     without_warnings_of_packages()
-    with filling("loading") as tick:
+    with stoppable("nothing was written"), filling() as tick:
         done = calibrate(device, name, threads=threads, seconds=seconds, output=output, progress=tick)
     if as_json:
         print_json(_plain(done))

@@ -35,7 +35,8 @@ def guide(environment: dict[str, Any]) -> DeviceProfile:
 def memory_of(environment: dict[str, Any]) -> float:
     """Bytes of memory that steps may take."""
     if environment["device"] == "cuda":
-        return float(environment["gpu"]["total_memory"])
+        gpu = environment["gpu"]
+        return float(min(gpu["total_memory"], gpu.get("free_memory", gpu["total_memory"])))
     return float(environment["host"]["memory_bytes"])
 
 

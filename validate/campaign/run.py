@@ -113,14 +113,20 @@ def _here(worker: Worker, ledger: Ledger, plan: CampaignPlan) -> Record:
     if "kind" not in found:
         raise UserError(str(found["message"]).removeprefix("UserError: "))
     for before in (r for r in ledger.records if r["kind"] == "environment"):
-        if (name_of(before), before["host"].get("threads")) != (name_of(found), found["host"]["threads"]):
-            was = f"{name_of(before)} with {before['host'].get('threads')} threads"
+        if (was := _in_words(before)) != _in_words(found):
             raise UserError(f"{ledger.path}: holds the campaign of {was}: name another --output here")
         if before["id"] == found["id"]:
             return before
     record = {**found, "plan": plan.name, "started": round(time.time(), 1)}
     ledger.keep(record, now=True)
     return record
+
+
+def _in_words(here: Record) -> str:
+    """What the units of one campaign, and so the rows of its fit, have in common."""
+    host, torch_version = here["host"], here["software"].get("torch")
+    beside = f" beside a {host.get('cpu')}" if here["device"] == "cuda" else ""
+    return f"{name_of(here)}{beside} with {host.get('threads')} threads, torch {torch_version}"
 
 
 @dataclass

@@ -9,10 +9,11 @@ from typing import Any
 
 from perfmodel import units
 from perfmodel.report.plain import print_json, show, table
-from perfmodel.report.progress import filling
+from perfmodel.report.progress import filling, stoppable
 from perfmodel.resources import write_text
 
 from ..checking import tables
+from ..measuring import environment
 from ..quiet import without_warnings_of_packages
 from . import plan as plans
 from .finish import Finding, finish
@@ -30,7 +31,7 @@ def show_campaign(
     without_warnings_of_packages()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # this process keeps off CUDA, so that it may fork
     chosen = plans.load_plan(plan, device)
-    with filling("loading") as tick:
+    with stoppable(f"what was measured is in {folder}; the same command goes on behind it"), filling() as tick:
         ran = run_campaign(chosen, device, folder, seconds, threads=threads, progress=tick)
         tick(1.0, "fitting and checking")
         found = finish(ran.ledger.records, ran.environment, ran.ledger.path)
@@ -64,6 +65,8 @@ def summarised(ran: CampaignRun, found: Finding) -> dict[str, Any]:
 def _print(ran: CampaignRun, found: Finding, folder: Path) -> None:
     show(table(STAGE_COLUMNS, stage_rows(ran)))
     show(f"\n{version_line(ran)}")
+    if occupied := environment.occupied(ran.environment):
+        show(occupied, colour="yellow")
     for line in found.missing:
         show(f"missing: {line}")
     if found.report:

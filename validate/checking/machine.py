@@ -47,11 +47,12 @@ def machine_of(
         UserError: no such profile, a profile of another kind of device, or none for this machine.
     """
     name = name_of(environment)
-    on = profile.load(device) if device else _calibrated(environment) or profile.bundled_by_makers_name(name)
+    on = profile.load(device) if device else _calibrated(environment) or _bundled(environment)
     if on is None:
+        of = "" if environment["device"] == "cuda" else f" with {environment['host'].get('threads')} threads"
         raise UserError(
-            f"no profile of {name!r}: make one with `perfmodel calibrate --device {environment['device']}`, or choose "
-            "one with --device"
+            f"no profile of {name!r}{of}: make one with `perfmodel calibrate --device {environment['device']}`, or "
+            "choose one with --device"
         )
     if on.kind != environment["device"]:
         raise UserError(f"the records are of a {environment['device']} device, {on.slug} is a {on.kind}: use --device")
@@ -81,7 +82,19 @@ def _calibrated(environment: Record) -> DeviceProfile | None:
     if not isinstance(name, str) or not own.find(name):
         return None
     found = profile.load(name)
-    return found if found.kind == environment["device"] and found.name == name_of(environment) else None
+    return found if found.name == name_of(environment) and _as_measured(found, environment) else None
+
+
+def _bundled(environment: Record) -> DeviceProfile | None:
+    found = profile.bundled_by_makers_name(name_of(environment))
+    return found if found and _as_measured(found, environment) else None
+
+
+def _as_measured(on: DeviceProfile, environment: Record) -> bool:
+    """Whether a profile is of the kind of device that measured; a CPU's also of as many threads."""
+    if on.kind != environment["device"]:
+        return False
+    return on.kind == "cuda" or environment["host"].get("threads") in (None, on.hardware.sm_count)
 
 
 def name_of(environment: Record) -> str:

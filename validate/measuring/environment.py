@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from perfmodel import units
 from perfmodel.errors import UserError
 from perfmodel.program.installed import installed
 
@@ -29,6 +30,7 @@ NVIDIA_SMI = (
 )  # fmt: skip
 
 SPOILT = "CUDA error"  # begins what PyTorch says when a process can use its GPU no more
+FREE = 0.9  # of the memory: CUDA's context takes half a GB
 PASSING = ("clocks.sm", "clocks.mem", "temperature.gpu", "free_memory")  # of a GPU, from one moment to the next
 
 
@@ -67,6 +69,17 @@ def identity(found: dict[str, Any]) -> str:
 def spoilt(record: Mapping[str, Any]) -> bool:
     """Whether what was to be measured ended with an error after which the process can use its GPU no more."""
     return record.get("status") == "error" and SPOILT in str(record["message"])
+
+
+def occupied(found: Mapping[str, Any]) -> str:
+    """That others hold much of the GPU's memory, and so of its time, in one line; empty if they do not."""
+    gpu = found.get("gpu", {})
+    total, free = (float(gpu.get(name, 0.0)) for name in ("total_memory", "free_memory"))
+    if not free or free > FREE * total:
+        return ""
+    return (
+        f"others hold {units.nbytes(total - free)} of the GPU's {units.nbytes(total)}: what is measured is theirs too"
+    )
 
 
 def cpu_name() -> str:

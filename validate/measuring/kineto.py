@@ -122,7 +122,8 @@ def parse_trace(
         transparent: whether an operator only calls others (composite ops), so that kernels belong to those.
     """
     events = _since_the_first(e for e in trace["traceEvents"] if e.get("ph") in ("X", "i"))
-    spans = sorted((e["ts"], _end(e), e["name"]) for e in _of(events, "user_annotation") if e["name"] in phases)
+    marks = [e for e in _of(events, "user_annotation") if e["name"] in phases]
+    spans = [(e["ts"], _end(e), e["name"]) for e in sorted(marks, key=lambda e: (e["ts"], -_end(e)))]
     profile = Profile()
     for start, stop, name in spans:
         profile.phases[name] = profile.phases.get(name, 0.0) + (stop - start) * MICRO
@@ -204,8 +205,8 @@ def _end(event: Event) -> float:
 
 
 def _phase(ts: float, spans: list[tuple[float, float, str]]) -> str:
-    """The phase at a time of the host's clock (on any thread: backward has threads of its own)."""
-    for start, stop, name in spans:
+    """The innermost phase at a time of the host's clock (on any thread: backward has threads of its own)."""
+    for start, stop, name in reversed(spans):
         if start <= ts <= stop:
             return name
     return NO_PHASE

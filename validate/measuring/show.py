@@ -7,10 +7,10 @@ from typing import Any
 from perfmodel import units
 from perfmodel.errors import UserError
 from perfmodel.report.plain import show, table
-from perfmodel.report.progress import counting
+from perfmodel.report.progress import counting, stoppable
 
 from ..quiet import without_warnings_of_packages
-from . import run, team
+from . import environment, run, team
 from .cells import Cell
 
 
@@ -45,6 +45,8 @@ def show_measure(
     visits = [r for r in found if r["kind"] == "visit"]
     show(table(("cell", "round", "step", "spread", "peak memory", ""), [_row(r) for r in visits], left=(0, 5)))
     failed = [r for r in visits if r["status"] == "error"]
+    for told in filter(None, map(environment.occupied, (r for r in found if r["kind"] == "environment"))):
+        show(told, colour="yellow")
     show(f"\n{len(visits)} visits of {len({r['id'] for r in visits})} cells, {len(failed)} failed: {output}")
     if together:
         team.end(bool(failed))
@@ -54,7 +56,8 @@ def show_measure(
 def _measure(plan: run.MeasuringPlan, output: Path, together: team.Team | None) -> list[dict[str, Any]]:
     if together and not together.first:
         return run.measure_cells(plan, output, team=together)
-    with counting("loading", len(plan.visits()), forks=True) as tick:
+    left = f"what was measured is in {output}; the same command goes on behind it"
+    with stoppable(left), counting("loading", len(plan.visits()), forks=True) as tick:
         return run.measure_cells(plan, output, tick, together)
 
 

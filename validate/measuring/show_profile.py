@@ -49,6 +49,8 @@ def _chrome(trace: dict[str, Any], phases: Sequence[str], top: int) -> tuple[Fac
             has = nearest(phase, known) if known else "it has none"
             raise UserError(f"no annotation {phase!r} is in the trace: {has}")
     found = kineto.parse_trace(trace, phases or traces.annotations(trace), transparent=composite)
+    if not (found.work or found.calls or found.unlaunched):
+        raise UserError("the trace holds no call and no work of a device")
     device = "cuda" if found.work else "cpu"
     seconds = found.span if found.work else sum(c.seconds for c in found.calls if c.outermost)
     facts = plain_profile(found, device, seconds or 1.0)

@@ -66,7 +66,7 @@ def _touched(nbytes: float, device: str) -> None:
 @lru_cache(maxsize=8)
 def _pool(nbytes: float, dtype: str, device: str, positive: bool) -> Tensor:
     some = torch.rand(1 << 20, device=device) + 0.5 if positive else torch.randn(1 << 20, device=device)
-    return some.to(TORCH_DTYPES[dtype]).repeat(max(1, int(nbytes / ITEMSIZE[dtype]) >> 20))
+    return some.to(TORCH_DTYPES[dtype]).repeat(ceil(nbytes / ITEMSIZE[dtype] / len(some)))
 
 
 def release_pools(device: str) -> None:
