@@ -84,6 +84,8 @@ class Host:
         hook: one Python hook on a saved tensor (non-reentrant checkpoints pack, recompute and unpack each).
         tensor: one parameter in the Python code around a list-wise optimizer or clipping.
         loop_call: a call in a Python loop over single tensors (AdamW on a CPU, some optimizers of methods).
+        update: what clipping, an optimizer's step and `zero_grad` take of Python however few the parameters are; where
+            a file has none, it is in the costs of the calls.
         optimizer_call: a call of a list-wise optimizer (foreach, fused), of clipping, or of a library's own kernel.
         launch_call: the driver call that launches one kernel (CUDA only).
         launch: from the launch on the host to the start on the device.
@@ -125,6 +127,7 @@ class Host:
     # `prepare_for_backward` with and without a search, PyTorch 2.13 on an Intel Xeon, 2026-11-30, graphs of Llama:
     # 0.12 us a node of 300, 0.27 of 2,300, 0.43 of 7,000, which no longer lie in a cache
     search: float = 0.25e-6
+    update: float = 0.0
     fetch: float = 0.0
     release: float = 0.0
     reduce: float = 0.0
@@ -145,9 +148,10 @@ class Host:
             return self._compiled(calls, device)
         if calls.tensors is not None:
             call = view = self.optimizer_call
-            python = 0.0
+            python = self.update * calls.work.updates
         elif calls.phase == "optimizer":  # a Python loop over tensors, without autograd
-            call, view, python = self.loop_call, self.view, self.settle * calls.work.gradients
+            call, view = self.loop_call, self.view
+            python = self.settle * calls.work.gradients + self.update * calls.work.updates
         else:
             forward = calls.phase == "forward"
             call, view = (self.call, self.view) if forward else (self.backward_call, self.backward_view)

@@ -26,6 +26,7 @@ class HostWork:
         graphs: compiled graphs that are entered here.
         searched: nodes of the graph that are looked at for what gets no gradient.
         units: hooks around units of parameters that are gathered together, forward or backward.
+        updates: updates of the parameters that begin here.
     """
 
     nodes: int = 0
@@ -39,6 +40,7 @@ class HostWork:
     graphs: int = 0
     searched: int = 0
     units: int = 0
+    updates: int = 0
 
 
 class OpenTurn(NamedTuple):

@@ -99,8 +99,8 @@ class Step:
     @property
     def engine(self) -> str:
         """Whose Python runs beside the model's: a training engine's, or that of what several GPUs do."""
-        alone = self.form is None or decide(self.setup.gpus == 1)
-        return self.setup.engine if alone else self.setup.parallel
+        exchanges = self.form is not None and not decide(self.setup.gpus == 1)
+        return self.setup.parallel if exchanges and not self.zero else self.setup.engine
 
     @property
     def stages(self) -> Ranks | None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ring_laws import LAYERS, LLAMA
 
-from perfmodel import methods
+from perfmodel import UserError, methods, predict
 from perfmodel.architectures import Config, from_config
 from perfmodel.prediction.memory import peak_bytes
 from perfmodel.recording.record import build
@@ -63,3 +63,19 @@ def test_what_is_added_to_its_output_in_place_finds_no_view() -> None:
     ]
     copies = [sum(count for _, op, count in step.ops() if op.name == "new_empty_strided") for step in steps]
     assert copies[0] > copies[1] == 0
+
+
+@pytest.mark.parametrize(
+    "asked", [{"parallel": "zero3"}, {"engine": "deepspeed-zero3"}, {"parallel": "zero3", "tp": 2}]
+)
+def test_several_gpus_run_deepspeeds_python_like_one(asked: dict[str, Any]) -> None:
+    """Its hooks gather beside what they do alone: eight GPUs were told a third of one's time."""
+    host_bound: dict[str, Any] = {"device": "b200", "method": "lora:r=4", "batch": 1, "seq": 128}
+    one = predict("qwen2.5-0.5b", **host_bound, engine="deepspeed-zero3")
+    several = predict("qwen2.5-0.5b", **host_bound, gpus=4, **asked)
+    assert several.time.phases["forward"] > 0.9 * one.time.phases["forward"]
+
+
+def test_an_engine_that_is_zero3_takes_no_other_form() -> None:
+    with pytest.raises(UserError, match="deepspeed-zero3 is zero3 on several GPUs, not parallel fsdp2"):
+        predict("qwen2.5-0.5b", "lora", device="b200", gpus=4, engine="deepspeed-zero3", parallel="fsdp2")

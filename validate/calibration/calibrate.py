@@ -142,7 +142,7 @@ def microbenchmarks(device: str, threads: int, seconds: float, progress: Progres
         measured = run.run_blocks(designs.design(device, designs.DTYPES), device, watch, seconds, progress)
     finally:
         torch.set_num_threads(before)
-    return [head, *({"unit": run.in_words(r["case"]), **r, "environment": head["id"]} for r in measured)]
+    return [head, *({"unit": run.case_in_words(r["case"]), **r, "environment": head["id"]} for r in measured)]
 
 
 def failed(found: Sequence[Record]) -> list[str]:

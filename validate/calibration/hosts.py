@@ -116,7 +116,7 @@ def work_of(step: Step, phase: str) -> dict[str, float]:
         else:
             work["call" if phase == "forward" else "backward_call"] += calls
             work["view" if phase == "forward" else "backward_view"] += views
-        for cost, count in hosts.PYTHON.items():
+        for cost, count in (*hosts.PYTHON.items(), ("update", "updates")):
             work[cost] += times * getattr(part.host, count)
     return work
 

@@ -136,7 +136,7 @@ def _named(by: Host, where: str, cells: int) -> Host:
     return replace(by, name=f"{by.name}, refitted", source=source)
 
 
-def refusal(found: Refit) -> str:
+def no_better(found: Refit) -> str:
     """Why the fit is not to be kept, in one line; empty if cells that it did not see are predicted no worse by it."""
     before, after = found.before.step.mean, found.after.step.mean
     if after <= before:

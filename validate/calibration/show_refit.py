@@ -18,7 +18,7 @@ def show_refit(records: Path, *, device: str | None, host: str | None, output: P
     """
     with counting("predicting") as tick:
         found = refit.refit([records], device=device, host=host, progress=tick)
-    refusal = refit.refusal(found)
+    refusal = refit.no_better(found)
     written = output is not None and not refusal
     if output and written:
         hosts.write_host(found.host, output, refit.refit_provenance(found))

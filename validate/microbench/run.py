@@ -42,7 +42,7 @@ def run_blocks(
             break
         name = min(open_blocks, key=lambda b: spent[b] / WEIGHTS.get(b, 1.0))
         case = todo[name].pop()
-        progress(min(1.0, elapsed / seconds), in_words(case.as_dict()))
+        progress(min(1.0, elapsed / seconds), case_in_words(case.as_dict()))
         start = time.perf_counter()
         record = attempt(case, device, watch)
         spent[name] += time.perf_counter() - start
@@ -54,7 +54,7 @@ def run_blocks(
     return records
 
 
-def in_words(case: Mapping[str, Any]) -> str:
+def case_in_words(case: Mapping[str, Any]) -> str:
     """A case, of its record, as a line tells of it."""
     return f"{case['op']} {case['dtype']} {' x '.join(str(size) for size in case['sizes'].values())}".rstrip()
 

@@ -51,12 +51,22 @@ def check_zero3(setup: Setup, method: Method) -> None:
 
 
 def one_name(setup: Setup) -> Setup:
-    """The setup with ZeRO-3 named both ways: as the engine, and as what several GPUs do."""
+    """The setup with ZeRO-3 named both ways: as the engine, and as what several GPUs do.
+
+    Raises:
+        UserError: the engine is ZeRO-3, and several GPUs are to do something else.
+    """
     if decide(setup.gpus == 1) and setup.offload == "none":
         return setup
     if setup.parallel == "zero3":
         return replace(setup, engine=ENGINE)
-    return replace(setup, parallel="zero3") if setup.engine == ENGINE else setup
+    if setup.engine != ENGINE:
+        return setup
+    if setup.parallel != Setup.parallel:  # what nobody asked for
+        raise UserError(
+            f"engine: {ENGINE} is zero3 on several GPUs, not parallel {setup.parallel}; leave one of them out"
+        )
+    return replace(setup, parallel="zero3")
 
 
 def under_zero(setup: Setup, method: Method) -> tuple[Setup, Method]:
