@@ -112,12 +112,16 @@ def on_its_model(command: Command) -> Command:
     @wraps(command)
     def run(**options: Any) -> Any:
         ctx = click.get_current_context()
-        found = given_launch.on_its_gpus(ctx, ctx.meta.get(CONFIG), options)
+        alone, from_config = ctx.meta.get(CONFIG), ParameterSource.DEFAULT_MAP
+        found = given_launch.on_its_gpus(ctx, alone, options)
         given_launch.check_idle(ctx, options)
         if found is not None:
             ctx.meta[CONFIG] = found
+            if alone is not None and found.method != alone.method:
+                changed = {"method": found.method, "methods": (found.baseline, found.method)}
+                options |= {n: m for n, m in changed.items() if ctx.get_parameter_source(n) is from_config}
         if found is not None and options["model"] and not is_traced(options):
-            taken, from_config = [], ParameterSource.DEFAULT_MAP
+            taken = []
             asked = {name: options[name] for name in OF_SEVERAL if name in options}
             for fallback in _fallbacks(replace(found, setup=found.setup | asked), options["model"]):
                 for name in (fallback.option, "methods") if fallback.option == "method" else (fallback.option,):

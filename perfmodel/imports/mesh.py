@@ -31,6 +31,8 @@ OWN = {
     "cp_size": WITHOUT_ULYSSES, "dp_replicate_size": ONE_GROUP, "mp_replicate_size": ONE_GROUP,
     "expert_parallel_size": "without expert parallel",
 }  # fmt: skip
+HOLD_FLOATS = ("Axolotl", "LLaMA-Factory", "LLaMA-Factory v1")  # tools, what is packed in 4 bits
+CUT_WEIGHTS = ("fsdp1", "fsdp2", "zero3")
 OF_ULYSSES = ("sdpa", "flash2")  # attention that is modelled with it
 UNCUT = "the logits in memory, without cut cross entropy"
 UNFUSED_HEAD = "the logits in memory, without TRL's fused head"
@@ -209,3 +211,16 @@ def groups_shards(setup: Mapping[str, Any]) -> bool:
     """Whether shards over groups of GPUs are modelled with the rest of a setup."""
     alone = setup["tp"] == 1 and "cp" not in setup
     return alone or setup.get("objective", "sft") == "sft"
+
+
+def held_as_floats(tool: str, setup: Mapping[str, Any], method: str | None) -> str | None:
+    """The method on GPUs that cut weights: tools hold what is packed in 4 bits as floats, which alone can be cut.
+
+    Axolotl in bf16 (loaders/model.py, `_set_quantization_config`), LLaMA-Factory in the dtype that it computes in
+    (model/model_utils/quantization.py, v1/plugins/model_plugins/quantization.py).
+    """
+    held = {"Axolotl": "bf16"}.get(tool, setup.get("amp") or setup.get("dtype"))
+    packs = method is not None and method.partition(":")[0] == "qlora" and "quant_storage" not in method
+    if not packs or tool not in HOLD_FLOATS or setup.get("parallel") not in CUT_WEIGHTS:
+        return method
+    return f"{method}{',' if ':' in str(method) else ':'}quant_storage={held}"

@@ -28,7 +28,7 @@ from .fields import (
 from .forms import OFFLOADED, ONCE, SWITCHED_OFF, AskedForm, offloadable
 from .keys import Keys
 from .meanings import Meanings, judge, meanings_of, refuse
-from .mesh import ONE_GROUP, groups_shards, in_groups, splits, that_shares, with_own_part
+from .mesh import ONE_GROUP, groups_shards, held_as_floats, in_groups, splits, that_shares, with_own_part
 from .micro_batches import agreed
 from .packing import NEVER_CUT, TAKEN_OUT, TO_A_MULTIPLE, TO_THE_LONGEST, UNKNOWN
 from .trained_for import cut_otherwise
@@ -174,7 +174,8 @@ class Imported:
         said += cut_otherwise(setup, self.method) if self.tool == FACTORY else []
         besides = [*said, *form.besides, *form.on_mesh, *unlike, *([NOT_CAST] if uncast else []), *unscaled(setup)]
         told = dict.fromkeys([*kept, *form.unlike, *besides])
-        return replace(self, setup=setup, differences=list(told)).replaced(instead)
+        held = held_as_floats(self.tool, setup, self.method)
+        return replace(self, setup=setup, method=held, differences=list(told)).replaced(instead)
 
     def over(self, gpus: Sequence[int]) -> "Imported":
         """What it says where so many GPUs, or each of several numbers of them, share the samples of a step."""
@@ -355,8 +356,7 @@ def _as_kept(tool: str, keys: Keys, setup: dict[str, Any], method: str | None) -
         return "auto" in named or trainer.named_none(keys.values, "dtype")
     if keys.values.get("use_unsloth"):
         return False
-    loads = tool == FACTORY or (tool in PRECISE and method != "full")
-    return loads and setup["dtype"] != "fp32"
+    return (tool == FACTORY or (tool in PRECISE and method != "full")) and setup["dtype"] != "fp32"
 
 
 def _of_adapter(tool: str, path: Path, keys: Keys, table: Meanings) -> Imported:

@@ -240,7 +240,7 @@ def _method(keys: Keys, is_trl: bool, objective: str, shared_dtype: str | None, 
         dropout=keys.number("lora_dropout", 0.05), modules_to_save=keys.names("lora_modules_to_save"),
         adapter_dtype=dtype_in_trl(bits, objective) or shared_dtype,
         double_quant=None if name != "qlora" else _double(keys), target_parameters=keys.names("lora_target_parameters"),
-        prepared=_prepared(keys, bits, objective, amp),
+        prepared=_prepared(keys, bits, objective, amp), quant_storage=_held(keys) if name == "qlora" else None,
     )  # fmt: skip
 
 
@@ -255,6 +255,12 @@ def _prepared(keys: Keys, bits: int | None, objective: str, amp: str | None) -> 
         keys.differ(NORMS_PREPARED, "load_in_4bit")
         return False
     return True
+
+
+def _held(keys: Keys) -> str | None:
+    """The dtype that holds what is packed in 4 bits; bytes unless the file says otherwise."""
+    found: str | None = keys.one_of("bnb_4bit_quant_storage", {"uint8": None, **DTYPES}, None)
+    return found
 
 
 def _double(keys: Keys) -> str:

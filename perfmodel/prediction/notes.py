@@ -57,6 +57,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time, held: mem
     notes += _unknown_notes(built)
     notes += [zero3_alone.NOTE] if built.zero else []
     notes += _mixture_notes(built)
+    notes += _packed_notes(built)
     ran = [kind for kind, calls in time.communication.calls.items() if np.any(calls)]
     notes += on.network.notes_of(ran) if on.network is not None else []
     notes += _room_notes(held, on)
@@ -115,6 +116,18 @@ def _mixture_notes(built: StepWork) -> list[str]:
         f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
         f"{built.setup.routing} (--routing){looped}"
     ]
+
+
+def _packed_notes(built: StepWork) -> list[str]:
+    """What becomes of weights that are packed in bytes, where GPUs cut weights: only floats can be."""
+    setup, method = built.setup, built.method
+    if getattr(method, "quant_storage", "") != "u8" or np.all(np.equal(setup.gpus, 1)):
+        return []
+    floats = f"{method.name}:quant_storage={setup.computes_in}"
+    if setup.parallel == "fsdp1":  # "Cannot flatten integer dtype tensors" (torch.distributed.fsdp._flat_param)
+        return [f"fsdp1 takes no bytes: 4-bit weights are taken as held in floats ({floats})"]
+    whole = setup.parallel in ("fsdp2", "zero3")
+    return [f"4-bit weights are held in bytes, so whole on every GPU; {floats} lets {setup.parallel} cut them"] * whole
 
 
 def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:

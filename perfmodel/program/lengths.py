@@ -257,7 +257,7 @@ class Documents(NamedTuple):
         bands of a window."""
         if window is not None:
             lengths, counts = self.groups(tokens, self.longest)
-            return _whole(np.rint((counts * band(lengths, np.minimum(window, lengths))).sum(axis=0)))
+            return _whole(np.rint((counts * band(lengths, window)).sum(axis=0)))
         if self.lengths is None:
             return tokens * self.longest
         return _whole(np.rint(tokens * self.lengths.squares(self.longest) / self.lengths.mean(self.longest)))
@@ -273,7 +273,8 @@ class Documents(NamedTuple):
 
 
 def band(length: Any, window: Any) -> Any:
-    """Pairs of tokens less than a window apart, of sequences at least as long; one as wide as they are makes all."""
+    """Pairs of tokens less than a window apart; one as wide as the sequence, or wider, makes all."""
+    window = np.minimum(window, length) if np.ndim(length) or np.ndim(window) else min(window, length)
     return length * (2 * window - 1) - window * (window - 1)
 
 

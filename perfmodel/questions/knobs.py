@@ -55,7 +55,7 @@ def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob
     found += [_messages(architecture, setup), _attention(architecture, setup)]
     found += [_compile(architecture, setup, method), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
-        found += [_adapter_dtype(setup, method), _implementation(method)]
+        found += [_adapter_dtype(setup, method), _implementation(method), _storage(setup, method)]
     return [knob for knob in found if len(knob) > 1]
 
 
@@ -175,6 +175,14 @@ def _changes(setup: Setup, form: str, reshard: bool = True, group: int | None = 
         "fsdp_units": setup.fsdp_units if form == "fsdp2" else "accelerate",
     }  # fmt: skip
     return {"parallel": form, **{name: value for name, value in of_forms.items() if getattr(setup, name) != value}}
+
+
+def _storage(setup: Setup, method: Method) -> Knob:
+    """What holds weights of 4 bits: of bytes every GPU has all, floats can be cut."""
+    if getattr(method, "quant_storage", "") != "u8" or np.all(np.equal(setup.gpus, 1)):
+        return (KEEP,)
+    held = setup.computes_in
+    return (KEEP, KnobPosition(f"4-bit weights held in {held}", method={"quant_storage": held}))
 
 
 def _optimizer(setup: Setup) -> Knob:

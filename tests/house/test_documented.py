@@ -336,7 +336,13 @@ def test_from_calibration_to_check(site: Path, ready: list[str], tmp_path: Path)
     assert (tmp_path / "check.html").stat().st_size > 10_000
     holds_but_for_a_common_factor(found)
     use = "perfmodel predict --model gpt2 --device mine --host host.toml"
-    done = typed(f"{fit} && {use}", site, tmp_path, python=ready)
+    done = typed(fit, site, tmp_path, python=ready)
+    if done.returncode == 1:  # so few cells need not tell more than the calibration did
+        assert "predicted worse by it" in " ".join(done.stdout.split())
+        assert not (tmp_path / "host.toml").exists()
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = typed(use, site, tmp_path, python=ready)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

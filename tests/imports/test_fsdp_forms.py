@@ -109,3 +109,36 @@ def test_hybrid_shards_lie_in_nodes(
     form = read_launch(Path(written(tmp_path, "launch.yaml", values))).form
     assert (form.parallel, form.shard_group, form.reshard) == ("fsdp1", group, strategy != 5)
     assert (ONE_GROUP in form.unlike) == (group is None and strategy == "HYBRID_SHARD")
+
+
+IN_4_BITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "lora_target_linear": True}, {}, "bf16"),
+    ({**FACTORY, "finetuning_type": "lora", "quantization_bit": 4, "fp16": True}, {"bf16": False}, "fp16"),
+]
+
+
+@pytest.mark.parametrize(("values", "changes", "held"), IN_4_BITS)
+def test_tools_hold_weights_of_4_bits_in_floats_that_shards_can_cut(
+    tmp_path: Path, values: dict[str, Any], changes: dict[str, Any], held: str
+) -> None:
+    """In bytes every GPU would have all of them: 35.9 GB of a 70B model, where eight GPUs have 5.9 each."""
+    config = written(tmp_path, "config.yml", {**values, **changes})
+    found = read(config)
+    assert "quant_storage" not in str(found.method)
+    for form in ("fsdp1", "fsdp2", "zero3"):
+        method = found.on_several(found.asks().as_typed(form)).method
+        assert str(method).endswith(f"quant_storage={held}")
+    assert "quant_storage" not in str(found.on_several(found.asks().as_typed("ddp")).method)
+    launch = written(tmp_path, "launch.yaml", {**EIGHT, "distributed_type": "FSDP", "fsdp_config": FSDP_2})
+    named = ("--config", config, "--accelerate", launch, "--model", "llama-3.2-1b", "--device", "l40s")
+    assert f"quant_storage={held}" in ask(*named, "--json").output
+    typed = ask(*named, "--method", "qlora:r=4", "--json").output
+    assert "qlora:r=4" in typed
+    assert f"quant_storage={held}" not in typed.split("differs_from_config")[0]
+
+
+@pytest.mark.parametrize(("said", "held"), [("bfloat16", "bf16"), ("uint8", None), (None, None)])
+def test_trl_names_what_holds_weights_of_4_bits(tmp_path: Path, said: str | None, held: str | None) -> None:
+    values = {**TRL, "use_peft": True, "load_in_4bit": True, **({"bnb_4bit_quant_storage": said} if said else {})}
+    method = str(read(written(tmp_path, "config.yml", values)).method)
+    assert method.partition("quant_storage=")[2] == (held or "")

@@ -52,7 +52,7 @@ def _heads_first(shape: Any) -> Any:
 
 def _seen(q: Any, k: Any, window: int) -> Any:
     """Keys of a query, of a window those of its band on average."""
-    return Fraction(k[1]) if window == NO_WINDOW else Fraction(band(q[1], min(window, q[1])), q[1])
+    return Fraction(k[1]) if window == NO_WINDOW else Fraction(band(q[1], window), q[1])
 
 
 @register_flop_formula(torch.ops.flash_attn._flash_attn_forward)
