@@ -137,7 +137,8 @@ class GpuNode:
             most, on = (int(np.extract(many, x)[0]) for x in np.broadcast_arrays(group, over))
             enough = next(n for n in range(-(-most // self.gpus), most + 1) if most % n == 0)
             whose = f"{'a' if on == 1 else f'each of {on}'} {self.file.slug} of {self.gpus}"
-            raise UserError(f"{most} GPUs are more than {whose} holds: nodes={enough} would do")
+            hint = f": nodes={enough} would do" if self.file.links.nics is not None else ""
+            raise UserError(f"{most} GPUs are more than {whose} holds{hint}")
         if np.any(each % 1):
             raise UserError(f"gpus must spread evenly over the nodes, got {gpus!r} over {nodes!r}")
         return message, group, over

@@ -1,7 +1,7 @@
 """A job's GPUs on nodes of one kind: which node, how many of them, and what a collective of some of its ranks costs."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -125,7 +125,10 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
     node.check_network(nodes)
     per_node: Any = -(-gpus // nodes)
     uneven = per_node * nodes != gpus
-    if setup.nodes is not None and np.any(uneven | (per_node > node.gpus)):
+    if np.any(per_node > node.gpus):
+        hold = f"{setup.nodes} x {node.file.slug} of {node.gpus} hold"
+        raise UserError(f"gpus {setup.gpus} are more than {hold}; without --nodes they stand on as many as they need")
+    if setup.nodes is not None and np.any(uneven):
         raise UserError(f"gpus {setup.gpus} do not spread evenly over {setup.nodes} nodes of {node.gpus} GPUs")
     alone = bool(np.all(gpus == 1))  # it offloads, and its node is the host that it does to
     notes = [] if alone else notes
@@ -138,14 +141,28 @@ def placed(setup: Setup, on: DeviceProfile) -> Placed:
         "shard_group": setup.tp * (setup.shard_group or 1),
     }
     for name, group in groups.items():
-        if np.any(np.greater(setup.gpus, group) & (group % per_node > 0) & (per_node % group > 0)):
-            asked, most = f"{name} {getattr(setup, name)}", np.max(per_node)
-            raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; give other --nodes")
+        if np.any(_split(np.asarray(setup.gpus), group, per_node)):
+            asked, most, fitting = f"{name} {getattr(setup, name)}", np.max(per_node), _fitting(gpus, groups, node.gpus)
+            hint = f"--nodes {fitting} would do" if fitting else "choose a number of GPUs that they divide"
+            raise UserError(f"{asked}: groups do not fit nodes of {most} GPUs; {hint}")
     on_each: Dim = per_node.astype(np.int64) if np.ndim(per_node) else int(per_node)
     slowest = slowest_of(setup.gpus) if on.kind == "cuda" else 1.0
     if not np.ndim(slowest) and slowest > 1:
         notes = [*notes, WAITED.format(units.percent(slowest - 1, 1))]
     return Placed(node, on_each, bool(np.any(nodes > 1)), notes, slowest)
+
+
+def _split(gpus: Any, group: Any, per_node: Any) -> Any:
+    """Whether groups of ranks lie partly on one node and partly on another."""
+    return np.greater(gpus, group) & (group % per_node > 0) & (per_node % group > 0)
+
+
+def _fitting(gpus: Any, groups: Mapping[str, Any], most: int) -> int:
+    """The fewest nodes over which a job's GPUs spread evenly, and no group is split; 0 if there are none such."""
+    if np.ndim(gpus) or any(np.ndim(group) for group in groups.values()):
+        return 0
+    found = [n for n in range(-(-int(gpus) // most), int(gpus) + 1) if gpus % n == 0]
+    return next((n for n in found if not any(_split(gpus, group, gpus // n) for group in groups.values())), 0)
 
 
 def _of_gpus(setup: Setup, on: DeviceProfile) -> tuple[Node, list[str]]:

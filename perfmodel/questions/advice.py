@@ -381,7 +381,7 @@ def _label(space: _Space, positions: Positions) -> str:
 def _front(candidates: list[Candidate]) -> list[Candidate]:
     """Those that no other beats in both time and memory, by memory."""
     front: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.peak, c.seconds)):
+    for c in sorted(candidates, key=lambda c: (c.peak, c.seconds, len(c.changes))):
         if not front or c.seconds < front[-1].seconds:
             front.append(c)
     return front

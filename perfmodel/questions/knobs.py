@@ -52,7 +52,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [memory_knob(architecture, setup), _parallel(setup), _optimizer(setup), _kernels(architecture, setup)]
-    found += [_messages(architecture, setup), _attention(architecture, setup)]
+    found += [for_each_micro_batch(setup), _messages(architecture, setup), _attention(architecture, setup)]
     found += [_compile(architecture, setup, method), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method), _storage(setup, method)]
@@ -142,6 +142,14 @@ def _parallel(setup: Setup) -> Knob:
     if setup.fsdp_units == "adapters":
         positions.append(KnobPosition("adapters gathered with their blocks", {"fsdp_units": "blocks"}))
     return (KEEP, *positions)
+
+
+def for_each_micro_batch(setup: Setup) -> Knob:
+    """Of FSDP, whether gradients are reduced in every micro-batch: then no whole ones are kept until the last."""
+    several = not np.all(np.equal(setup.gpus, 1))
+    if not several or setup.parallel not in OF_FSDP or setup.sync_each_batch or setup.batch * setup.grad_accum == 1:
+        return (KEEP,)
+    return (KEEP, KnobPosition("gradients reduced in every micro-batch", {"sync_each_batch": True}))
 
 
 def _messages(architecture: Architecture, setup: Setup) -> Knob:

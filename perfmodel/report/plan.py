@@ -87,7 +87,10 @@ def _given_up(run: PlannedRun) -> str:
         return ""
     setup = run.prediction.setup
     words = " ".join(run.given_up)
-    short = {"QLoRA": "QLoRA", "micro-batches": f"{setup.batch} x {setup.grad_accum}", "checkpointing": "checkpointing"}
+    short = {
+        "QLoRA": "QLoRA", "micro-batches": f"{setup.batch} x {setup.grad_accum}", "checkpointing": "checkpointing",
+        "reduced": "reduced each",
+    }  # fmt: skip
     return ", ".join(text for word, text in short.items() if word in words)
 
 

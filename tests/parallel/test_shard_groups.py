@@ -127,7 +127,7 @@ def test_advice_lays_fsdp_out_as_memory_allows() -> None:
     [
         ({"shard_group": 1}, "no groups of so many"),
         ({"shard_group": 5}, "shard_group 5: the 16 GPUs of the job are no groups of so many"),
-        ({"shard_group": 4, "gpus": 12}, "groups do not fit nodes of 6 GPUs; give other --nodes"),
+        ({"shard_group": 4, "gpus": 12}, "groups do not fit nodes of 6 GPUs; --nodes 3 would do"),
         ({"shard_group": 4, "parallel": "zero3"}, "zero3 has no shards in groups; use --parallel fsdp2"),
         ({"shard_group": 6, "tp": 2}, "the 8 GPUs of the job \\(of 2 that share layers\\) are no groups of so many"),
         ({"shard_group": 2, "cp": 4}, "shard_group 2: cp 4 GPUs share a sequence; use a multiple of them"),

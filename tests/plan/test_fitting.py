@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from perfmodel import plan, predict
+from perfmodel import advise, plan, predict
 from perfmodel.questions.plan import words
 
 
@@ -29,3 +29,17 @@ def test_a_plan_of_several_numbers_of_gpus_gives_up_what_each_alone_does() -> No
     both = plan("llama-3.1-70b", "full", gpus=np.array([16, 32]), **asked).runs
     alone = [run for n in (16, 32) for run in plan("llama-3.1-70b", "full", gpus=n, **asked).runs]
     assert sorted(r.given_up for r in both) == sorted(r.given_up for r in alone)
+
+
+def test_gradients_are_reduced_each_time_where_whole_ones_do_not_fit() -> None:
+    """One sample at a time is all that is asked for, so no larger micro-batch can do without accumulation."""
+    asked = {"device": "h100-sxm", "gpus": 16, "parallel": "fsdp2", "seq": 1024, "batch": 1, "grad_accum": 8}
+    (run,) = plan("llama-3.1-70b", "full", samples=128, **asked).runs
+    assert run.given_up == ("gradients reduced in every micro-batch",)
+    p = predict("llama-3.1-70b", "full", **asked, sync_each_batch=True)
+    assert not predict("llama-3.1-70b", "full", **asked).fits
+    assert run.prediction.memory.peak == p.memory.peak
+    found = advise("llama-3.1-70b", "full", **asked)
+    assert all(
+        "every micro-batch" not in " ".join(c.changes) for c in found.front if c.prediction.setup.grad_accum == 1
+    )

@@ -257,7 +257,7 @@ def test_what_a_search_shares_changes_no_figure(method: str, accum: int, compile
 @given(points=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=12))
 def test_the_front_holds_what_nothing_beats_and_nothing_twice(points: list[tuple[int, int]]) -> None:
     """A candidate as fast as one that needs no more memory is no answer: ties are where a front goes wrong."""
-    front = advise_module._front([SimpleNamespace(peak=peak, seconds=seconds) for peak, seconds in points])
+    front = advise_module._front([SimpleNamespace(peak=peak, seconds=seconds, changes=()) for peak, seconds in points])
 
     def beaten(point: tuple[int, int]) -> bool:
         return any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)

@@ -1,9 +1,9 @@
 """What has to be given up so that a step fits into a device's memory, and the fastest way that is left.
 
-First comes the setup as it was asked for. Where that does not fit, activation checkpointing and smaller micro-batches
-with more accumulation: every combination of them. Where none of these fits and the method is LoRA, QLoRA with the same
-options. Of the first of these stages that holds anything that fits, the fastest is taken. The samples of an optimizer
-step stay the same.
+First comes the setup as it was asked for. Where that does not fit, activation checkpointing, smaller micro-batches with
+more accumulation and, of FSDP, gradients that are reduced in each: every combination of them. Where none of these fits
+and the method is LoRA, QLoRA with the same options. Of the first of these stages that holds anything that fits, the
+fastest is taken. The samples of an optimizer step stay the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def tried(method: Method) -> str:
 
 def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, ...], Setup]]:
     """The same samples a step in less memory."""
-    found = []
+    found: list[tuple[tuple[str, ...], Setup]] = []
     for position in knobs.memory_knob(architecture, setup)[1:]:
         try:
             changed = replace(setup, **position.setup)
@@ -70,6 +70,11 @@ def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, 
             and changed.checkpoint in (setup.checkpoint, "block")
         ):
             found.append(((position.label,), changed))
+    each = knobs.for_each_micro_batch(setup)
+    found += [
+        ((*label, position.label), replace(changed, **position.setup))
+        for label, changed in [((), setup), *found] if changed.grad_accum > 1 for position in each[1:]
+    ]  # fmt: skip
     return sorted(found, key=lambda pair: pair[1].batch)
 
 
@@ -114,11 +119,11 @@ class Fitting:
     def _fitting(self, stage: list[Concession], on: DeviceProfile) -> Iterator[tuple[Concession, Prediction]]:
         # Method, checkpointing and whether it accumulates, of which a smaller micro-batch did not fit. Between
         # micro-batches whole gradients may be kept that are sharded after a single one (FSDP's `no_sync`)
-        full: set[tuple[str, str, bool]] = set()
+        full: set[tuple[Any, ...]] = set()
         fitting: set[tuple[str, Dim]] = set()  # method and micro-batch: what is recomputed would only add to its time
         for concession in stage:
             spec, setup = concession.method.spec(), concession.setup
-            kind = spec, setup.checkpoint, setup.grad_accum > 1
+            kind = spec, setup.checkpoint, setup.grad_accum > 1, setup.sync_each_batch
             if kind in full or (spec, setup.batch) in fitting:
                 continue
             try:
