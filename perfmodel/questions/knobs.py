@@ -7,6 +7,7 @@ optimizer form or fused kernels compute the same update up to rounding; adapters
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ Knob = tuple[KnobPosition, ...]  # the first choice leaves everything as it is
 def knobs(architecture: Architecture, setup: Setup, method: Method) -> list[Knob]:
     """The knobs that a method has in a setup; a search turns the last first (`perfmodel.questions.advice`)."""
     found = [memory_knob(architecture, setup), _parallel(setup), _optimizer(setup), _kernels(architecture, setup)]
-    found += [for_each_micro_batch(setup), _messages(architecture, setup), _attention(architecture, setup)]
+    found += [_messages(architecture, setup), _attention(architecture, setup)]
     found += [_compile(architecture, setup, method), _experts(architecture, setup), _vocabulary(architecture, setup)]
     if getattr(method, "inner", "") != "full":  # full weights of some blocks: nothing of an adapter to choose
         found += [_adapter_dtype(setup, method), _implementation(method), _storage(setup, method)]
@@ -93,7 +94,7 @@ def offloading(setup: Setup) -> Iterator[KnobPosition]:
 
 
 def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
-    """Checkpointing, micro-batch and what GPUs have of layers together: each pays for what the others need.
+    """Checkpointing, micro-batch with its gradients, and what GPUs have of layers together: each pays for the others.
 
     Positions of another cut say what they load a GPU with, so that a search need not try all; the lightest comes first.
     """
@@ -110,12 +111,19 @@ def memory_knob(architecture: Architecture, setup: Setup) -> Knob:
             checkpoints = list(dict.fromkeys((setup.checkpoint, "none", "block")))
             if not own:
                 checkpoints.sort(key="none".__eq__, reverse=batch > 1)
-            for checkpoint in checkpoints:
-                changes = {**asdict(cut), "batch": batch, "grad_accum": accum, "checkpoint": checkpoint}
+            for checkpoint, each in product(checkpoints, _reducing(setup) if own and accum > 1 else ({},)):
+                changes = {**asdict(cut), "batch": batch, "grad_accum": accum, "checkpoint": checkpoint, **each}
                 changes = {name: value for name, value in changes.items() if value != getattr(setup, name)}
                 load = None if own else Load(cut, batch, checkpoint)
                 choices.append(KnobPosition(", ".join(_in_words(changes, cut, batch, accum)), changes, load=load))
     return tuple(choices)
+
+
+def _reducing(setup: Setup) -> Iterator[dict[str, bool]]:
+    """When gradients are reduced: as asked for, or of FSDP in every micro-batch, so that no whole ones are kept."""
+    yield {}
+    if setup.parallel in OF_FSDP and not np.all(np.equal(setup.gpus, 1)) and not setup.sync_each_batch:
+        yield {"sync_each_batch": True}
 
 
 def _in_words(changes: Mapping[str, Any], cut: Split, batch: int, accum: int) -> Iterator[str]:
@@ -130,6 +138,8 @@ def _in_words(changes: Mapping[str, Any], cut: Split, batch: int, accum: int) ->
         yield "no activation checkpointing" if changes["checkpoint"] == "none" else "activation checkpointing"
     if "batch" in changes or "grad_accum" in changes:
         yield f"micro-batches of {batch} x {accum} accumulated"
+    if "sync_each_batch" in changes:
+        yield "gradients reduced in every micro-batch"
 
 
 def _parallel(setup: Setup) -> Knob:
@@ -142,14 +152,6 @@ def _parallel(setup: Setup) -> Knob:
     if setup.fsdp_units == "adapters":
         positions.append(KnobPosition("adapters gathered with their blocks", {"fsdp_units": "blocks"}))
     return (KEEP, *positions)
-
-
-def for_each_micro_batch(setup: Setup) -> Knob:
-    """Of FSDP, whether gradients are reduced in every micro-batch: then no whole ones are kept until the last."""
-    several = not np.all(np.equal(setup.gpus, 1))
-    if not several or setup.parallel not in OF_FSDP or setup.sync_each_batch or setup.batch * setup.grad_accum == 1:
-        return (KEEP,)
-    return (KEEP, KnobPosition("gradients reduced in every micro-batch", {"sync_each_batch": True}))
 
 
 def _messages(architecture: Architecture, setup: Setup) -> Knob:

@@ -58,7 +58,7 @@ def tried(method: Method) -> str:
 
 def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, ...], Setup]]:
     """The same samples a step in less memory."""
-    found: list[tuple[tuple[str, ...], Setup]] = []
+    found = []
     for position in knobs.memory_knob(architecture, setup)[1:]:
         try:
             changed = replace(setup, **position.setup)
@@ -70,11 +70,6 @@ def _smaller(architecture: Architecture, setup: Setup) -> list[tuple[tuple[str, 
             and changed.checkpoint in (setup.checkpoint, "block")
         ):
             found.append(((position.label,), changed))
-    each = knobs.for_each_micro_batch(setup)
-    found += [
-        ((*label, position.label), replace(changed, **position.setup))
-        for label, changed in [((), setup), *found] if changed.grad_accum > 1 for position in each[1:]
-    ]  # fmt: skip
     return sorted(found, key=lambda pair: pair[1].batch)
 
 
