@@ -161,6 +161,7 @@ def _exchanging(step: Step, tape: Tape, form: ParallelForm, kept: Kept, programs
             parts = _micro_batch(step, tape, kept, programs)[0] if replay is None else replay.micro_batch(form)
             step.groups.append(Group(parts, times))
     tape.wrapping = None
+    step.active_unsharded = step.active
     step.parameters = form.updated(step.parameters)
 
     def end() -> None:

@@ -30,7 +30,8 @@ class Step:
     besides steps, which counts in none of them. `notes` say how a recorded program was made.
     `whole` is the model where `architecture` is what one of its tensor-parallel ranks has.
     `form` is what several GPUs do; parameters are then those of one rank, its shards. `replay` is a recorded program as
-    such a rank runs it. `received_bytes` are kept for what a stage of a pipeline receives.
+    such a rank runs it. `received_bytes` are kept for what a stage of a pipeline receives. `active_unsharded` is
+    `active` of parameters that went into shards, of which flat ones have no names of experts.
     """
 
     architecture: Architecture
@@ -48,6 +49,7 @@ class Step:
     form: ParallelForm | None = None
     received_bytes: Dim = 0
     whole: Architecture | None = None
+    active_unsharded: Dim | None = None
 
     @property
     def model(self) -> Architecture:
@@ -79,6 +81,8 @@ class Step:
     @property
     def active(self) -> Dim:
         """Parameters that a token meets: of a mixture's experts those that it goes to."""
+        if self.active_unsharded is not None:
+            return self.active_unsharded
         shares = ((p, *self.architecture.active_share(p.name)) for p in self.parameters)
         return sum(p.elements * p.count * part // whole for p, part, whole in shares)
 

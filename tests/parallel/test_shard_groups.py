@@ -138,3 +138,21 @@ def test_what_cannot_be_is_said_in_a_line(options: dict[str, Any], said: str) ->
     """A wrong group names its fault."""
     with pytest.raises(UserError, match=said):
         predict(LLAMA, "full", Setup(**{**USUAL, "parallel": "fsdp2", **options}), "h100-sxm")
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "padded"),
+    [
+        ("mixtral-8x7b", {"gpus": 8}, ""),
+        ("mixtral-8x7b", {"gpus": 16}, "1.9 times"),
+        ("mixtral-8x7b", {"gpus": 16, "shard_group": 8}, ""),
+        ("mixtral-8x7b", {"gpus": 16, "parallel": "fsdp1"}, ""),
+        ("llama-3.2-1b", {"gpus": 256}, ""),
+    ],
+)
+def test_shards_that_are_mostly_padding_are_told(model: str, asked: dict[str, Any], padded: str) -> None:
+    """A step took twice as long on twice the GPUs, and nothing said why; what a token meets is told of every form."""
+    p = predict(model, "lora:r=8", device="h100-sxm", seq=256, **{"parallel": "fsdp2", **asked})
+    told = [note for note in p.notes if "FSDP2 cuts weights along their first dim" in note]
+    assert [padded in note for note in told] == ([True] if padded else [])
+    assert (p.active_params < p.total_params) == (model == "mixtral-8x7b")

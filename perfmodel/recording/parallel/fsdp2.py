@@ -29,6 +29,8 @@ host's memory one by one before each gathering, gradients go there one by one, a
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
 from ...program.dims import Dim, decide
 from ...program.dtypes import ITEMSIZE
@@ -48,6 +50,11 @@ from .offload import keep_on_host, to_host
 from .sharded import Sharded
 from .units import HEAD, ROOT, ShardedUnit, drop_gradient, of_all_layers, predivided, redistribute
 
+MUCH_PADDED = 1.2
+PADDED = (
+    "FSDP2 cuts weights along their first dim, of stacked experts their number, and pads what more ranks than these "
+    "get: a layer is gathered as {:.1f} times its weights (--shard-group of as many GPUs as experts)"
+)
 COPIED, SCATTERED, REDUCED = "copied out", "scattered", "reduced"  # events
 
 
@@ -89,6 +96,15 @@ class FullyShard(Sharded):
         staying = (state.unit for state in self.units.values() if state.unit.stays and state.unit.parameters)
         alike = ((unit, 1 if unit.path == ROOT else unit.parameters[0].count) for unit in staying)
         return sum(count * sum(unit.numels) * ITEMSIZE[unit.dtype] * self.ranks.size for unit, count in alike)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That shards are padded by much: stacked experts are cut by experts, and of fewer than ranks some get none."""
+        units = [state.unit for state in self.units.values()]
+        gathered = sum(sum(unit.numels) * ITEMSIZE[unit.dtype] for unit in units) * self.ranks.size
+        held = sum(p.nbytes for unit in units for p in unit.parameters)
+        most = np.max(gathered / held) if units else 1.0
+        return [PADDED.format(most)] if most > MUCH_PADDED else []
 
     # What the recording of a step calls
 
