@@ -57,7 +57,7 @@ def finish(records: Sequence[Record], environment: Record, path: Path) -> Findin
     found = Finding()
     try:
         _fit(found, records, environment, path.parent)
-    except TooLittle as little:
+    except TooFewRecords as little:
         found.missing.append(str(little))
         return found
     if not any(r["kind"] == "visit" for r in records):
@@ -67,7 +67,7 @@ def finish(records: Sequence[Record], environment: Record, path: Path) -> Findin
     return found
 
 
-class TooLittle(Exception):
+class TooFewRecords(Exception):
     """A fit cannot be made or kept: why."""
 
 
@@ -75,23 +75,23 @@ def _fit(found: Finding, records: Sequence[Record], environment: Record, folder:
     """Fit to microbenchmarks and tiny programs, and write both files, or none.
 
     Raises:
-        TooLittle: there are too few of them, or what the fit predicts is far from what was timed.
+        TooFewRecords: there are too few of them, or what the fit predicts is far from what was timed.
     """
     benches = [environment, *(r for r in records if r["kind"] == "microbench")]
     programs = [r for r in records if r["kind"] == "host"]
     try:
         text, found.fits = calibrate.device_file(benches, NAME)
     except UserError as error:
-        raise TooLittle(str(error)) from None
+        raise TooFewRecords(str(error)) from None
     if len(programs) < FEWEST:
-        raise TooLittle(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
+        raise TooFewRecords(f"only {len(programs)} programs of the host, too few to fit: give the campaign more time")
     mine = calibrate.profile_of_text(text, NAME)
     on = mine if mine.kind == "cpu" else None
     by = hosts.fit_host([_timed(r) for r in programs], on, calibrate.host_floors(benches))
     found.host = verify.of_programs(by, on)
     found.missing += verify.poor(found.fits, mine.kind).values()
     if refusal := verify.refusal(found.host):
-        raise TooLittle(refusal)
+        raise TooFewRecords(refusal)
     write_text(folder / DEVICE, text)
     hosts.write_host(by.host, folder / HOST, by.provenance(found.host))
 
