@@ -76,7 +76,7 @@ def measure_cells(
 
     Raises:
         UserError: the file cannot be read or written, or another measurement is writing to it.
-        Abandoned: a visit of a team failed; it is recorded, and running again goes on behind it.
+        TeamFailed: a visit of a team failed; it is recorded, and running again goes on behind it.
     """
     if team and not team.first:
         return _follow(plan, output, team)
@@ -105,7 +105,7 @@ def measure_cells(
         return records.read_records(output)
 
 
-class Abandoned(Exception):
+class TeamFailed(Exception):
     """One process of a team failed, and the others wait for it: the team must be started again."""
 
 
@@ -131,7 +131,7 @@ def _keep(output: Path, head: dict[str, Any], found: dict[str, Any], team: Team 
     if team and found["status"] != "ok":
         if team.first_to(f"record {head['round']} {head['id']}"):
             records.append_records(output, {**head, **found, "rank": team.rank})
-        raise Abandoned(f"{head['id']} on process {team.rank}: {found['message']}")
+        raise TeamFailed(f"{head['id']} on process {team.rank}: {found['message']}")
     if team:
         steps = team.gather(found["median_s"]["step"])
         found = {**found, "step_of_each": steps}

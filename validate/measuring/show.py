@@ -33,7 +33,7 @@ def show_measure(
         if together and together.size < 2:
             raise UserError(f"--parallel {parallel} needs several processes: {team.STARTED} {parallel} ...")
         found = _measure(plan, output, together)
-    except run.Abandoned as failure:
+    except run.TeamFailed as failure:
         print(
             f"perfmodel: {failure}\nperfmodel: recorded; run again to go on (torchrun --max-restarts does)", flush=True
         )
