@@ -168,7 +168,7 @@ def informed(rows: pd.DataFrame) -> list[str]:
     return [f for f in BOUNDS if f in found]
 
 
-class PointwiseFound(NamedTuple):
+class PointwiseFit(NamedTuple):
     """What a fit found: parameters, those in doubt, and seconds that each benchmark adds to a row of this board."""
 
     parameters: PointwiseParameters
@@ -176,7 +176,7 @@ class PointwiseFound(NamedTuple):
     overheads: dict[str, float]
 
 
-def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseFound:
+def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) -> PointwiseFit:
     """Every source and family weighs alike; a weak prior holds what data do not."""
     names, batch, measured = informed(rows), Batch(rows), column(rows, "seconds")
     added = {name: seconds for name, seconds in OVERHEADS.items() if name in set(rows.source)}
@@ -203,7 +203,7 @@ def fit_pointwise(rows: pd.DataFrame, hw: Hardware, begin: PointwiseParameters) 
     end = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=60).x
     x, caveats = settled((*names, *added), end, usual, (low, high), price)
     p, overheads = make(x)
-    return PointwiseFound(p, caveats.but(added, FitCaveats()).but_kept(unsearched(p, names)), overheads)
+    return PointwiseFit(p, caveats.but(added, FitCaveats()).but_kept(unsearched(p, names)), overheads)
 
 
 def judge_families(
@@ -234,7 +234,7 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     """Every device with rows; gaps are filled from the parent or the class."""
     rows = pointwise_rows(folder)
     rows = rows[~rows.host_bound]
-    told: dict[str, PointwiseFound] = {}
+    told: dict[str, PointwiseFit] = {}
     for slug in sorted(rows.gpu.unique(), key=lambda g: (list(PARENTS).index(g) + 1 if g in PARENTS else 0, g)):
         own = rows[(rows.gpu == slug) & (rows.fold != 0)]
         parent = told.get(PARENTS.get(slug, ""))
@@ -261,7 +261,7 @@ def fit_pointwise_blocks(folder: Path, step: Callable[[str], None]) -> Pointwise
     return PointwiseResults(fits, of_class, left_out, pairs)
 
 
-def _as_fit(rows: pd.DataFrame, hw: Hardware, told: PointwiseFound) -> Fit:
+def _as_fit(rows: pd.DataFrame, hw: Hardware, told: PointwiseFit) -> Fit:
     errors = judge_families(rows[rows.fold == 0], hw, told.parameters, told.overheads)
     sources = [SOURCES[s] for s in SOURCES if s in set(rows.source)]
     return Fit(
