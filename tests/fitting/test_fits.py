@@ -165,7 +165,7 @@ def test_serving_times_are_the_kernel_and_a_copy_to_the_cache() -> None:
     hw, p = common.hardware("a100-80gb-sxm"), profile.load("a100-80gb-sxm").attention
     b, s, h, kv, dim = 3, 512, 16, 4, 128
     rows = pd.DataFrame([dict(zip(serving.SHAPE, (b, s, h, kv, dim), strict=True))])
-    times = [float(serving.priced_serving(rows, hw, serving.Served(p, append))[0]) for append in (0.0, 1.5)]
+    times = [float(serving.priced_serving(rows, hw, serving.ServingFit(p, append))[0]) for append in (0.0, 1.5)]
     kernel = serving.attention_forward_time(b, s, s, h, kv, dim, hardware=hw, parameters=p)
     assert times[0] == pytest.approx(float(kernel))
     copied, others = 2 * b * s * kv * dim * 2, 2 * b * s * h * dim * 2
@@ -179,7 +179,7 @@ def test_a_roofline_of_serving_moves_every_operand_once() -> None:
     b, s, h, kv, dim = 1, 16, 16, 4, 128  # so short that its bytes decide
     moved = 2 * (2 * b * s * h * dim + 2 * b * s * kv * dim) / hw.memory_bandwidth
     rows = pd.DataFrame([dict(zip([*serving.SHAPE, "seconds"], (b, s, h, kv, dim, moved), strict=True))])
-    (errors,) = serving.serving_errors([(rows, serving.Served(p, 0.0))], hw).values()
+    (errors,) = serving.serving_errors([(rows, serving.ServingFit(p, 0.0))], hw).values()
     assert errors.roofline_mean == pytest.approx(0.0, abs=1e-12)
 
 
@@ -189,7 +189,7 @@ def test_campaigns_share_a_kernel_and_have_their_own_framework(kernels: Path) ->
     made, beside = [], ((8e-6, 3.0), (1.6e-5, 0.5))
     for campaign, (floor, append) in zip(serving.CUDNN["h100-sxm"], beside, strict=True):
         rows = serving.attention_rows(kernels, campaign)
-        served = serving.Served(replace(p, launch_floor=floor), append)
+        served = serving.ServingFit(replace(p, launch_floor=floor), append)
         made.append((hw, rows.assign(seconds=serving.priced_serving(rows, hw, served))))
     found = serving.fit_served(made)
     for served, (floor, append), (_, rows) in zip(found, beside, made, strict=True):

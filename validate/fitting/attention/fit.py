@@ -24,8 +24,8 @@ from .flash_papers import published_errors, published_time
 from .serving import (
     AICONFIGURATOR,
     KernelTimes,
-    Served,
     ServedKernel,
+    ServingFit,
     attention_rows,
     fit_served,
     serving_errors,
@@ -140,7 +140,7 @@ def few_rows_fit(
 
 
 def served_fit(
-    slug: str, campaigns: Sequence[ServedKernel], rows: Sequence[pd.DataFrame], served: Sequence[Served],
+    slug: str, campaigns: Sequence[ServedKernel], rows: Sequence[pd.DataFrame], served: Sequence[ServingFit],
     told: FittedParameters[AttentionParameters], note: str,
 ) -> Fit:  # fmt: skip
     """A device with serving rows; what was told beside them, the note says."""
@@ -228,7 +228,7 @@ def fit_attention(folder: Path) -> AttentionResults:
 
 
 def leave_out_each(
-    rows: dict[str, pd.DataFrame], served: dict[str, Served], fits: dict[str, Fit]
+    rows: dict[str, pd.DataFrame], served: dict[str, ServingFit], fits: dict[str, Fit]
 ) -> dict[str, FitErrors]:
     """Each device priced with the parameters of the other one of its family."""
     found = {}

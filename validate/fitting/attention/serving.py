@@ -86,7 +86,7 @@ ROW_TILES = {"b200": 2}
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingFit:
     """A kernel inside a serving framework: the kernel, and its cache copy in bytes per byte of k and v."""
 
     parameters: AttentionParameters
@@ -125,7 +125,7 @@ def attention_rows(folder: Path, campaign: ServedKernel) -> pd.DataFrame:
     return d.assign(seconds=d.latency_ms * 1e-3, left_out=left_out)
 
 
-def priced_serving(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
+def priced_serving(d: pd.DataFrame, hw: Hardware, served: ServingFit) -> Array:
     """Seconds of serving rows, the cache copy included."""
     b, s, h, kv, dim = (column(d, c) for c in SHAPE)
     copied = 2.0 * b * s * kv * dim * 2.0  # bytes of k and v
@@ -134,7 +134,7 @@ def priced_serving(d: pd.DataFrame, hw: Hardware, served: Served) -> Array:
     return kernel + served.append * copied * per_byte
 
 
-def serving_errors(parts: Sequence[tuple[pd.DataFrame, Served]], hw: Hardware) -> dict[str, FitErrors]:
+def serving_errors(parts: Sequence[tuple[pd.DataFrame, ServingFit]], hw: Hardware) -> dict[str, FitErrors]:
     """Errors from 512 tokens up, and below (if there are such rows), of one device's campaigns together."""
     d = pd.concat([rows for rows, _ in parts], ignore_index=True)
     b, s, h, kv, dim = (column(d, c) for c in SHAPE)
@@ -152,7 +152,7 @@ def serving_errors(parts: Sequence[tuple[pd.DataFrame, Served]], hw: Hardware) -
 
 def fit_served(
     parts: Sequence[tuple[Hardware, pd.DataFrame]], own: KernelTimes | None = None, row_tiles: int = 1
-) -> list[Served]:
+) -> list[ServingFit]:
     """One kernel for all campaigns, each with what its framework does beside it; campaigns are weighted alike.
 
     Args:
@@ -165,14 +165,14 @@ def fit_served(
     told = own.seen() if own else None
     first_beside = len(SCALARS) + len(sizes)
 
-    def unpack(x: Array) -> list[Served]:
+    def unpack(x: Array) -> list[ServingFit]:
         v = [float(y) for y in np.exp(x)]
         kernel = AttentionParameters(
             **dict(zip(SCALARS, v, strict=False)), row_tiles=row_tiles,
             efficiency=tuple(zip(sizes, v[len(SCALARS) : first_beside], strict=True)),
         )  # fmt: skip
         beside = zip(v[first_beside::2], v[first_beside + 1 :: 2], strict=True)
-        return [Served(replace(kernel, launch_floor=floor), append) for floor, append in beside]
+        return [ServingFit(replace(kernel, launch_floor=floor), append) for floor, append in beside]
 
     def ratios(x: Array) -> list[Array]:
         """Predicted over measured, by campaign, and of the kernel itself."""
@@ -196,7 +196,7 @@ def fit_served(
     x, caveats = settled(names, end, first, limits, lambda z: np.concatenate(ratios(z)))
     found = unpack(x)
     caveats = caveats.but(BESIDE, FitCaveats()).but_kept(unsearched(found[0].parameters, (*SCALARS, "launch_floor")))
-    return [Served(s.parameters, s.append, caveats) for s in found]
+    return [ServingFit(s.parameters, s.append, caveats) for s in found]
 
 
 def shares_of(sizes: Iterable[int]) -> tuple[str, ...]:
