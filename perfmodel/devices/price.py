@@ -27,7 +27,7 @@ from .gemm_parameters import LAYOUTS
 from .hardware import ITEMSIZE, Hardware
 from .pointwise import pointwise_time
 from .profile import DeviceProfile
-from .tables import Model, Places, Priced, Sheet, Tables, summed_rows
+from .tables import CallRows, Model, Places, Priced, Tables, summed_rows
 
 # B/s of copies from pageable host memory to the device, through the driver's staging buffer: an A10 (PCIe 4.0 x16), a
 # Xeon 6438Y+, 4 MiB again and again (https://github.com/drkennetz/cuda_examples/pull/1, 003_bandwidth_check).
@@ -85,7 +85,7 @@ def durations(ops: Sequence[Op], profile: DeviceProfile, *, in_step: bool = True
     return from_tables([(sheet.model, sheet.key, sheet.columns) for sheet in sheets], places, profile, in_step=in_step)
 
 
-def sorted_into_tables(ops: Sequence[Op]) -> tuple[list[Sheet], Places]:
+def sorted_into_tables(ops: Sequence[Op]) -> tuple[list[CallRows], Places]:
     """What models have to price of ops, whatever the GPU, and where each op's price is then."""
     tables = Tables()
     for i, op in enumerate(ops):

@@ -28,7 +28,7 @@ class _Table:
         self.rows.setdefault(key, {}).setdefault(equal, (row, []))[1].append(i)
 
 
-class Sheet(NamedTuple):
+class CallRows(NamedTuple):
     """The rows of one call of a model: `key` and `rows` are its arguments."""
 
     model: str
@@ -76,10 +76,10 @@ class Tables:
             equal = row
         self.tables.setdefault(model, _Table()).add((key, varies), i, row, equal)
 
-    def sheets(self) -> list[Sheet]:
+    def sheets(self) -> list[CallRows]:
         """What is to be priced."""
         return [
-            Sheet(name, key, [row for row, _ in rows.values()])
+            CallRows(name, key, [row for row, _ in rows.values()])
             for name, table in self.tables.items()
             for (key, _), rows in table.rows.items()
         ]

@@ -19,7 +19,7 @@ import numpy as np
 from ..architectures.base import Architecture
 from ..devices import price
 from ..devices.profile import DeviceProfile
-from ..devices.tables import Places, Priced, Sheet
+from ..devices.tables import CallRows, Places, Priced
 from ..errors import UserError
 from ..methods.parts.base import Method
 from ..program.dims import MixedStructure
@@ -187,7 +187,7 @@ class Sorted(NamedTuple):
     """A step's work and its distinct ops in tables, in which formulas may stand for numbers."""
 
     work: StepWork
-    sheets: list[Sheet]
+    sheets: list[CallRows]
     places: Places
     order: np.ndarray
     bounds: list[slice]
