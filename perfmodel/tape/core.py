@@ -19,7 +19,7 @@ from ..program.part import HostWork, Part
 from ..program.ranks import Ranks
 from ..program.software import CURRENT, SoftwareStack
 from ..program.streams import MAIN, Run
-from .tensor import Entering, Flow, Node, Parameter, Storage, Tensor
+from .tensor import Flow, LayerRunStart, Node, Parameter, Storage, Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,7 +118,7 @@ class Tape:
         self.context: Any = None  # ranks that share a sequence (`tape.packages.ring`, `tape.packages.ulysses`)
         self.linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of `F.linear`
         self.alike, self.kept = False, dict[Any, Dim]()  # bytes that packages keep for good, by what they are of
-        self.entering: dict[int, Entering] = {}  # by the id of a run of layers, forward or back
+        self.entering: dict[int, LayerRunStart] = {}  # by the id of a run of layers, forward or back
         self.handed: dict[int, Part | None] = {}  # block's number -> the run that it enters, None: that it left
         self.lingering: list[Storage] = []  # what all layers of the current run held
         self.graph_dies = False  # and with it what its nodes still hold, of all layers of repeated parts
@@ -160,7 +160,7 @@ class Tape:
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
-        self.entering[id(part)] = Entering(x.storage.number, Storage(0, None).number)
+        self.entering[id(part)] = LayerRunStart(x.storage.number, Storage(0, None).number)
         if self.flow is None:
             self.handed[x.storage.number] = part
 

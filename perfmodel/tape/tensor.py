@@ -29,7 +29,7 @@ class RecordingTape(Protocol):
     frames: list[Any]
     sequence: int
     flow: "Flow | None"
-    entering: "dict[int, Entering]"
+    entering: "dict[int, LayerRunStart]"
     handed: dict[int, Part | None]
     lingering: "list[Storage]"
     graph_dies: bool
@@ -95,7 +95,7 @@ class Storage:
         return self.number < run.first and self.number != run.input
 
 
-class Entering(NamedTuple):
+class LayerRunStart(NamedTuple):
     """Where a run of identical layers begins: the block of its input, and the first one that is younger than it."""
 
     input: int
