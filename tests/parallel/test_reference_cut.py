@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from helpers import step_of
 
-from perfmodel.recording.deepspeed.module_trace import Foreseen, foreseen
+from perfmodel.recording.deepspeed.module_trace import TraceCoverage, foreseen
 from perfmodel.recording.record import held_bytes
 from perfmodel.recording.step import Step
 
 BASE, ADAPTED = ["words.", "block."], ["words.", "a.lora_A.weight", "block."]
-NOTHING, ALL, FORWARD = Foreseen(False, False), Foreseen(True, True), Foreseen(True, False)
+NOTHING, ALL, FORWARD = TraceCoverage(False, False), TraceCoverage(True, True), TraceCoverage(True, False)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ NOTHING, ALL, FORWARD = Foreseen(False, False), Foreseen(True, True), Foreseen(T
     ],
 )
 def test_a_trace_holds_from_one_call_of_the_model_to_the_next(
-    passes: list[list[str]], trained: bool, expected: list[Foreseen]
+    passes: list[list[str]], trained: bool, expected: list[TraceCoverage]
 ) -> None:
     """By hand: of two calls the first is noted, the second is known up to its backward pass, which the first lacks."""
     assert foreseen(passes, trained=trained) == expected

@@ -17,7 +17,7 @@ ROUNDS = 4  # micro-batches, behind which the trace is the same in each
 Modules = Sequence[str]  # paths and names of what runs in a pass, in its order
 
 
-class Foreseen(NamedTuple):
+class TraceCoverage(NamedTuple):
     """What of a pass the trace has.
 
     Attributes:
@@ -30,13 +30,13 @@ class Foreseen(NamedTuple):
     off: frozenset[str] = frozenset()
 
 
-def foreseen(passes: Sequence[Modules], *, trained: bool = True) -> list[Foreseen]:
+def foreseen(passes: Sequence[Modules], *, trained: bool = True) -> list[TraceCoverage]:
     """What the trace has of each pass of a micro-batch; backward follows the last one, if the model is `trained`."""
     every = set().union(*passes)
     segments = [(modules, trained and i == len(passes) - 1) for i, modules in enumerate(passes)]
     trace: tuple[Modules, bool] | None = None
     noted: tuple[Modules, bool] | None = None
-    found: list[Foreseen] = []
+    found: list[TraceCoverage] = []
     for segment in segments * ROUNDS:
         if trace is None and noted is None:
             noted = segment
@@ -44,7 +44,7 @@ def foreseen(passes: Sequence[Modules], *, trained: bool = True) -> list[Foresee
             trace, noted = trace or noted, None
         forward = trace is not None and trace[0] == segment[0]
         backward = trace == segment and segment[1]
-        found.append(Foreseen(forward, backward, frozenset(every.difference(segment[0]))))
+        found.append(TraceCoverage(forward, backward, frozenset(every.difference(segment[0]))))
         if trace != segment:
             trace = None
     return found[-len(passes) :]

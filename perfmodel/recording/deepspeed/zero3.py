@@ -35,7 +35,7 @@ from ..parallel.offload import keep_on_host, to_device
 from ..parallel.units import HEAD, ROOT, ShardedUnit, of_all_layers
 from . import zero3_alone, zero_offload
 from .flat import bytes_of, flattened, update_of_all
-from .module_trace import Foreseen
+from .module_trace import TraceCoverage
 
 LOOKED_AT = ".lora_A."  # so that DeepSpeed takes it for a weight of the layer (`register_external_parameter`)
 UNTRACED = (
@@ -64,7 +64,7 @@ class CutWeights(WholeUnits):
 
     def __init__(
         self, units: Sequence[ShardedUnit], ranks: Ranks, hidden: int, checkpoint: str, offload: str = "none", *,
-        passes: Sequence[Foreseen], frozen: "CutWeights | None" = None, small: int | None = None,
+        passes: Sequence[TraceCoverage], frozen: "CutWeights | None" = None, small: int | None = None,
         wide: bool = False,
     ) -> None:  # fmt: skip
         self.ranks, self.limit, self.wide = ranks, hidden**2, wide
@@ -95,7 +95,7 @@ class CutWeights(WholeUnits):
         return () if self.passes[-1].backward else (UNTRACED,)
 
     @property
-    def seen(self) -> Foreseen:
+    def seen(self) -> TraceCoverage:
         """What DeepSpeed's trace has of the pass that runs, or ran last."""
         return self.passes[self.place]
 
