@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import step_of
 
-from perfmodel.recording.deepspeed.module_trace import TraceCoverage, foreseen
+from perfmodel.recording.deepspeed.module_trace import TraceCoverage, trace_coverage
 from perfmodel.recording.record import held_bytes
 from perfmodel.recording.step import Step
 
@@ -28,12 +28,12 @@ def test_a_trace_holds_from_one_call_of_the_model_to_the_next(
     passes: list[list[str]], trained: bool, expected: list[TraceCoverage]
 ) -> None:
     """By hand: of two calls the first is noted, the second is known up to its backward pass, which the first lacks."""
-    assert foreseen(passes, trained=trained) == expected
+    assert trace_coverage(passes, trained=trained) == expected
 
 
 def test_adapters_that_are_switched_off_break_it() -> None:
     """No pass is ever like the one before it, so nothing is known of any."""
-    both = foreseen([ADAPTED, BASE, ADAPTED, BASE])
+    both = trace_coverage([ADAPTED, BASE, ADAPTED, BASE])
     assert not any(seen.forward or seen.backward for seen in both)
     assert [bool(seen.off) for seen in both] == [False, True, False, True]
 

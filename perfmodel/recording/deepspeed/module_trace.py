@@ -30,7 +30,7 @@ class TraceCoverage(NamedTuple):
     off: frozenset[str] = frozenset()
 
 
-def foreseen(passes: Sequence[Modules], *, trained: bool = True) -> list[TraceCoverage]:
+def trace_coverage(passes: Sequence[Modules], *, trained: bool = True) -> list[TraceCoverage]:
     """What the trace has of each pass of a micro-batch; backward follows the last one, if the model is `trained`."""
     every = set().union(*passes)
     segments = [(modules, trained and i == len(passes) - 1) for i, modules in enumerate(passes)]

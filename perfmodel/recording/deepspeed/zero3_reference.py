@@ -14,7 +14,7 @@ from ...program.ranks import Ranks
 from ...setup import Setup
 from ...tape.tensor import Parameter
 from ..parallel.units import ROOT, ShardedUnit, Survey
-from .module_trace import foreseen
+from .module_trace import trace_coverage
 from .zero3 import CutWeights
 
 SMALL = 10**5  # elements of a weight that stays whole (`stage3_param_persistence_threshold`)
@@ -46,8 +46,10 @@ def cut_weights(
     frozen = None
     if survey.frozen is not None:
         cut = survey.frozen.units(parameters, ranks.size, setup, tied=False, flat=True)
-        frozen = FrozenCut(cut, ranks, 0, "none", passes=foreseen(survey.frozen.passes, trained=False), small=SMALL)
-    passes = foreseen(survey.passes)
+        frozen = FrozenCut(
+            cut, ranks, 0, "none", passes=trace_coverage(survey.frozen.passes, trained=False), small=SMALL
+        )
+    passes = trace_coverage(survey.passes)
     return CutWeights(
         units, ranks, hidden, setup.checkpoint, setup.offload, passes=passes, frozen=frozen, wide=setup.shares_heads
     )
