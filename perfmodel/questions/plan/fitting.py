@@ -31,7 +31,7 @@ Duration = Callable[[Prediction], float]
 
 
 @dataclass(frozen=True)
-class Concession:
+class Relaxation:
     """A setup and method, and what of those asked for is given up in them."""
 
     given_up: tuple[str, ...]
@@ -39,15 +39,15 @@ class Concession:
     method: Method
 
 
-def concessions(setup: Setup, method: Method) -> Iterator[list[Concession]]:
+def concessions(setup: Setup, method: Method) -> Iterator[list[Relaxation]]:
     """What to try, one stage after another; in a stage smaller micro-batches first, each without checkpoints first."""
-    yield [Concession((), setup, method)]
+    yield [Relaxation((), setup, method)]
     assert method.architecture is not None
     smaller = _smaller(method.architecture, setup)
-    yield [Concession(label, other, method) for label, other in smaller]
+    yield [Relaxation(label, other, method) for label, other in smaller]
     few_bits = _in_few_bits(method)
     if few_bits is not None:
-        yield [Concession(("QLoRA", *label), other, few_bits) for label, other in [*smaller, ((), setup)]]
+        yield [Relaxation(("QLoRA", *label), other, few_bits) for label, other in [*smaller, ((), setup)]]
 
 
 def tried(method: Method) -> str:
@@ -99,7 +99,7 @@ class Fitting:
 
     def best(
         self, setup: Setup, method: Method, on: DeviceProfile, duration: Duration
-    ) -> tuple[Concession, Prediction] | None:
+    ) -> tuple[Relaxation, Prediction] | None:
         """The fastest of the first stage in which anything fits; None if nothing does.
 
         Raises:
@@ -111,7 +111,7 @@ class Fitting:
                 return min(found, key=lambda pair: duration(pair[1]))
         return None
 
-    def _fitting(self, stage: list[Concession], on: DeviceProfile) -> Iterator[tuple[Concession, Prediction]]:
+    def _fitting(self, stage: list[Relaxation], on: DeviceProfile) -> Iterator[tuple[Relaxation, Prediction]]:
         # Method, checkpointing and whether it accumulates, of which a smaller micro-batch did not fit. Between
         # micro-batches whole gradients may be kept that are sharded after a single one (FSDP's `no_sync`)
         full: set[tuple[Any, ...]] = set()
@@ -133,7 +133,7 @@ class Fitting:
                 fitting |= {(spec, setup.batch)} if setup.checkpoint == "none" else set()
                 yield concession, p
 
-    def _if_it_fits(self, asked: Concession, on: DeviceProfile) -> Prediction | None:
+    def _if_it_fits(self, asked: Relaxation, on: DeviceProfile) -> Prediction | None:
         """The prediction of a step that fits; what is known not to is not priced."""
         key, longest = self._key(asked, on), longest_drawn(asked.setup)
         if key not in self.peaks and longest != asked.setup:  # cheaper than the mean over all
@@ -144,12 +144,12 @@ class Fitting:
         self.peaks[key] = int(p.memory.peak)
         return p if p.fits else None
 
-    def _key(self, asked: Concession, on: DeviceProfile) -> Any:
+    def _key(self, asked: Relaxation, on: DeviceProfile) -> Any:
         """Steps with one key have one peak; a method that goes by the prices of a device has one of its own there."""
         its_own = on.slug if type(asked.method).priced is not Method.priced else ""
         return its_own, step_key(asked.method, asked.setup, on.kind, on.compute_capability or "8.0")
 
-    def predicted(self, asked: Concession, on: DeviceProfile) -> Prediction:
+    def predicted(self, asked: Relaxation, on: DeviceProfile) -> Prediction:
         """The step of a setup and method on a device."""
         by = hosts.host_of(self.host, on)
         bare = replace(asked.method, architecture=None)

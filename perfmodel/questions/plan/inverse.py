@@ -16,7 +16,7 @@ from ...methods import Method
 from ...prediction.predict import Model, Prediction, architecture_of, method_of
 from ...recording.collector import no_collector
 from ...setup import LARGEST, Setup
-from .fitting import Concession, Fitting
+from .fitting import Fitting, Relaxation
 from .job import check_single
 from .planning import Devices, in_half_of_device, planned_devices
 
@@ -85,7 +85,7 @@ def _largest(
     def at(size: int) -> Prediction | None:
         changes: dict[str, Any] = {what: size * step}
         try:
-            p = fitting.predicted(Concession((), replace(setup, **changes), bound), on)
+            p = fitting.predicted(Relaxation((), replace(setup, **changes), bound), on)
         except UserError as error:
             refusal.append(str(error))
             if size == smallest:
@@ -178,7 +178,7 @@ def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, 
     if fewest * each > on.capacity:
         return None
     try:
-        p = Fitting(model, host).predicted(Concession((), setup, asked.bind(model)), on)
+        p = Fitting(model, host).predicted(Relaxation((), setup, asked.bind(model)), on)
     except UserError:
         return None
     return p if p.fits else None

@@ -28,7 +28,7 @@ from ...today import today as date_of_today
 from ..counts import Refused, possible
 from ..knobs import in_half_of
 from . import job as jobs
-from .fitting import Concession, Fitting, tried
+from .fitting import Fitting, Relaxation, tried
 from .job import Job, JobCounts
 from .prices import KINDS, GivenPrices, known_prices, price_of, typed_prices
 from .runs import HOUR, PlannedRun, planned_run, seconds_of_job
@@ -339,7 +339,7 @@ class Planner:
             return None
         return self.run(on, method, *found)
 
-    def run(self, on: DeviceProfile, method: Method, concession: Concession, p: Prediction) -> PlannedRun:
+    def run(self, on: DeviceProfile, method: Method, concession: Relaxation, p: Prediction) -> PlannedRun:
         """The run of a prediction."""
         return planned_run(
             p, on, self.job, self.work(p.setup), asked=method.spec(), given_up=concession.given_up,
