@@ -16,7 +16,7 @@ from ...methods import Method
 from ...partitions import Columns, Partitions
 from ...recording.collector import no_collector
 from ...setup import Setup
-from .fitting import concessions
+from .fitting import relaxations
 from .planning import TOGETHER, Outcomes, Planner, in_half_of_device
 from .runs import PlannedRun
 
@@ -62,6 +62,6 @@ def _outcome(
 ) -> PlannedRun | UserError | str:
     if why:
         return UserError(why) if refused else str(why)
-    tried = (concession for stage in concessions(in_half_of_device(setup, on), method) for concession in stage)
+    tried = (concession for stage in relaxations(in_half_of_device(setup, on), method) for concession in stage)
     chosen = next(concession for concession in tried if AND.join(concession.given_up) == given_up)
     return planner.run(on, method, chosen, planner.fitting.predicted(chosen, on))

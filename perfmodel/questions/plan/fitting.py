@@ -39,7 +39,7 @@ class Relaxation:
     method: Method
 
 
-def concessions(setup: Setup, method: Method) -> Iterator[list[Relaxation]]:
+def relaxations(setup: Setup, method: Method) -> Iterator[list[Relaxation]]:
     """What to try, one stage after another; in a stage smaller micro-batches first, each without checkpoints first."""
     yield [Relaxation((), setup, method)]
     assert method.architecture is not None
@@ -51,7 +51,7 @@ def concessions(setup: Setup, method: Method) -> Iterator[list[Relaxation]]:
 
 
 def tried(method: Method) -> str:
-    """What `concessions` give up, in words."""
+    """What `relaxations` give up, in words."""
     also = ", checkpointing and QLoRA" if _in_few_bits(method) else " and checkpointing"
     return f"smaller micro-batches{also} alone"
 
@@ -105,7 +105,7 @@ class Fitting:
         Raises:
             UserError: the setup as asked for is refused on this device.
         """
-        for stage in concessions(setup, method):
+        for stage in relaxations(setup, method):
             found = [(concession, p) for concession, p in self._fitting(stage, on)]
             if found:
                 return min(found, key=lambda pair: duration(pair[1]))
@@ -157,5 +157,5 @@ class Fitting:
 
     def least(self, setup: Setup, method: Method, on: DeviceProfile) -> int:
         """The lowest peak of any stage, B, of those that the device does not refuse."""
-        asked = (self._key(concession, on) for stage in concessions(setup, method) for concession in stage)
+        asked = (self._key(concession, on) for stage in relaxations(setup, method) for concession in stage)
         return min(self.peaks[key] for key in asked if key in self.peaks)
