@@ -62,6 +62,6 @@ def _outcome(
 ) -> PlannedRun | UserError | str:
     if why:
         return UserError(why) if refused else str(why)
-    tried = (concession for stage in relaxations(in_half_of_device(setup, on), method) for concession in stage)
-    chosen = next(concession for concession in tried if AND.join(concession.given_up) == given_up)
+    tried = (relaxation for stage in relaxations(in_half_of_device(setup, on), method) for relaxation in stage)
+    chosen = next(relaxation for relaxation in tried if AND.join(relaxation.given_up) == given_up)
     return planner.run(on, method, chosen, planner.fitting.predicted(chosen, on))

@@ -106,7 +106,7 @@ class Fitting:
             UserError: the setup as asked for is refused on this device.
         """
         for stage in relaxations(setup, method):
-            found = [(concession, p) for concession, p in self._fitting(stage, on)]
+            found = [(relaxation, p) for relaxation, p in self._fitting(stage, on)]
             if found:
                 return min(found, key=lambda pair: duration(pair[1]))
         return None
@@ -116,22 +116,22 @@ class Fitting:
         # micro-batches whole gradients may be kept that are sharded after a single one (FSDP's `no_sync`)
         full: set[tuple[Any, ...]] = set()
         fitting: set[tuple[str, Dim]] = set()  # method and micro-batch: what is recomputed would only add to its time
-        for concession in stage:
-            spec, setup = concession.method.spec(), concession.setup
+        for relaxation in stage:
+            spec, setup = relaxation.method.spec(), relaxation.setup
             kind = spec, setup.checkpoint, setup.grad_accum > 1, setup.sync_each_batch
             if kind in full or (spec, setup.batch) in fitting:
                 continue
             try:
-                p = self._if_it_fits(concession, on)
+                p = self._if_it_fits(relaxation, on)
             except UserError:
-                if not concession.given_up:
+                if not relaxation.given_up:
                     raise
                 continue
             if p is None:
                 full.add(kind)
             else:
                 fitting |= {(spec, setup.batch)} if setup.checkpoint == "none" else set()
-                yield concession, p
+                yield relaxation, p
 
     def _if_it_fits(self, asked: Relaxation, on: DeviceProfile) -> Prediction | None:
         """The prediction of a step that fits; what is known not to is not priced."""
@@ -157,5 +157,5 @@ class Fitting:
 
     def least(self, setup: Setup, method: Method, on: DeviceProfile) -> int:
         """The lowest peak of any stage, B, of those that the device does not refuse."""
-        asked = (self._key(concession, on) for stage in relaxations(setup, method) for concession in stage)
+        asked = (self._key(relaxation, on) for stage in relaxations(setup, method) for relaxation in stage)
         return min(self.peaks[key] for key in asked if key in self.peaks)

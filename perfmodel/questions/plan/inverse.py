@@ -136,8 +136,8 @@ def smallest_gpus(model: Model, method: str | Method, setup: Setup, device: Devi
                 refused.append(error)
                 continue
             if best is not None:
-                concession, p = best
-                given_up, gpus = concession.given_up, int(setup.gpus)
+                relaxation, p = best
+                given_up, gpus = relaxation.given_up, int(setup.gpus)
                 found.append((size, Largest("device", on.slug, bound.spec(), on.slug, p, given_up, gpus=gpus)))
     if refused and len(refused) == len(devices):
         raise refused[0]

@@ -339,9 +339,9 @@ class Planner:
             return None
         return self.run(on, method, *found)
 
-    def run(self, on: DeviceProfile, method: Method, concession: Relaxation, p: Prediction) -> PlannedRun:
+    def run(self, on: DeviceProfile, method: Method, relaxation: Relaxation, p: Prediction) -> PlannedRun:
         """The run of a prediction."""
         return planned_run(
-            p, on, self.job, self.work(p.setup), asked=method.spec(), given_up=concession.given_up,
+            p, on, self.job, self.work(p.setup), asked=method.spec(), given_up=relaxation.given_up,
             price=price_of(on.slug, self.kind, self.typed, self.prices), node=self.node,
         )  # fmt: skip
