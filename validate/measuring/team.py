@@ -149,7 +149,7 @@ def bucket_bytes(model: Any) -> int:
     return sum(map(int, str(sizes).split(",")))
 
 
-class Pauses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DelayAfterCollective(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Waits a moment before what follows a collective: then gloo's threads have dropped what they hold of it.
 
     How soon they do is the scheduler's choice: on a busy machine a gathered unit more was live in one step of two.

@@ -19,7 +19,7 @@ from .cells import Cell
 from .clocks import Clock, clock_for
 from .loop import TrainingLoop
 from .names import unified
-from .team import SETTLED, Pauses, Team, messages
+from .team import SETTLED, DelayAfterCollective, Team, messages
 
 
 def visit(
@@ -114,7 +114,7 @@ def relative_range(values: list[float]) -> float:
 
 def paused_peak(program: TrainingLoop) -> int:
     """What a step takes at most of the memory, whenever gloo's threads drop what they sent."""
-    with Pauses():  # type: ignore[no-untyped-call]
+    with DelayAfterCollective():  # type: ignore[no-untyped-call]
         return profile.profile_step(program).memory_peak
 
 
