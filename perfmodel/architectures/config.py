@@ -183,7 +183,7 @@ def _read(path: Path, name: str) -> Config:
     return Config(values, str(path.name if path.parent == MODELS else path), name, str(values.get("_note", "")))
 
 
-def _named(repository: str, meant: names.Meant) -> Config:
+def _named(repository: str, meant: names.BundledMatch) -> Config:
     """The bundled config that a repository's name stands for, and what to say of it."""
     config = _read(MODELS / f"{meant.name}.json", meant.name)
     if str(config.values.get("_source", "")).lower().startswith(f"{HUB}{repository}/".lower()):

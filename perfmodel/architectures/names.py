@@ -23,7 +23,7 @@ ALIKE = 0.7  # share of characters in which a typing error agrees with what was 
 Words = tuple[str, ...]
 
 
-class Meant(NamedTuple):
+class BundledMatch(NamedTuple):
     """The bundled name, and the words that say how the repository's weights are packed."""
 
     name: str
@@ -36,7 +36,7 @@ def model_names() -> Words:
     return stems(MODELS, ".json")
 
 
-def bundled_for(name: str) -> Meant | None:
+def bundled_for(name: str) -> BundledMatch | None:
     """The bundled config of a repository's name (`owner/name`, or the name alone), None where it is not certain."""
     words = _words(name)
     matches = [(used, known) for known in _known() if (used := _places(words, known))]
@@ -46,7 +46,7 @@ def bundled_for(name: str) -> Meant | None:
         return None
     bundled = found.pop()
     packed = tuple(w for w in words if w in _data()["packed"])
-    return Meant(bundled, packed or _kept(bundled, words))
+    return BundledMatch(bundled, packed or _kept(bundled, words))
 
 
 def is_own_code(name: str) -> bool:
