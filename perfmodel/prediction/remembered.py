@@ -225,7 +225,7 @@ def _distinct(ops: list[Op]) -> tuple[list[Op], list[int]]:
     return [op for _, op in first.values()], index
 
 
-class Formulated:
+class SymbolicStep:
     """A program recorded with formulas in the place of its sizes.
 
     Args:
@@ -319,7 +319,7 @@ class KnownProgram:
 
     def __init__(self) -> None:
         self.steps: LruCache[Any, KnownStep | MixedStructure] = LruCache(MOST_SIZES)
-        self.formulated: tuple[Formulated, ...] = ()
+        self.formulated: tuple[SymbolicStep, ...] = ()
         self.recorded = self.tries = 0
 
     def at_other_sizes(self, asked: BuildArguments) -> KnownStep | None:
@@ -334,7 +334,7 @@ class KnownProgram:
         self.tries += 1
         formulas = Formulas(asked.sizes)
         try:
-            formulated = Formulated(formulas, asked.at(asked.with_symbols(formulas)).record())
+            formulated = SymbolicStep(formulas, asked.at(asked.with_symbols(formulas)).record())
         except (NotTraceable, UserError, TypeError, AttributeError, ValueError):
             self.tries = MOST_FORMS
             return None
