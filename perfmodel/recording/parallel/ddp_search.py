@@ -52,10 +52,10 @@ def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Pl
         raise UserError("ddp static-graph: DDP cannot learn it from several micro-batches a step; use --ddp plain")
     if setup.ddp == "find-unused":
         return Searching(ranks, late, graphs)
-    return Remembering(ranks, graphs) if setup.ddp == "static-graph" else Replicated(ranks, graphs)
+    return StaticGraphDdp(ranks, graphs) if setup.ddp == "static-graph" else Replicated(ranks, graphs)
 
 
-class Remembering(Replicated):
+class StaticGraphDdp(Replicated):
     """The hooks of DDP with a static graph."""
 
     def _copy_back(self, p: Parameter) -> None:
@@ -64,7 +64,7 @@ class Remembering(Replicated):
         super()._copy_back(p)
 
 
-class Searching(Remembering):
+class Searching(StaticGraphDdp):
     """The hooks of DDP that finds unused parameters.
 
     Args:
