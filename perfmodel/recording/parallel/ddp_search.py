@@ -51,7 +51,7 @@ def ddp_of(setup: Setup, ranks: Ranks, late: Sequence[str], graphs: frozenset[Pl
     if setup.ddp == "static-graph" and setup.grad_accum > 1:
         raise UserError("ddp static-graph: DDP cannot learn it from several micro-batches a step; use --ddp plain")
     if setup.ddp == "find-unused":
-        return Searching(ranks, late, graphs)
+        return FindUnusedDdp(ranks, late, graphs)
     return StaticGraphDdp(ranks, graphs) if setup.ddp == "static-graph" else Replicated(ranks, graphs)
 
 
@@ -64,7 +64,7 @@ class StaticGraphDdp(Replicated):
         super()._copy_back(p)
 
 
-class Searching(StaticGraphDdp):
+class FindUnusedDdp(StaticGraphDdp):
     """The hooks of DDP that finds unused parameters.
 
     Args:
