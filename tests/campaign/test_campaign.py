@@ -25,7 +25,7 @@ from perfmodel.errors import UserError
 from perfmodel.report.svg import typeset
 from validate.calibration import calibrate, hosts
 from validate.campaign import finish, ledger, plan, run, tables, work
-from validate.campaign.worker import Late, Worker, attempted
+from validate.campaign.worker import Worker, WorkTimeout, attempted
 from validate.checking import tables as checked
 from validate.checking.check import check_records
 from validate.measuring import isolate, records
@@ -124,7 +124,7 @@ class Fake:
                     return fake.here
                 fake.now += min(fake.takes, seconds)
                 if fake.takes > seconds:
-                    raise Late
+                    raise WorkTimeout
                 return attempted(does, thing)
 
         monkeypatch.setattr(run, "Worker", Instant)
@@ -316,7 +316,7 @@ def test_a_worker_that_hangs_or_dies_is_ended_and_made_anew() -> None:
     first = worker("fine", 10.0)["process"]
     assert worker("fine", 10.0)["process"] == first != os.getpid()
     begin = time.perf_counter()
-    with pytest.raises(Late):
+    with pytest.raises(WorkTimeout):
         worker("hang", 0.2)
     assert time.perf_counter() - begin < 5.0
     assert worker("killed", 10.0)["status"] == "oom"

@@ -22,7 +22,7 @@ from .guide import expected, guide, memory_of
 from .ledger import Ledger
 from .plan import CampaignPlan, HostProgram, Unit, Visit
 from .work import HERE, Settings, worker_of
-from .worker import Late, Worker
+from .worker import Worker, WorkTimeout
 
 Progress = Callable[[float, str], None]  # share of the budget that is spent, what comes next
 
@@ -108,7 +108,7 @@ def _here(worker: Worker, ledger: Ledger, plan: CampaignPlan) -> Record:
     """
     try:
         found = worker(HERE, START)
-    except Late:
+    except WorkTimeout:
         raise UserError(f"the device did not answer within {START:.0f} s") from None
     if "kind" not in found:
         raise UserError(str(found["message"]).removeprefix("UserError: "))
@@ -177,7 +177,7 @@ class _Turn:
         start = time.perf_counter()
         try:
             found = self.worker(unit.work, min(allowed, left + OVERTIME))
-        except Late:
+        except WorkTimeout:
             if allowed > left + OVERTIME:  # the budget's end came first: it has its turn in another call
                 self.ran.open[unit.id] = NO_TIME
                 return

@@ -18,7 +18,7 @@ Work = Callable[[Any], Record]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Late(Exception):
+class WorkTimeout(Exception):
     """The work took longer than it may; its process was ended."""
 
 
@@ -34,7 +34,7 @@ class Worker:
         """The record of `work(thing)`; one with status oom or error if that raised, or if its process died.
 
         Raises:
-            Late: it was not done after so many seconds.
+            WorkTimeout: it was not done after so many seconds.
         """
         if not isolate.can_fork():
             return attempted(self.work, thing)
@@ -44,7 +44,7 @@ class Worker:
         try:
             if not self.pipe.poll(seconds):
                 self.close()
-                raise Late
+                raise WorkTimeout
             found: Record = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
