@@ -136,7 +136,7 @@ class CutWeights(WholeUnits):
         return run(x)
 
     def end(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What is outside of blocks stays to the end of the backward pass that is trace_coverage, or is gathered again."""
+        """What is outside of blocks stays to the end of the backward pass that was foreseen, or is gathered again."""
         if self.seen.backward:
             return outputs
         self._free(ROOT)
@@ -317,7 +317,7 @@ class CutWeights(WholeUnits):
         return tuple(grads)
 
     def _for_backward(self, path: str) -> tuple[list[Parameter], list[Parameter]]:
-        """What a unit needs backward that is not trace_coverage, and what of it is freed in between and gathered again.
+        """What a unit needs backward that was not foreseen, and what of it is freed in between and gathered again.
 
         That is what a block has run again with, and the words that are the head's weight as well.
         """
