@@ -35,7 +35,7 @@ class CollectiveParameters:
     Attributes:
         ll, ll128, simple: NCCL's protocols, from low latency to high bandwidth; the fastest is taken.
         own_part: passes of a GPU's own part of the buffer, which takes no wire but is copied all the same.
-        through: share of the wire's bandwidth that is left to a group by what its ring passes (`Node.tiers`): 1 within
+        through: share of the wire's bandwidth that is left to a group by what its ring passes (`Links.tiers`): 1 within
             a switch, less through bridges and sockets that several GPUs share; one figure a tier.
         in_switch: reduction in the switch; None where it has none.
     """

@@ -61,7 +61,7 @@ class StageProgram:
         self.kept: Kept = {}
         self.own = form.parameters if isinstance(form, ShardedStage) else list[Parameter]()
         self.graphs: list[PassGraph] = []
-        self.aside: list[Part] = []  # of passes that only make a graph
+        self.aside: list[Part] = []  # of passes that only make a graph: kept, since the tape knows parts by their id
         self.closed = False  # whether all that it does is known
         self.coming = False  # whether it is gathered ahead, and not copied out yet
         self.known: dict[Hashable, tuple[list[Part], Any]] = {}

@@ -88,9 +88,9 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<![\w,.-])-(?=\d)", "−", text)
 
 
-def text_width(text: str, size: float = TEXT) -> float:
+def text_width(text: str) -> float:
     """About how wide a text is, px."""
-    return len(text) * GLYPH * size
+    return len(text) * GLYPH * TEXT
 
 
 def name_column(names: Sequence[str], width: float) -> float:

@@ -18,7 +18,6 @@ import numpy as np
 from perfmodel.architectures import Config, load
 from perfmodel.devices import host as hosts
 from perfmodel.devices import profile
-from perfmodel.devices.host import Host
 from perfmodel.prediction.predict import predict
 from perfmodel.program.dtypes import FLOATING
 from perfmodel.program.software import SoftwareStack
@@ -203,10 +202,10 @@ def _model_of(row: PublishedStep) -> str | Config:
     return Config({**config.values, **changes}, config.origin, config.name)
 
 
-def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
+def evaluate_row(row: PublishedStep) -> StepOutcome:
     """Predict what a row measured."""
     on = profile.load(row.device)
-    p = predict(_model_of(row), row.method, row.setup, on, host=host or hosts.host_of("default", on))
+    p = predict(_model_of(row), row.method, row.setup, on, host=hosts.host_of("default", on))
     t = p.time.phases
     parts = {"step": t["total"], "forward+backward": t["forward"] + t["backward"], **t}
     predicted = {what: float(parts[what]) for what in row.seconds}
@@ -218,12 +217,12 @@ def evaluate_row(row: PublishedStep, host: Host | None = None) -> StepOutcome:
 
 
 def evaluate_rows(
-    rows: Iterable[PublishedStep], host: Host | None = None, progress: Callable[[str], None] = lambda name: None
+    rows: Iterable[PublishedStep], progress: Callable[[str], None] = lambda name: None
 ) -> list[StepOutcome]:
     """Predict all rows."""
     outcomes = []
     for row in rows:
-        outcomes.append(evaluate_row(row, host))
+        outcomes.append(evaluate_row(row))
         progress(row.id)
     return outcomes
 

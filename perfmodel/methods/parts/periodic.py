@@ -84,9 +84,9 @@ class PeriodicCost:
 
 
 @contextmanager
-def layers_alike(what: str, times: int = 1, phase: str = "optimizer") -> Iterator[Part]:
+def layers_alike(what: str, times: int) -> Iterator[Part]:
     """A part for ops that run once in each of `times` identical layers, dispatched from Python."""
-    part = tape().begin(what, phase)
+    part = tape().begin(what, "optimizer")
     part.repeat = times
     yield part
 
