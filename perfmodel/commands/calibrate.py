@@ -38,7 +38,8 @@ def calibrate(
     glibc's with MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0).
 
     At the end the files predict the programs that they were made from, and steps that they have not seen: if they are
-    off by more than 50 % nothing is written, and the exit code is 1.
+    off by more than 50 % nothing is written, and the exit code is 1. A block of a GPU's kernels that is so far off is
+    left out of its file.
     """
     hush()
     with needed():
