@@ -25,10 +25,15 @@ SWITCH_ADDS = ("fp64", "fp32", "bf16", "fp16", "i32", "i64")  # what reduction i
 # Bytes below which NCCL takes fewer channels: so many threads, each with its 64 bytes in Simple or 8 in LL
 # (https://github.com/NVIDIA/nccl, src/graph/tuning.cc and src/include/comm.h at 5067397)
 BYTES_OF_A_CHANNEL = 512 * 64
-# data/nodes/l40s-8.toml, its sources
+# data/nodes/l40s-8.toml and pcie-8.toml, their sources
+OF_ONE_HOST = "l40s-8"
 ONE_HOST = (
     "PCIe as on the one host that was measured, where eight L40S reach 2 GB/s: another may be several times faster "
     "(perfmodel calibrate --network)"
+)
+SOME_HOST = (
+    "PCIe as on the mean of four hosts that were measured, whose eight GPUs reach from 2 to 28 GB/s (perfmodel calibrate "
+    "--network)"
 )
 
 
@@ -81,7 +86,9 @@ class GpuNode:
                 default = " (class default)" if block.origin == "class" else ""
                 told.setdefault(f"{whose}{what}{default}", []).append("between nodes" if kind == BETWEEN else kind)
         slug = self.file.slug
-        unlike = [f"{slug}: {ONE_HOST}"] if self.file.link.startswith("pcie") and slug in files.names() else []
+        bus = self.file.link.startswith("pcie") and slug in files.names()
+        whose = ONE_HOST if self.file.blocks["all_reduce"].node == OF_ONE_HOST else SOME_HOST
+        unlike = [f"{slug}: {whose}"] if bus else []
         return [*unlike, *(f"{slug}: {', '.join(k)} not measured: figures of {w}" for w, k in told.items())]
 
     def collective(

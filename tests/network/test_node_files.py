@@ -147,7 +147,7 @@ def test_the_list_says_whose_figures_a_node_has(tmp_path: Path, monkeypatch: pyt
     assert "4 x l40s" in shown.stdout
     told = {row["node"]: row for row in json.loads(CliRunner().invoke(main, ["nodes", "--json"]).stdout)}
     assert told.keys() == {*files.names(), "mine"}
-    assert told["rtx-4090-8"]["figures_of"] == ["l40s-8"]
+    assert told["rtx-4090-8"]["figures_of"] == ["pcie-8"]
     assert told["rtx-4090-8"]["network"] is None
     assert told["mine"]["measured"]["all_gather"] == "fitted"
     assert told["mine"]["measured"]["all_reduce"] == "class"
@@ -179,7 +179,7 @@ def test_an_answer_tells_of_the_links_that_its_step_uses(
         ("v100", "dgx-1-v100"),
         ("gh200", "dgx-h100"),
         ("a100-40gb-sxm", "dgx-a100"),
-        ("rtx-3090", "l40s-8"),
+        ("rtx-3090", "pcie-8"),
     ],
 )
 def test_a_gpu_without_a_node_takes_the_links_of_its_like(device: str, node: str) -> None:
