@@ -32,8 +32,8 @@ ONE_HOST = (
     "(perfmodel calibrate --network)"
 )
 SOME_HOST = (
-    "PCIe as on the mean of four hosts that were measured, whose eight GPUs reach from 2 to 28 GB/s (perfmodel calibrate "
-    "--network)"
+    "PCIe as on the mean of four hosts that were measured, whose eight GPUs reach from 2 to 28 GB/s "
+    "(perfmodel calibrate --network)"
 )
 
 
