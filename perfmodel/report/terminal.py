@@ -1,13 +1,12 @@
 """What `predict`, `compare` and `methods NAME` show in the terminal."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from click import style
 
 from .. import units
 from ..methods.parts.periodic import PeriodicCost
-from ..prediction.pipeline import Pipelined
 from ..prediction.predict import Prediction
 from ..program.part import PHASES
 from ..questions.comparison import Comparison
@@ -15,6 +14,9 @@ from ..questions.precisions import Estimate, Estimated
 from ..questions.sentences import in_words, notes_by_method
 from .figures import FigureCell, any_best, figures, gpus_of, headline, mfu_of, setup_line
 from .plain import notes, paragraph, show, table
+
+if TYPE_CHECKING:
+    from ..prediction.pipeline import Pipelined
 
 COLUMNS = (*PHASES, "total")
 PER_TABLE = 4  # methods side by side in a terminal of 80 columns
@@ -81,7 +83,7 @@ def communication_line(p: Prediction) -> str:
     )
 
 
-def stages_table(of: Pipelined) -> str:
+def stages_table(of: "Pipelined") -> str:
     """The ranks of a pipeline: what each has, does and holds."""
     rows = [
         [
