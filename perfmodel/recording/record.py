@@ -320,7 +320,8 @@ def record_update(step: Step, tape: Tape, inner: optimizers.Update | None = None
                 optimizers.clip_grad_norm(part, trained, across, step.stages, dtype, step.parameters if cut else ())
             update = optimizers.Update(tape, step.optimizer, step.parameters, step.head)
             step.method.update(update)
-    for first in [part for part in tape.parts[before:] if part.ops][:1]:
+    first = next((part for part in tape.parts[before:] if part.ops), None)
+    if first is not None:  # what is updated inside backward has nothing left to do here
         first.host.updates = 1
     tape.begin("zero_grad", "optimizer")
     for p in step.parameters:
