@@ -85,7 +85,7 @@ class Emission:
             for prim in kernel.prims:
                 for value in (*[value for value, _ in prim.reads], *prim.outs):
                     ends[value] = i, max(prim.place, ends.get(value, (0, 0))[1])
-        handed: dict[tuple[int, bool, bool], Any] = {}
+        handed: dict[tuple[Part, bool, bool], Any] = {}
         written: set[Value] = set()
         for i, (part, _, kernel) in enumerate(self.schedule):
             self._beside(part, kernel)
@@ -112,7 +112,7 @@ class Emission:
         assert value.maker is not None
         return self.graph.places[value.maker.place]
 
-    def _level(self, handed: dict[tuple[int, bool, bool], Dim], at: dict[tuple[int, bool], Part]) -> None:
+    def _level(self, handed: dict[tuple[Part, bool, bool], Dim], at: dict[tuple[int, bool], Part]) -> None:
         """The layer that stands for many hands on as much as it is handed, where fusion at either end differs."""
         for (run, made, freed), more in handed.items():
             first = next(p for p in self.graph.places if p.run == run and p.backward == made)

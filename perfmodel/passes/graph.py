@@ -128,7 +128,7 @@ class Builder:
         """Every op of every copy."""
         for index, place in enumerate(self.graph.places):
             self.index, self.keys, self.backward = index, {}, place.backward
-            hooks = iter(self.flow.hooks.get(id(place.part), ()))
+            hooks = iter(self.flow.hooks.get(place.part, ()))
             following = next(hooks, None)
             for self.at, op in enumerate(place.part.ops):
                 while following is not None and following[0] <= self.at:

@@ -16,7 +16,7 @@ class Place:
     copy: int
     repeat: int
     backward: bool
-    run: int
+    run: Part
 
 
 def places(parts: list[Part], flow: Flow) -> list[Place]:
@@ -24,9 +24,9 @@ def places(parts: list[Part], flow: Flow) -> list[Place]:
     found = []
     for part in parts:
         backward = part.phase == "backward"
-        run = id(flow.twins.get(id(part), part))
+        run = flow.twins.get(part, part)
         copies = [Place(part, i, repeat, backward, run) for i, repeat in enumerate(copies_of(part.repeat))]
-        found += copies[::-1] if id(part) in flow.twins else copies
+        found += copies[::-1] if part in flow.twins else copies
     return found
 
 
@@ -53,25 +53,25 @@ class Names:
         self.flow = flow
         self.parameters = parameters
         self.origin: dict[int, Part] = {}
-        self.written: dict[int, set[int]] = {}  # by which parts; a gradient may lie where an activation was
+        self.written: dict[int, set[Part]] = {}  # by which parts; a gradient may lie where an activation was
         for part in parts:
             for op in part.ops:
                 for use in op.writes:
                     self.origin.setdefault(use.storage, part)
-                    self.written.setdefault(use.storage, set()).add(id(part))
-        self.order = {id(part): i for i, part in enumerate(parts)}
-        self.pairs = {id(part): id(flow.twins.get(id(part), part)) for part in parts}
+                    self.written.setdefault(use.storage, set()).add(part)
+        self.order = {part: i for i, part in enumerate(parts)}
+        self.pairs = {part: flow.twins.get(part, part) for part in parts}
         self.carried = {part: flow.carried.get(pair, (None, None)) for part, pair in self.pairs.items()}
-        self.handed = {id(p): self._handed_on(p, parts) for p in parts if id(p) in flow.twins and p.repeat > 1}
+        self.handed = {p: self._handed_on(p, parts) for p in parts if p in flow.twins and p.repeat > 1}
 
     def _handed_on(self, part: Part, parts: list[Part]) -> dict[int, int]:
         """Gradients that every layer of a backward part adds to: how they come into it, and how they leave it.
 
         That of the residual stream, and those of what all layers read (what an encoder made, positions' biases).
         """
-        carried = self.flow.carried.get(id(self.flow.twins[id(part)]), ())
-        sizes = [use.nbytes for op in self.flow.twins[id(part)].ops for use in op.reads if use.storage in carried]
-        here = self.order[id(part)]
+        carried = self.flow.carried.get(self.flow.twins[part], ())
+        sizes = [use.nbytes for op in self.flow.twins[part].ops for use in op.reads if use.storage in carried]
+        here = self.order[part]
         coming = [use for op in part.ops for use in op.reads if self._comes_from(use, parts[:here])]
         leaving = [
             use for later in parts[here + 1 :] for op in later.ops for use in op.reads if self._comes_from(use, [part])
@@ -89,24 +89,24 @@ class Names:
 
     def _comes_from(self, use: Use, parts: list[Part]) -> bool:
         writers = self.written.get(use.storage, ())
-        return any(id(part) in writers and id(part) in self.flow.twins for part in parts)
+        return any(part in writers and part in self.flow.twins for part in parts)
 
     def key(self, storage: int, place: Place) -> Key:
         """A name for a block of memory that is the same wherever it is meant."""
         part = place.part
-        before, after = self.carried[id(part)]
+        before, after = self.carried[part]
         if storage == before and after is not None and place.copy:
             return (after, place.copy - 1)
-        handed = self.handed.get(id(part), {})
+        handed = self.handed.get(part, {})
         if storage in handed and place.copy < len(copies_of(part.repeat)) - 1:
             return (handed[storage], place.copy + 1)
         home = self.parameters[storage] if storage in self.parameters else self.origin.get(storage)
         if home is None:
             return (storage, 0)
-        if self.pairs.get(id(home), id(home)) == self.pairs[id(part)]:
+        if self.pairs.get(home, home) == self.pairs[part]:
             return (storage, place.copy)
         if home.repeat == part.repeat and storage != before and storage not in handed:
             return (storage, place.copy)  # what goes over the same layers again
-        if id(home) in self.flow.twins:  # of a backward part, the first layer comes last
+        if home in self.flow.twins:  # of a backward part, the first layer comes last
             return (storage, 0)
         return (storage, 0 if storage in self.parameters else len(copies_of(home.repeat)) - 1)

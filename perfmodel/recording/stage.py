@@ -61,7 +61,6 @@ class StageProgram:
         self.kept: Kept = {}
         self.own = form.parameters if isinstance(form, ShardedStage) else list[Parameter]()
         self.graphs: list[PassGraph] = []
-        self.aside: list[Part] = []  # of passes that only make a graph: kept, since the tape knows parts by their id
         self.closed = False  # whether all that it does is known
         self.coming = False  # whether it is gathered ahead, and not copied out yet
         self.known: dict[Hashable, tuple[list[Part], Any]] = {}
@@ -173,7 +172,6 @@ class StageProgram:
         self.tape.parts.clear()
         before = self._state
         self._forward()
-        self.aside += self.tape.parts
         self.tape.parts[:] = made
         if isinstance(form, ShardedStage):
             self.tape.part = Part("aside", FORWARD)

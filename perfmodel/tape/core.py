@@ -106,7 +106,7 @@ class Tape:
         self.sequence = 0
         self.parts: list[Part] = []
         self.part = Part("start", "forward")
-        self.twins: dict[int, Part] = {}
+        self.twins: dict[Part, Part] = {}
         self.flow: Flow | None = None
         self.beside = False  # whether a hook runs (`hooked`)
         self.on_gradient: Callable[[Parameter, Tensor], None] | None = None
@@ -118,7 +118,7 @@ class Tape:
         self.context: Any = None  # ranks that share a sequence (`tape.packages.ring`, `tape.packages.ulysses`)
         self.linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of `F.linear`
         self.alike, self.kept = False, dict[Any, Dim]()  # bytes that packages keep for good, by what they are of
-        self.entering: dict[int, LayerRunStart] = {}  # by the id of a run of layers, forward or back
+        self.entering: dict[Part, LayerRunStart] = {}  # by a run of layers, forward or back
         self.handed: dict[int, Part | None] = {}  # block's number -> the run that it enters, None: that it left
         self.lingering: list[Storage] = []  # what all layers of the current run held
         self.graph_dies = False  # and with it what its nodes still hold, of all layers of repeated parts
@@ -160,7 +160,7 @@ class Tape:
 
     def enter(self, part: Part, x: Tensor) -> None:
         """A run of identical layers begins with its input."""
-        self.entering[id(part)] = LayerRunStart(x.storage.number, Storage(0, None).number)
+        self.entering[part] = LayerRunStart(x.storage.number, Storage(0, None).number)
         if self.flow is None:
             self.handed[x.storage.number] = part
 
@@ -169,22 +169,22 @@ class Tape:
         if self.flow is None:
             self.handed[x.storage.number] = None
         else:
-            self.flow.carry(part, (self.entering[id(part)].input, x.storage.number), period)
+            self.flow.carry(part, (self.entering[part].input, x.storage.number), period)
 
     def backward_of(self, part: Part) -> None:
         """Switch to the part that holds the backward ops of a forward part."""
         if part.phase != "forward":
             return
-        twin = self.twins.get(id(part))
+        twin = self.twins.get(part)
         if twin is None:
             later = self._later(part.name, "backward")
             twin = Part(part.name, "backward", part.repeat, host=HostWork(returns=part.host.weights), later=later)
-            self.twins[id(part)] = twin
+            self.twins[part] = twin
             self.parts.append(twin)
-            if id(part) in self.entering:
-                self.entering[id(twin)] = self.entering[id(part)]
+            if part in self.entering:
+                self.entering[twin] = self.entering[part]
             if self.flow is not None:
-                self.flow.twins[id(twin)] = part
+                self.flow.twins[twin] = part
         elif twin is not self.part and self.parts[-1] is not twin:
             raise AssertionError(f"backward returned to {part.name} after leaving it")
         if twin is not self.part:
@@ -294,8 +294,8 @@ def hooked(run: Callable[P, R]) -> Callable[P, R]:
         if current.flow is None or current.beside:
             return run(*args, **options)
         part, current.part, current.beside = current.part, current.flow.hook(current.part), True
-        if id(part) in current.entering:
-            current.entering[id(current.part)] = current.entering[id(part)]
+        if part in current.entering:
+            current.entering[current.part] = current.entering[part]
         region, current.flow.region = current.flow.region, None
         try:
             return run(*args, **options)

@@ -29,7 +29,7 @@ class RecordingTape(Protocol):
     frames: list[Any]
     sequence: int
     flow: "Flow | None"
-    entering: "dict[int, LayerRunStart]"
+    entering: "dict[Part, LayerRunStart]"
     handed: dict[int, Part | None]
     lingering: "list[Storage]"
     graph_dies: bool
@@ -88,7 +88,7 @@ class Storage:
 
         Any other block that dies there stands for one a layer: what the layer made, and what its neighbour handed it.
         """
-        run = self.tape.entering.get(id(part)) if self.tape is not None else None
+        run = self.tape.entering.get(part) if self.tape is not None else None
         home = self.home
         if run is None or home is None or home.repeat > 1:
             return False
@@ -108,7 +108,7 @@ _numbers = count()
 class Cuts(Protocol):
     """What cuts a forward pass into regions."""
 
-    runs: dict[int, tuple[int, int]]
+    runs: dict[Part, tuple[int, int]]
 
     @property
     def alone(self) -> frozenset[int]:
@@ -127,40 +127,40 @@ class Flow:
 
     Attributes:
         live: blocks of memory that are in use.
-        carried: for each run of identical layers, by the id of its part, the blocks of its input and output.
-        twins: for each backward part, by its id, the forward part whose ops it differentiates.
+        carried: for each run of identical layers, by its part, the blocks of its input and output.
+        twins: for each backward part, the forward part whose ops it differentiates.
         apart: whether the model falls into regions that are compiled one by one, with eager calls between them.
         region: the one that is being recorded; regions: the one of each op, if it is in any.
         cuts: what begins a new one as parameters are used; None: a region is what runs inside of `core.region`.
-        hooks: what runs beside the model in a part, by its id: behind how many of its ops, and what.
+        hooks: what runs beside the model in a part: behind how many of its ops, and what.
     """
 
     live: set[int] = field(default_factory=set)
-    carried: dict[int, tuple[int, int]] = field(default_factory=dict)
-    twins: dict[int, Part] = field(default_factory=dict)
+    carried: dict[Part, tuple[int, int]] = field(default_factory=dict)
+    twins: dict[Part, Part] = field(default_factory=dict)
     apart: bool = False
     region: int | None = None
     regions: dict[Op, int] = field(default_factory=dict)
     cuts: "Cuts | None" = None
-    hooks: dict[int, list[tuple[int, Part]]] = field(default_factory=dict)
+    hooks: dict[Part, list[tuple[int, Part]]] = field(default_factory=dict)
     first: int = field(default_factory=lambda: next(_numbers))
-    _of_hooks: set[int] = field(default_factory=set)
+    _of_hooks: set[Part] = field(default_factory=set)
 
     def carry(self, part: Part, blocks: tuple[int, int], period: int) -> None:
         """A run of layers is recorded, a pattern of so many: note the blocks of memory that it gets and gives."""
-        self.carried[id(part)] = blocks
-        for _, beside in self.hooks.get(id(part), ()):
+        self.carried[part] = blocks
+        for _, beside in self.hooks.get(part, ()):
             beside.repeat = part.repeat
         if self.cuts is not None:
-            self.cuts.runs[id(part)] = period, part.repeat
+            self.cuts.runs[part] = period, part.repeat
 
     def hook(self, part: Part, at: int | None = None) -> Part:
         """A part for what runs beside the model, behind so many ops of a part; None: those that it has so far."""
         made = Part(part.name, part.phase, part.repeat)
-        those = self.hooks.setdefault(id(part), [])
+        those = self.hooks.setdefault(part, [])
         those.append((len(part.ops) if at is None else at, made))
         those.sort(key=itemgetter(0))
-        self._of_hooks.add(id(made))
+        self._of_hooks.add(made)
         return made
 
     def where_freed(self, block: Storage, part: Part) -> Part | None:
@@ -168,9 +168,9 @@ class Flow:
 
         None where it is the model's and made in this pass: a compiled program has other blocks in its place.
         """
-        if block.number > self.first and id(block.home) not in self._of_hooks:
+        if block.number > self.first and block.home not in self._of_hooks:
             return None
-        return part if id(part) in self._of_hooks else self.hook(part)
+        return part if part in self._of_hooks else self.hook(part)
 
 
 class Tensor:

@@ -48,7 +48,7 @@ class Uses:
         self.cuts = cuts
         self.alone = frozenset(layer for layer, _ in cuts if layer is not None)
         self.found: list[ParameterUse] = []
-        self.runs: dict[int, tuple[int, int]] = {}  # of a part, by its id: blocks of a pattern, and how often it comes
+        self.runs: dict[Part, tuple[int, int]] = {}  # blocks of a pattern, and how often it comes
         self.layer: int | None = None
         self.counts: dict[int | None, int] = {}
         self.whole = False
@@ -88,7 +88,7 @@ class Uses:
 
 def unrolled(uses: Uses) -> Iterator[tuple[ParameterUse, int]]:
     """Uses of all layers in their order, each with the number of the layer among those of its part."""
-    for _, those in groupby(uses.found, key=lambda use: id(use.part)):
+    for _, those in groupby(uses.found, key=lambda use: use.part):
         of_part = list(those)
         for turn in range(of_part[0].part.repeat):
             yield from ((use, turn) for use in of_part)
@@ -104,7 +104,7 @@ def cuts_of(uses: Uses, first: int, others: int) -> frozenset[Place]:
     before: Parameter | None = None
     for use, turn in unrolled(uses):
         layer, n = use.place
-        period = uses.runs.get(id(use.part), (1, 1))[0]
+        period = uses.runs.get(use.part, (1, 1))[0]
         place = (layer if layer is None else layer + turn * period), n
         assert use.parameter is not None
         if calls and (calls[-1][0] == place or (before is not None and _are_one_layer(before, use.parameter))):

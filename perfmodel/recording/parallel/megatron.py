@@ -246,8 +246,8 @@ class MainGradients(WholeUnits):
     def _gather(self) -> None:
         """Where the first weight of a bucket is used it is waited for, and the next one is sent."""
         current, parts = tape(), list(tape().parts)
-        by_part = {id(part): [r for r in self.used if r.part is part] for part in parts}
-        order = [LayerGradient(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[id(part)]]
+        by_part = {part: [r for r in self.used if r.part is part] for part in parts}
+        order = [LayerGradient(r.parameter, k) for part in parts for k in range(part.repeat) for r in by_part[part]]
         buckets = self._buckets(order)
         bucket_of = {id_of(c): i for i, bucket in enumerate(buckets) for c in bucket}
         first: dict[int, int] = {}  # of each bucket, in the order in which they are used

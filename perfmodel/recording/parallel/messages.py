@@ -41,7 +41,7 @@ def gradients_in_order(parts: Sequence[Part], ready: Sequence[ReadyGradient]) ->
         LayerGradient(r.parameter, part.repeat - 1 - k)
         for part in parts
         for k in range(part.repeat)
-        for r in by_part.get(id(part), ())
+        for r in by_part.get(part, ())
     ]
 
 
@@ -60,7 +60,7 @@ def interleaved(
     """
     by_part, done = _by_part(ready), 0
     for part in parts:
-        of_part, layouts = by_part.get(id(part), []), []
+        of_part, layouts = by_part.get(part, []), []
         for _ in range(part.repeat):
             layouts.append(tuple((r.ops, r.live, m) for i, r in enumerate(of_part, done) for m in sent.get(i, ())))
             done += len(of_part)
@@ -90,5 +90,5 @@ def _alike(a: Any, b: Any) -> bool:
     return a is b or bool(np.all(np.equal(a, b)) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else a == b)
 
 
-def _by_part(ready: Sequence[ReadyGradient]) -> dict[int, list[ReadyGradient]]:
-    return {id(part): list(those) for part, those in groupby(ready, key=lambda r: r.part)}
+def _by_part(ready: Sequence[ReadyGradient]) -> dict[Part, list[ReadyGradient]]:
+    return {part: list(those) for part, those in groupby(ready, key=lambda r: r.part)}
