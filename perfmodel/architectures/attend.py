@@ -8,7 +8,7 @@ from ..tape.attention import eager_attention, flash2_attention, sdpa_attention
 from ..tape.core import tape
 from ..tape.packages.ring import SharedSequence, ring_attention
 from ..tape.packages.ulysses import SharedHeads
-from ..tape.packages.varlen import PackedRows, ask_whether_packed, packed_attention, unpadded_attention
+from ..tape.packages.varlen import ask_whether_packed, packed_attention, unpadded_attention
 from ..tape.pointwise import cat
 from ..tape.shape import narrow
 from ..tape.tensor import Tensor
@@ -16,21 +16,9 @@ from .base import Scope
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    implementation: str,
-    *,
-    causal: bool,
-    form: str,
-    p: float,
-    capped: bool = False,
-    packed: PackedRows | None = None,
-    positions: Tensor | None = None,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    layer: Scope, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, form: str, p: float,
+    capped: bool = False, window: int | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of q (b, h, s, d) over k (b, kv, s, d) and v (b, kv, s, e) → (b, s, h, e), and weights if any (eager).
 
     The blocks of transformers hold on to the weights until they return, used or not, so ours do too.
@@ -39,11 +27,10 @@ def attend(
         form: how the eager form casts around its softmax (see `eager_attention`).
         p: dropout of the attention probabilities.
         capped: whether the scores have a soft cap, which SDPA does not know and flash-attn has inside its kernel.
-        positions: (1, s), where the block hands them on: flash-attn's caller asks them whether a row is packed.
         window: keys that a query sees at most; flash-attn skips the others, masks of the others leave them out.
         bias: of the eager form's scores, (1, h, s, s); SDPA has it in its mask.
-        packed: documents that see themselves only, or are padded, for flash-attn; the others have them in their mask.
     """
+    implementation, packed, positions = layer.build.setup.attention, layer.build.packed, layer.build.positions
     with tape().belonging_to("attention"):
         context = tape().context
         if isinstance(context, SharedHeads):

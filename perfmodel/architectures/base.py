@@ -137,8 +137,8 @@ class Build:
     Without labels (`labelled`) the forward pass returns logits, of `logits_to_keep` tokens if given. `past`: keys and
     values put before a block's; `held`: what Python holds until the forward pass returns, hidden states too if it
     `collects`; `kept`: what modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`;
-    `packed`, `positions`: see `attend`; `given_positions` (batch, seq) come with the ids; `stage`: of a pipeline, None
-    where all is on one GPU, and `received`, its input; `after`: what is done behind backward.
+    `packed`: rows of documents or padded ones, for flash-attn, whose caller asks `positions` (1, seq) for such;
+    `given_positions` (batch, seq) come with the ids; `received`: what a pipeline's `stage` gets; `after`: backward.
     """
 
     architecture: Architecture

@@ -169,6 +169,5 @@ class Bert(Architecture):
             transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
             for y in (layer.linear(f"attention.self.{n}", x, self.hidden, bias=True) for n in ("query", "key", "value"))
         )
-        setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=False, form="plain", p=self.attention_dropout)
+        out, weights = attend(layer, q, k, v, mask, causal=False, form="plain", p=self.attention_dropout)
         return reshape(out, (*x.shape[:-1], self.hidden)), weights

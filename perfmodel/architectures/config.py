@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Config:
-    """A config.json with typed access; every complaint names the file and the key.
+    """A config.json with typed access; every complaint, a `UserError`, names the file and the key.
 
     `note` is what an answer has to say of it: that a repository's name was taken for a bundled config, or its `_note`.
     """
@@ -134,6 +134,11 @@ class Config:
         if a % b:
             raise UserError(f"{self.origin}: {whole} {a} is not divisible by {by} {b}")
         return a // b
+
+    def rotates(self, key: str, dims: int) -> None:
+        """Refuse a width of heads with rotary positions that is odd."""
+        if dims % 2:
+            raise UserError(f"{self.origin}: {key} {dims} must be even for rotary positions")
 
 
 def load(name_or_path: str) -> Config:

@@ -123,7 +123,6 @@ class DistilBert(Architecture):
             transpose(view(y, (*x.shape[:-1], self.heads, self.head_dim)), 1, 2)
             for y in (layer.linear(f"attention.{n}_lin", x, self.hidden, bias=True) for n in ("q", "k", "v"))
         )
-        setup = layer.build.setup
-        out, weights = attend(q, k, v, mask, setup.attention, causal=False, form="plain", p=self.attention_dropout)
+        out, weights = attend(layer, q, k, v, mask, causal=False, form="plain", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("attention.out_lin", out, self.hidden, bias=True), weights

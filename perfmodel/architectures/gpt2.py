@@ -89,7 +89,8 @@ class Gpt2(Architecture):
         assert self.max_positions is not None
         embedded = model.build.method.embedded(model, model.embedding("transformer.wte", self.vocab, self.hidden, ids))
         seq = embedded.shape[1]
-        model.build.positions = position_ids = masks.positions(seq)
+        position_ids = masks.positions(seq)
+        model.build.positions = position_ids if self.hands_positions else None
         located = model.embedding("transformer.wpe", self.max_positions, self.hidden, position_ids)
         mask = masks.causal_mask(attention, seq, setup.attention, embedded.dtype, None, padded=setup.explicit_mask)
         hidden = model.layers(self.block, dropout(add(embedded, located), self.embedding_dropout), mask)
@@ -110,12 +111,10 @@ class Gpt2(Architecture):
 
     def attention(self, layer: Scope, x: Tensor, mask: Tensor | None) -> Any:
         """Multi-head attention from one fused projection; also returns the weights, if any."""
-        setup = layer.build.setup
         q, k, v = self.heads_of(layer, x)
         k, v = extended(layer, k, v)
         form, p = self.softmax_form, self.attention_dropout
-        positions = layer.build.positions if self.hands_positions else None
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form=form, p=p, positions=positions)
+        out, weights = attend(layer, q, k, v, mask, causal=True, form=form, p=p)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         out = layer.linear("attn.c_proj", out, self.hidden, bias=True)
         return dropout(out, self.residual_dropout), weights

@@ -87,8 +87,7 @@ class Latent(Mixture):
             "expert_width": width,
             "shared": width * cls.count(config, "n_shared_experts", 0),
         }
-        if dims["rotary"] % 2:
-            raise UserError(f"{config.origin}: qk_rope_head_dim {dims['rotary']} must be even")
+        config.rotates("qk_rope_head_dim", dims["rotary"])
         return {**dims, "dense": cls.dense_blocks(config, dims["layers"])}
 
     @classmethod
@@ -134,11 +133,8 @@ class Latent(Mixture):
         q_rot, k_rot = self.rotated(layer, q_rot, k_rot, cos, sin)
         query = cat((q_pass, q_rot), -1)
         k, v = self.expanded(layer, latent, k_rot)
-        mask, setup, p = mask_of[self.reach(layer.index)], layer.build.setup, self.attention_dropout
-        out, weights = attend(
-            query, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=layer.build.packed,
-            positions=layer.build.positions,
-        )  # fmt: skip
+        mask = mask_of[self.reach(layer.index)]
+        out, weights = attend(layer, query, k, v, mask, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (batch, seq, self.heads * self.v_dim))
         return layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias), weights
 

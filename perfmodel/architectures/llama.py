@@ -105,8 +105,7 @@ class Llama(Architecture):
         kv_heads = cls.count(config, "num_key_value_heads", heads)
         config.divide("num_attention_heads", "num_key_value_heads", heads, kv_heads)
         head_dim = cls.head_width(config, hidden, heads)
-        if head_dim % 2:
-            raise UserError(f"{config.origin}: head_dim {head_dim} must be even for rotary positions")
+        config.rotates("head_dim", head_dim)
         return {
             "layers": config.count("num_hidden_layers"),
             "hidden": hidden,
@@ -276,14 +275,12 @@ class Llama(Architecture):
     def attention(self, layer: Scope, x: Tensor, mask_of: Masks, cos: Tensor, sin: Tensor) -> Any:
         """Grouped-query attention with rotary positions; also returns the weights, if any."""
         q, k, v = self.projected(layer, x)
-        setup = layer.build.setup
         q, k = self.rotated(layer, q, k, cos, sin)
         k, v = extended(layer, k, v)
         mask, p, capped = mask_of[self.reach(layer.index)], self.attention_dropout, self.attention_cap is not None
         out, weights = attend(
-            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, capped=capped, packed=layer.build.packed,
-            positions=layer.build.positions, window=self.window_of(layer.index),
-        )  # fmt: skip
+            layer, q, k, v, mask, causal=True, form="upcast", p=p, capped=capped, window=self.window_of(layer.index)
+        )
         out = reshape(out, (*x.shape[:-1], self.heads * self.head_dim))
         out = layer.linear("self_attn.o_proj", out, self.hidden, bias=self.output_bias)
         return out, weights

@@ -119,8 +119,7 @@ class Opt(Architecture):
         k = self._split(layer.linear("self_attn.k_proj", x, self.hidden, bias=True))
         v = self._split(layer.linear("self_attn.v_proj", x, self.hidden, bias=True))
         k, v = extended(layer, k, v)
-        setup, p, positions = layer.build.setup, self.attention_dropout, layer.build.positions
-        out, weights = attend(q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, positions=positions)
+        out, weights = attend(layer, q, k, v, mask, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.out_proj", out, self.hidden, bias=True), weights
 

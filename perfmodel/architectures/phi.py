@@ -99,12 +99,7 @@ class Phi(Architecture):
         )
         q, k = rotate_partly(q, k, cos, sin)
         k, v = extended(layer, k, v)
-        setup = layer.build.setup
-        p, packed = self.attention_dropout, layer.build.packed
-        build = layer.build
-        out, weights = attend(
-            q, k, v, mask, setup.attention, causal=True, form="upcast", p=p, packed=packed, positions=build.positions
-        )
+        out, weights = attend(layer, q, k, v, mask, causal=True, form="upcast", p=self.attention_dropout)
         out = reshape(out, (*x.shape[:-1], self.hidden))
         return layer.linear("self_attn.dense", out, self.hidden, bias=True), weights
 

@@ -186,10 +186,10 @@ class T5(Architecture):
         if bias is None:
             bias = self._bias(layer, path, q) if encoded is None else self._no_bias(layer, q, k)
         if setup.attention == "eager":
-            out, weights = attend(q, k, v, mask, "eager", causal=causal, form="plain", p=self.dropout, bias=bias)
+            out, weights = attend(layer, q, k, v, mask, causal=causal, form="plain", p=self.dropout, bias=bias)
         else:
             added = biased_mask(bias, mask, x.shape[1], causal=causal)
-            out, weights = attend(q, k, v, added, setup.attention, causal=False, form="plain", p=self.dropout)
+            out, weights = attend(layer, q, k, v, added, causal=False, form="plain", p=self.dropout)
         out = reshape(out, (*x.shape[:-1], inner))
         return layer.linear(f"{path}.o", out, self.hidden), bias, weights
 
