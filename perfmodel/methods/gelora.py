@@ -77,7 +77,8 @@ class GeLora(Targeted):
     def _pre_pass(self, step: Recorded) -> None:
         """Forward passes of the frozen model, then the intrinsic dimension of every hidden state."""
         quiet: dict[str, Any] = {f.name: 0.0 for f in fields(step.architecture) if f.name.endswith("dropout")}
-        architecture, setup = replace(step.architecture, **quiet), replace(step.setup, batch=BATCH, checkpoint="none")
+        architecture = replace(step.architecture, **quiet)
+        setup = replace(step.setup, batch=BATCH, checkpoint="none", packing="none")  # its samples are rows of their own
         build = Build(architecture, Method(architecture=architecture), setup, {})
         tape().begin("inputs", "forward")
         with tape().autocasting():

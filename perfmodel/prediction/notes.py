@@ -168,7 +168,7 @@ def _room_notes(held: memory.Memory, on: DeviceProfile) -> list[str]:
     limit = memory.reservable(on.capacity, on.kind, held.buffers)
     if not np.any(np.less_equal(held.low, limit) & np.greater(held.high, limit)):
         return []
-    if np.ndim(held.peak):
+    if np.ndim(held.peak) or np.ndim(limit):  # NCCL's buffers go by the number of GPUs
         return ["where the peak is close to the device's memory, a fragmented allocator may need more than there is"]
     sizes = " to ".join(units.nbytes(float(size)) for size in (held.low, held.high))
     return [f"it fits tightly: the allocator reserves {sizes}, by how fragmented it gets, of {units.nbytes(limit)}"]

@@ -153,7 +153,9 @@ class StageProgram:
         with tape.no_grad():
             if isinstance(form, ShardedStage):
                 form.end_of_micro_batch()
-            elif isinstance(form, MainGradients) or (isinstance(form, Replicated) and form.ready):
+            elif isinstance(form, MainGradients):
+                form.end_of_pass(beside=form.overlaps and self.stage.first)
+            elif isinstance(form, Replicated) and form.ready:
                 form.end_of_backward()
         tape.wrapping = None
         for p in step.parameters:
@@ -187,6 +189,9 @@ class StageProgram:
             if isinstance(self.form, ShardedStage):
                 self.form.reduce()
                 own = self.form.updated(own)
+            elif isinstance(self.form, MainGradients):
+                tape.begin("exchange", BACKWARD)
+                self.form.finalize()
             own = [p for p in own if p.grad is not None]
             scales = self.step.setup.grad_accum > 1 and not isinstance(self.form, MainGradients)
             for count, run in runs(own) if scales else ():

@@ -291,3 +291,13 @@ def test_s2ft_refuses_what_its_layers_cannot_do() -> None:
         recorded("llama", "s2ft", dtype="fp32", amp="bf16")
     with pytest.raises(UserError, match="loose rows"):
         recorded("opt", "s2ft:targets=fc2")
+
+
+def test_the_samples_of_geloras_pre_pass_are_not_packed() -> None:
+    """A packed step's rows are one; the pre-pass takes eight as they are."""
+    plain, packed = (
+        step_of("llama", "gelora", attention="flash2", packing=kind).periodic[0].group for kind in ("none", "flat")
+    )
+    assert [(op.name, op.inputs) for part in packed.parts for op in part.ops] == [
+        (op.name, op.inputs) for part in plain.parts for op in part.ops
+    ]

@@ -176,3 +176,15 @@ def test_overlap_is_megatrons() -> None:
     """Others have their own way, and would take it in silence."""
     with pytest.raises(UserError, match="overlap is of Megatron-Core's program"):
         predict(Config(DIMS, "llama", "llama"), "full", Setup(seq=64, gpus=2, overlap=True), "h100-sxm")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
+def test_stages_exchange_gradients_beside_one_another(parallel: str) -> None:
+    """No stage waits with its last gradient for what replicas of the stage above exchange."""
+    sizes = {"num_hidden_layers": 8, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 256}
+    one, two = (
+        answered("full", Setup(seq=256, grad_accum=4, gpus=gpus, pp=4, parallel=parallel), **sizes) for gpus in (4, 8)
+    )
+    pair = [answered("full", Setup(seq=256, grad_accum=4, gpus=gpus, parallel=parallel), **sizes) for gpus in (1, 2)]
+    of_all = float(pair[1].mean_step - pair[0].mean_step)
+    assert 0 < two.mean_step - one.mean_step < 0.4 * of_all  # a stage has a fourth of the gradients, or a bit more

@@ -181,3 +181,9 @@ def test_what_fits_tightly_is_said_to() -> None:
         found = predict("smollm2-135m", "lora", device=card, **asked)  # type: ignore[arg-type]
         assert bool(found.fits) == fits
         assert any("fits tightly" in note for note in found.notes) == tight
+
+
+def test_a_tight_fit_is_told_of_an_array_of_gpus() -> None:
+    """Under DDP all of them hold the same beside NCCL's buffers, which differ."""
+    found = predict("llama-3.1-8b", "lora", device="h100-sxm", seq=1024, batch=9, gpus=[2, 4])
+    assert any("fragmented allocator" in note for note in found.notes)

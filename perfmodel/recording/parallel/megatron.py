@@ -96,6 +96,7 @@ class MainGradients(WholeUnits):
         self.distributed = distributed and self.several
         self.reduces = True
         self.ready: list[ReadyGradient] = []
+        self.unsent: list[Dim] = []  # elements of buckets that are exchanged behind all passes
         self.kept: dict[Any, Dim] = {}  # as of `Tape.kept`
         self.used: list[ReadyGradient] = []  # weights in the order in which the first forward pass uses them
         self.gathers = self.distributed and overlaps  # whether weights are still to be gathered
@@ -130,7 +131,15 @@ class MainGradients(WholeUnits):
         return outputs
 
     def end_of_backward(self) -> None:
-        """Buckets go where their last gradient is; then norms' gradients are summed over ranks that share tokens."""
+        """All that is exchanged behind a pass to which no other stage looks."""
+        self.end_of_pass(beside=self.overlaps)
+        self.finalize()
+
+    def end_of_pass(self, *, beside: bool) -> None:
+        """The buckets of a backward pass are known: they go where their last gradient is, if they go beside it.
+
+        Of a pipeline's stages only the first one's do (`align_grad_reduce`): the others' go in the bubble behind them.
+        """
         current = tape()
         current.on_gradient = current.after_gradient = None
         if not self.reduces:
@@ -140,14 +149,19 @@ class MainGradients(WholeUnits):
         place = {id_of(c): i for i, c in enumerate(order)}
         for bucket in self._buckets(order):
             sent.setdefault(max(place[id_of(c)] for c in bucket), []).append(self._elements(bucket))
-        if self.overlaps:
+        if beside:
             current.parts[:] = interleaved(parts, self.ready, sent, self._reduced)
-        else:
-            exchanging.ops += [op for buckets in sent.values() for n in buckets for op in self._reduced(n)]
+        self.unsent = [] if beside else [n for buckets in sent.values() for n in buckets]
         current.parts.append(exchanging)
+        self.kept = dict(current.kept)
+
+    def finalize(self) -> None:
+        """`finalize_model_grads`: what is unsent goes, and norms' gradients are summed over ranks that share tokens."""
+        if not self.reduces:
+            return
+        tape().part.ops += [op for n in self.unsent for op in self._reduced(n)]
         if self.several:
             record("cuda::wait_event", (), (), EVENT, view=True, runs=ARRIVED)
-        self.kept = dict(current.kept)
         norms = [r.parameter for r in self.ready if r.parameter.kind == "norm"]
         partial = norms if self.shared.tokens else [p for p in norms if p.name.endswith(OF_HEADS)]
         if self.shared.several and partial:
