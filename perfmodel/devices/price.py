@@ -46,6 +46,10 @@ FUSED = ("deepspeed::adam_update", "_fused_adamw_")  # calls that update in one 
 # 8,192 tokens: 105 TFLOP/s forward (https://github.com/facebookresearch/xformers/issues/712), where FA2 reaches 73 % of
 # 312; 74 to 103 backward (xformers/pull/557, faster by 1.4 since NVIDIA/cutlass/pull/992), where FA2 reaches 63 %.
 EFFICIENT = 0.46
+# Time of the same kernel in fp32 over that in 16 bit where tensor cores have TF32, three products of which it takes for
+# one (PyTorch, mem_eff_attention/gemm_kernel_utils.h: OpMultiplyAddFastF32). A100, 64 x 16 heads of 1,024 tokens: 3.4,
+# 4.3 and 3.7 for head sizes 64, 128 and 256, backward 3.8 (https://github.com/facebookresearch/xformers/pull/587)
+IN_TF32 = 3.8
 
 # Clocks of a 16-bit product in a stream of other kernels on top of those in a graph of its like, where its start hides
 # behind the one before: with tensor memory accelerators 2.1 to 2.5 us in BERT-small, 1 x 141 on an H100 (4 shapes, 25
@@ -263,11 +267,13 @@ def _attention(
     *shape, longest = columns
     model = attention_backward_time if backward else attention_forward_time
     parameters = profile.cudnn_attention if kernel == "cudnn" else profile.attention
-    if kernel == "efficient" and dtype in HALF:
-        slower = tuple((size, share * EFFICIENT) for size, share in parameters.efficiency)
+    hardware = profile.hardware
+    if kernel == "efficient" and (dtype in HALF or hardware.tf32_flops):
+        rate = EFFICIENT if dtype in HALF else EFFICIENT / IN_TF32 * hardware.peak("bf16") / hardware.fp32_flops
+        slower = tuple((size, share * rate) for size, share in parameters.efficiency)
         parameters = replace(parameters, efficiency=slower)
     kinds = None if packed is None else packed.groups(shape[1], longest)
-    price = partial(model, hardware=profile.hardware, parameters=parameters, causal=causal, dtype=dtype)
+    price = partial(model, hardware=hardware, parameters=parameters, causal=causal, dtype=dtype)
     return np.asarray(price(*shape, documents=kinds, window=window))
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perfmodel import Device
 from perfmodel.devices import gemm, profile
 from perfmodel.devices.attention import attention_backward_time, attention_forward_time
 from perfmodel.devices.gemm import gemm_time
@@ -223,3 +224,15 @@ def test_products_of_older_cuda_are_slower_on_hopper_alone(m: int, n: int, k: in
     for device in ("a100-80gb-sxm", "l40s", "b200"):
         older, newer = seconds(device, "bf16")
         assert older == newer
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", [n for n in NAMES if profile.load(n).hardware.tf32_flops])
+def test_fp32_attention_takes_three_products_in_tf32(name: str, backward: bool) -> None:
+    """Its rate stays below a third of the tensor cores' (5,120 tokens, not causal: 4 FLOPs a dim, 10 backward)."""
+    hardware, tokens, heads, dim = profile.load(name).hardware, 5120, 32, 128
+    seconds = Device.load(name).attention(
+        1, tokens, heads, dim, causal=False, dtype="fp32", kernel="efficient", backward=backward
+    )
+    flops = (10 if backward else 4) * heads * tokens**2 * dim
+    assert flops / seconds < hardware.peak("tf32") / 3
