@@ -20,6 +20,7 @@ from ..calls.collectives import KIND_OF, exchanges, message_bytes
 from ..devices import engine
 from ..devices.host import Host
 from ..devices.profile import DeviceProfile
+from ..program.dims import MixedStructure
 from ..program.part import PHASES, Part
 from ..program.streams import COMPUTE, HOST
 from ..recording.parallel.schedules import BACKWARD, FORWARD, Pass, Post, Wait
@@ -249,7 +250,7 @@ def priced_pipeline(ranks: Sequence[RankStep], on: DeviceProfile, by: Host) -> P
     peaks = [memory.peak_bytes(ours.step) for ours in ranks]
     works = [_works(ours, free) for ours in ranks]
     busy = [sum(seconds.values()) for seconds in works]  # of the device: ranks that wait for the host are all alike
-    busiest, fullest = (int(np.argmax([np.mean(x) for x in of_ranks])) for of_ranks in (busy, peaks))
+    busiest, fullest = _most(busy), _most(peaks)
     phases, quiet = (_phases(ranks[busiest], sent, span) for span in spans)
     exchanged = _exchanged(ranks[busiest], shared, phases, quiet, takes)
     bubble = np.maximum(0.0, quiet["total"] - own[busiest])
@@ -262,6 +263,18 @@ def priced_pipeline(ranks: Sequence[RankStep], on: DeviceProfile, by: Host) -> P
     ]  # fmt: skip
     time = _time(works[busiest], on, phases, exchanged, bubble)
     return Pipelined(time, busiest, fullest, stages, durations[busiest])
+
+
+def _most(of_ranks: Sequence[Any]) -> int:
+    """The rank that has most.
+
+    Raises:
+        MixedStructure: it is not the same all over the grid.
+    """
+    at = np.argmax(np.broadcast_arrays(*of_ranks), axis=0)
+    if np.any(at != at.flat[0]):
+        raise MixedStructure(at == at.flat[0])
+    return int(at.flat[0])
 
 
 class Span(NamedTuple):

@@ -188,3 +188,13 @@ def test_stages_exchange_gradients_beside_one_another(parallel: str) -> None:
     pair = [answered("full", Setup(seq=256, grad_accum=4, gpus=gpus, parallel=parallel), **sizes) for gpus in (1, 2)]
     of_all = float(pair[1].mean_step - pair[0].mean_step)
     assert 0 < two.mean_step - one.mean_step < 0.4 * of_all  # a stage has a fourth of the gradients, or a bit more
+
+
+def test_each_point_of_a_grid_has_its_own_fullest_stage() -> None:
+    """At few tokens the head's parameters weigh most, at many what the first stage keeps."""
+    setup = Setup(seq=256, grad_accum=4, gpus=4, pp=2, tp=2)
+    lengths = [256, 1024]
+    both = predict("megatron:llama-3.1-8b", "full", replace(setup, seq=lengths), "h100-sxm")
+    each = [predict("megatron:llama-3.1-8b", "full", replace(setup, seq=seq), "h100-sxm") for seq in lengths]
+    assert list(both.memory.peak) == [p.memory.peak for p in each]
+    assert len({p.pipeline.fullest for p in each if p.pipeline}) == 2

@@ -89,13 +89,13 @@ class Fitting:
     """Searches devices for what fits; a step is recorded once for all that run the same calls.
 
     Attributes:
-        peaks: bytes of steps whose peak is known.
+        peaks: bytes of steps whose peak is known, and of NCCL's buffers beside it.
     """
 
     architecture: Architecture
     host: GivenHost
     steps: Steps = field(default_factory=lambda: Steps(whole=True))
-    peaks: dict[Any, int] = field(default_factory=dict)
+    peaks: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
     def best(
         self, setup: Setup, method: Method, on: DeviceProfile, duration: Duration
@@ -137,12 +137,15 @@ class Fitting:
         """The prediction of a step that fits; what is known not to is not priced."""
         key, longest = self._key(asked, on), longest_drawn(asked.setup)
         if key not in self.peaks and longest != asked.setup:  # cheaper than the mean over all
-            self.peaks[key] = int(self.predicted(replace(asked, setup=longest), on).memory.peak)
-        if key in self.peaks and not memory.fits(self.peaks[key], on.capacity, on.kind):
+            self._note(key, self.predicted(replace(asked, setup=longest), on))
+        if key in self.peaks and not memory.fits(self.peaks[key][0], on.capacity, on.kind):
             return None
         p = self.predicted(asked, on)
-        self.peaks[key] = int(p.memory.peak)
+        self._note(key, p)
         return p if p.fits else None
+
+    def _note(self, key: Any, p: Prediction) -> None:
+        self.peaks[key] = int(p.memory.peak), int(p.memory.buffers)
 
     def _key(self, asked: Relaxation, on: DeviceProfile) -> Any:
         """Steps with one key have one peak; a method that goes by the prices of a device has one of its own there."""
@@ -156,6 +159,6 @@ class Fitting:
         return predict(self.architecture, bare, asked.setup, on, host=by, steps=self.steps)
 
     def least(self, setup: Setup, method: Method, on: DeviceProfile) -> int:
-        """The lowest peak of any stage, B, of those that the device does not refuse."""
+        """The lowest peak of any stage with NCCL's buffers, B, of those that the device does not refuse."""
         asked = (self._key(relaxation, on) for stage in relaxations(setup, method) for relaxation in stage)
-        return min(self.peaks[key] for key in asked if key in self.peaks)
+        return min(sum(self.peaks[key]) for key in asked if key in self.peaks)
