@@ -138,7 +138,7 @@ class Build:
     values put before a block's; `held`: what Python holds until the forward pass returns, hidden states too if it
     `collects`; `kept`: what modules keep until their next one, with its part; `outputs`: see `heads.beside_loss`;
     `packed`: rows of documents or padded ones, for flash-attn, whose caller asks `positions` (1, seq) for such;
-    `given_positions` (batch, seq) come with the ids; `received`: what a pipeline's `stage` gets; `after`: backward.
+    `given_positions` (batch, seq) come with the ids; `stage`, `received`: a pipeline's; `after`: runs behind backward.
     """
 
     architecture: Architecture

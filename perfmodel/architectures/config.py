@@ -135,7 +135,7 @@ class Config:
             raise UserError(f"{self.origin}: {whole} {a} is not divisible by {by} {b}")
         return a // b
 
-    def rotates(self, key: str, dims: int) -> None:
+    def check_rotary(self, key: str, dims: int) -> None:
         """Refuse a width of heads with rotary positions that is odd."""
         if dims % 2:
             raise UserError(f"{self.origin}: {key} {dims} must be even for rotary positions")

@@ -71,7 +71,7 @@ class Falcon(Architecture):
                 raise UserError(f"{config.origin}: {key} {config.values[key]!r} of falcon: {HINT}")
         kv_heads = config.count("num_kv_heads", default=heads) if grouped else 1
         config.divide("num_attention_heads", "num_kv_heads", heads, kv_heads)
-        config.rotates("head_dim", head_dim)
+        config.check_rotary("head_dim", head_dim)
         return {
             "layers": config.count("num_hidden_layers", "n_layer"),
             "hidden": hidden,

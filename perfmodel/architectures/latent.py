@@ -87,7 +87,7 @@ class Latent(Mixture):
             "expert_width": width,
             "shared": width * cls.count(config, "n_shared_experts", 0),
         }
-        config.rotates("qk_rope_head_dim", dims["rotary"])
+        config.check_rotary("qk_rope_head_dim", dims["rotary"])
         return {**dims, "dense": cls.dense_blocks(config, dims["layers"])}
 
     @classmethod

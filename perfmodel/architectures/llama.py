@@ -105,7 +105,7 @@ class Llama(Architecture):
         kv_heads = cls.count(config, "num_key_value_heads", heads)
         config.divide("num_attention_heads", "num_key_value_heads", heads, kv_heads)
         head_dim = cls.head_width(config, hidden, heads)
-        config.rotates("head_dim", head_dim)
+        config.check_rotary("head_dim", head_dim)
         return {
             "layers": config.count("num_hidden_layers"),
             "hidden": hidden,

@@ -62,7 +62,7 @@ class Qwen(Architecture):
             kv_channels=head_dim, rotary_pct=1.0, emb_dropout_prob=0.0, attn_dropout_prob=0.0,
             tie_word_embeddings=False, fp32=False,
         )  # fmt: skip
-        config.rotates("head_dim", head_dim)
+        config.check_rotary("head_dim", head_dim)
         return {
             "layers": config.count("num_hidden_layers"),
             "hidden": hidden,

@@ -110,12 +110,15 @@ def _mixture_notes(built: StepWork) -> list[str]:
     """What is assumed of a mixture of experts, whose loads data decides."""
     if np.all(built.active == built.total):
         return []
-    active, total = (units.count(int(np.max(n))) for n in (built.active, built.total))
-    looped = "; a loop over those that are hit (--experts eager)" if built.setup.loops_experts else ""
-    return [
+    setup, (active, total) = built.setup, (units.count(int(np.max(n))) for n in (built.active, built.total))
+    looped = "; a loop over those that are hit (--experts eager)" if setup.loops_experts else ""
+    told = [
         f"mixture of experts: {active} of {total} parameters are active for a token; load of the experts: "
-        f"{built.setup.routing} (--routing){looped}"
+        f"{setup.routing} (--routing){looped}"
     ]
+    if setup.amp and setup.dtype == "fp32" and setup.parallel == "ddp" and not setup.loops_experts:
+        told.append("autocast passes torch._grouped_mm by: experts compute in fp32 (not so with --experts eager)")
+    return told
 
 
 def _packed_notes(built: StepWork) -> list[str]:

@@ -383,3 +383,13 @@ def test_grouped_products_take_what_was_measured(shape: tuple[int, ...], measure
     seconds = sum(float(grouped_time(h100, "bf16", "tn", routing, False, rows, *sizes)) for sizes in products)
     between = rows * (6 * width + 4 * hidden) / (h100.hardware.memory_bandwidth * 0.9)  # bytes of gate and sum
     assert seconds + between == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({}, True), ({"experts": "eager"}, False), ({"gpus": 8, "parallel": "fsdp2"}, False), ({"amp": None}, False)],
+)
+def test_experts_that_autocast_passes_by_are_told(options: dict[str, Any], told: bool) -> None:
+    """They compute in fp32, where FSDP's mixed precision and a loop over experts do in bf16."""
+    found = predict("mixtral-8x7b", "full", device="b200", seq=256, **{"dtype": "fp32", "amp": "bf16", **options})
+    assert any("autocast passes torch._grouped_mm by" in note for note in found.notes) == told

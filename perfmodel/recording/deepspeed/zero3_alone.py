@@ -47,7 +47,7 @@ def check_zero3(setup: Setup, method: Method) -> None:
     if setup.compile != "none" or setup.cuda_graphs:
         raise UserError(f"engine {setup.engine} is modelled in eager mode: leave out --compile and --cuda-graphs")
     if type(method).update is not Method.update or method.periodic():
-        raise UserError(f"method {method.name} changes weights by itself: not modelled under {setup.engine}")
+        raise UserError(f"method {method.name}: its own update is not modelled under engine {setup.engine}")
 
 
 def one_name(setup: Setup) -> Setup:

@@ -37,7 +37,7 @@ BESIDE_HALVES: dict[str, tuple[Any, ...]] = {
     "compile": ("none",), "tp": (1,), "cp": (1,), "objective": ("sft",), "checkpoint": ("none", "block"),
 }  # fmt: skip
 OF_HALVES: dict[str, tuple[Any, ...]] = {
-    "name": ("lora", "rslora", "pissa", "loraplus"), "implementation": ("peft", "axolotl"), "modules_to_save": ((),),
+    "name": ("lora", "rslora", "pissa"), "implementation": ("peft", "axolotl"), "modules_to_save": ((),),
 }  # fmt: skip
 
 
@@ -208,7 +208,9 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.parallel == "fsdp1" and method.periodic():
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
-        raise UserError(f"method {method.name} updates whole weights by itself: with several GPUs use --parallel ddp")
+        raise UserError(
+            f"method {method.name}: its update is not modelled with {setup.parallel}; use --parallel ddp"
+        )
 
 
 def check_halves(setup: Setup, method: Method) -> None:
