@@ -208,9 +208,7 @@ def check_form(setup: Setup, method: Method) -> None:
     if setup.parallel == "fsdp1" and method.periodic():
         raise UserError(f"method {method.name} changes weights, which fsdp1 keeps in flat pieces: use --parallel ddp")
     if setup.parallel != "ddp" and type(method).update is not Method.update:
-        raise UserError(
-            f"method {method.name}: its update is not modelled with {setup.parallel}; use --parallel ddp"
-        )
+        raise UserError(f"method {method.name}: its update is not modelled with {setup.parallel}; use --parallel ddp")
 
 
 def check_halves(setup: Setup, method: Method) -> None:
