@@ -10,13 +10,13 @@ from ..program.part import Part
 from ..program.ranks import Ranks
 from ..setup import Setup
 from ..tape import nn
-from ..tape.bus import WHOLE, Cut
 from ..tape.checkpoint import checkpoint
 from ..tape.core import region, tape
 from ..tape.inplace import add_to_output
 from ..tape.packages.sequence import TensorParallel
 from ..tape.packages.varlen import PackedRows
 from ..tape.tensor import Parameter, Tensor
+from ..tape.transfers import WHOLE, Cut
 from ..values import Compared
 from .config import Config
 from .linear import base_product

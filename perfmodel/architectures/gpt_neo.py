@@ -8,13 +8,13 @@ Source: transformers/models/gpt_neo/modeling_gpt_neo.py.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.bus import scalar
 from ..tape.core import tape
 from ..tape.linalg import matmul
 from ..tape.nn import softmax
 from ..tape.pointwise import add, cast, dropout, gelu_tanh, masked
 from ..tape.shape import contiguous, transpose, view
 from ..tape.tensor import Tensor
+from ..tape.transfers import scalar
 from . import masks
 from .attend import extended
 from .base import Architecture, Scope

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from ..errors import UserError
 from ..program.dims import decide, product, same
 from ..tape.attention import soft_capped
-from ..tape.bus import gathered_over
 from ..tape.core import emit, tape
 from ..tape.gather import picked
 from ..tape.nn import causal_lm_loss, cross_entropy
@@ -18,6 +17,7 @@ from ..tape.pointwise import cast, dropout, fill, mul
 from ..tape.shape import narrow, view
 from ..tape.split import select
 from ..tape.tensor import Tensor
+from ..tape.transfers import gathered_over
 from .base import Scope
 
 OUTPUT = "output"  # of the last stage of a pipeline, which its schedule holds on to (`recording.pipeline`)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self, TypeVar
 from ..errors import UserError
 from ..program.dims import product
 from ..program.ranks import Ranks
-from ..tape.bus import summed_in_place
 from ..tape.core import tape
 from ..tape.nn import shifted_labels
 from ..tape.packages.cut_loss import cut_cross_entropy
@@ -20,6 +19,7 @@ from ..tape.packages.liger import gated, linear_cross_entropy, rope
 from ..tape.pointwise import add, mul, silu
 from ..tape.shape import reshape, transpose, view
 from ..tape.tensor import Tensor
+from ..tape.transfers import summed_in_place
 from . import masks
 from .attend import attend, extended
 from .base import Architecture, Scope

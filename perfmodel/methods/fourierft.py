@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import UserError
-from ..tape.bus import moved_to_device
 from ..tape.gather import index_put
 from ..tape.linalg import linear
 from ..tape.pointwise import add, cast, fill, mul
 from ..tape.spectrum import inverse_fft2, real, to_complex
 from ..tape.split import select
 from ..tape.tensor import Tensor
+from ..tape.transfers import moved_to_device
 from .parts.base import Linear, method, option
 from .parts.checks import positive
 from .parts.targeted import Targeted

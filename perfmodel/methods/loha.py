@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..tape.bus import coin
 from ..tape.linalg import hadamard_weight, linear
 from ..tape.pointwise import add, cast
 from ..tape.shape import reshape
 from ..tape.tensor import Tensor
+from ..tape.transfers import coin
 from .parts.base import Linear, method, option
 from .parts.checks import positive
 from .parts.targeted import Targeted

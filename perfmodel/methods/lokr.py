@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..program.dims import decide
-from ..tape.bus import coin
 from ..tape.linalg import kron, linear, matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.tensor import Tensor
+from ..tape.transfers import coin
 from .parts.base import Linear, method, option
 from .parts.checks import positive
 from .parts.targeted import Targeted

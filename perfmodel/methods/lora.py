@@ -9,13 +9,13 @@ import numpy as np
 from ..architectures.rewrites import Pair
 from ..errors import UserError, nearest
 from ..program.dims import decide
-from ..tape.bus import Cut
 from ..tape.core import tape
 from ..tape.linalg import linear
 from ..tape.packages.converted import float8_or_plain
 from ..tape.packages.sequence import SequenceCut, gathered_along, high_of_rows, low_of_rows
 from ..tape.pointwise import add, cast, dropout, mul
 from ..tape.tensor import Parameter, Tensor
+from ..tape.transfers import Cut
 from ..values import once
 from .parts.base import Linear, Scope, method, option
 from .parts.checks import fraction, positive

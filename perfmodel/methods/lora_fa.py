@@ -6,13 +6,13 @@ from typing import ClassVar
 from ..optimizers import Update
 from ..optimizers.parts.adam_loop import adam
 from ..optimizers.parts.update import gradient
-from ..tape.bus import from_host
 from ..tape.custom import autocasting
 from ..tape.decompositions import pinv
 from ..tape.linalg import matmul
 from ..tape.pointwise import add, cast, mul
 from ..tape.shape import t
 from ..tape.tensor import Parameter
+from ..tape.transfers import from_host
 from .lora import Lora
 from .parts.base import Linear, method, option
 

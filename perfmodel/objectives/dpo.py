@@ -9,7 +9,6 @@ Source: https://arxiv.org/abs/2305.18290; trl/trainer/dpo_trainer.py (1.8), loss
 from ..architectures.masks import read_scalar
 from ..program.dims import Dim
 from ..program.op import Attrs
-from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.elementary import sum_dim
 from ..tape.inplace import zero_in_view
@@ -17,6 +16,7 @@ from ..tape.pointwise import add, binary_bool, cast, mul, neg, sub
 from ..tape.scores import log_sigmoid, mean_all, sum_all
 from ..tape.shape import detach, narrow, split
 from ..tape.tensor import Tensor
+from ..tape.transfers import of_all_ranks
 from .parts.base import Objective, Passes, objective
 from .parts.logps import (
     log_entropy,

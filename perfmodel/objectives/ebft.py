@@ -13,7 +13,6 @@ from functools import partial
 from ..architectures.masks import read_scalar
 from ..methods.parts.targeted import Targeted
 from ..program.dims import Dim, only
-from ..tape.bus import scalar
 from ..tape.core import emit, record, tape
 from ..tape.elementary import div
 from ..tape.inplace import put_in_part
@@ -22,6 +21,7 @@ from ..tape.pointwise import add, cast, fill, mul, neg
 from ..tape.scores import gather_last, sum_all
 from ..tape.shape import detach, narrow, squeeze, unsqueeze
 from ..tape.tensor import Storage, Tensor
+from ..tape.transfers import scalar
 from .parts.base import Objective, Passes, objective
 from .parts.logps import without_first, without_last
 

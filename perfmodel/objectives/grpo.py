@@ -7,7 +7,6 @@ Source: https://arxiv.org/abs/2402.03300; trl/trainer/grpo_trainer.py (1.8), los
 """
 
 from ..architectures.masks import read_scalar
-from ..tape.bus import of_all_ranks
 from ..tape.core import emit, record, tape
 from ..tape.elementary import div
 from ..tape.gather import clamp
@@ -16,6 +15,7 @@ from ..tape.pointwise import add, binary_bool, cast, cat, fill, mul, neg, sub
 from ..tape.scores import lesser, nan_mean, natural_exp, sum_all
 from ..tape.shape import detach, narrow, unsqueeze
 from ..tape.tensor import Tensor
+from ..tape.transfers import of_all_ranks
 from .parts.base import Objective, Passes, objective
 from .parts.logps import entropy_from_logits, selective_log_softmax, without_last
 

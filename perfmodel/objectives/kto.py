@@ -11,12 +11,12 @@ from collections.abc import Callable
 from ..architectures.masks import read_scalar
 from ..program.dims import decide
 from ..program.op import ON_HOST, OVER_BUS
-from ..tape.bus import of_all_ranks
 from ..tape.core import emit, record, tape
 from ..tape.pointwise import cat, mul, sigmoid, sub
 from ..tape.scores import complement, mean_all, nan_mean, nan_sum, samples_at, sum_all
 from ..tape.shape import detach, view
 from ..tape.tensor import Tensor
+from ..tape.transfers import of_all_ranks
 from .dpo import logps_of
 from .parts.base import Objective, Passes, objective
 from .parts.logps import log_entropy, log_sum, log_tokens, without_first, without_last

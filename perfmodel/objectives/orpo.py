@@ -4,12 +4,12 @@ Source: https://arxiv.org/abs/2403.07691; trl/experimental/orpo/orpo_trainer.py 
 """
 
 from ..architectures.masks import read_scalar
-from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.pointwise import cast, fill, mul, neg, sub, where
 from ..tape.scores import either, exp_less_one, log_of_more, log_sigmoid, mean_all, natural_exp, natural_log
 from ..tape.shape import clone, detach
 from ..tape.tensor import Tensor
+from ..tape.transfers import of_all_ranks
 from .parts.base import Objective, Passes, objective
 from .parts.logps import without_last
 from .parts.pairs import accuracies, batch_logps, concatenated, loss_of_chosen, one_half, rewards_of

@@ -18,7 +18,6 @@ from ..program.dims import Dim
 from ..program.dtypes import ITEMSIZE
 from ..program.part import Part
 from ..setup import Setup
-from ..tape.bus import scalar
 from ..tape.core import emit, record, release, tape
 from ..tape.elementary import div, sum_dim
 from ..tape.gather import clamp, clamp_between, fill_where, picked
@@ -29,6 +28,7 @@ from ..tape.scores import greater, logsumexp, mean_all, natural_exp, sum_all
 from ..tape.shape import narrow, squeeze
 from ..tape.split import select
 from ..tape.tensor import Parameter, Tensor
+from ..tape.transfers import scalar
 from .parts.base import Objective, Passes, compares_by_adapters, objective
 from .parts.logps import selective_log_softmax
 from .reward import with_head

@@ -9,12 +9,12 @@ from ..architectures.base import Architecture
 from ..architectures.masks import read_scalar
 from ..architectures.tasks import Classifier
 from ..errors import UserError
-from ..tape.bus import of_all_ranks
 from ..tape.core import emit, tape
 from ..tape.pointwise import binary_bool, cast, neg, sub
 from ..tape.scores import log_sigmoid, mean_all
 from ..tape.shape import detach, split, squeeze
 from ..tape.tensor import Tensor
+from ..tape.transfers import of_all_ranks
 from .parts.base import Objective, Passes, objective
 from .parts.logps import log_mean, log_tokens
 

@@ -26,8 +26,8 @@ from ..recording.reuse import Shared
 from ..setup import Setup
 from ..shown import Shown
 from .catalogue import sized
-from .cuts import Load
 from .knobs import Knob, KnobPosition, in_half_of, knobs, offloading
+from .splits import Load
 
 EXHAUSTIVE = 96  # combinations of one method that are all tried; of more, one knob is turned at a time
 Progress = Callable[[int, int, str], None]  # methods done, methods in all, what is being tried

@@ -18,7 +18,7 @@ from ..devices.alignment import WIDE
 from ..methods import Method
 from ..recording.parallel.offload import updates_on_host
 from ..setup import PARALLEL, Setup
-from .cuts import Load, Split, micro_batches, ways_to_cut
+from .splits import Load, Split, micro_batches, ways_to_cut
 
 FORMS = {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp1": "FSDP1"}
 OF_FSDP = ("fsdp2", "fsdp1")

@@ -82,9 +82,9 @@ def build(
     tape.buffer_dtype = setup.dtype if setup.parallel == "fsdp2" and setup.dtype != runs.dtype else None
     inner = None
     if setup.in_backward:
-        from . import inside  # with GaLore, whose update goes weight by weight, too
+        from . import in_backward  # with GaLore, whose update goes weight by weight, too
 
-        inner = inside.begin(step, tape)
+        inner = in_backward.begin(step, tape)
     if several or architecture.of_megatron:
         from .forms import parallel_form  # few ask for several
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from ..program.op import Attrs
 from .autograd import differentiate
-from .bus import scalar
 from .core import emit, new_tensor, record
 from .pointwise import autocast_fp32, elementwise, fill
 from .shape import unsqueeze
 from .tensor import Grads, Node, Storage, Tensor
+from .transfers import scalar
 
 Grad = Tensor | None
 

@@ -11,7 +11,7 @@ from perfmodel.architectures import Architecture
 from perfmodel.devices import profile
 from perfmodel.methods import Method
 from perfmodel.prediction.predict import Prediction, resolve
-from perfmodel.questions import cuts, knobs
+from perfmodel.questions import knobs, splits
 from perfmodel.questions.advice import Candidate, _Space
 from perfmodel.recording.reuse import Shared
 from perfmodel.setup import Setup
@@ -37,7 +37,7 @@ def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: s
 )
 def test_a_step_is_split_by_powers_of_two_or_not_at_all(batch: int, accum: int, others: list[tuple[int, int]]) -> None:
     """As many samples a step whatever the split: advice changes what a step costs, never what it learns."""
-    found = list(cuts.micro_batches(Setup(batch=batch, grad_accum=accum), batch * accum))
+    found = list(splits.micro_batches(Setup(batch=batch, grad_accum=accum), batch * accum))
     assert found == [(batch, accum), *others]
 
 
@@ -92,15 +92,15 @@ def test_layers_are_cut_both_ways_and_tokens_with_them() -> None:
     """A large model's fastest split on many GPUs is of both: each by itself, there was no way from one to the other."""
     setup = Setup(gpus=8, batch=2, grad_accum=4)
     choices = knobs.memory_knob(architecture_of("llama"), setup)
-    found = {cuts.Split.of(replace(setup, **choice.setup)) for choice in choices}
+    found = {splits.Split.of(replace(setup, **choice.setup)) for choice in choices}
     assert {(cut.tp, cut.pp) for cut in found} >= {(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)}
     assert {cut.sequence_parallel for cut in found if cut.tp > 1} == {True, False}
     assert not any(cut.sequence_parallel for cut in found if cut.tp == 1)
-    assert {cut.sequence_parallel for cut in cuts.ways_to_cut(architecture_of("phi3"), setup)} == {False}
+    assert {cut.sequence_parallel for cut in splits.ways_to_cut(architecture_of("phi3"), setup)} == {False}
 
 
 def test_what_is_left_out_of_a_cut_is_no_better_than_what_was_tried() -> None:
-    """Of cuts of Llama-3.1-8B in Megatron's program, whatever the memory: the best is that of all of them."""
+    """Of splits of Llama-3.1-8B in Megatron's program, whatever the memory: the best is that of all of them."""
     setup = Setup(gpus=4, batch=1, seq=1024, grad_accum=2, parallel="zero1")
     model, method = resolve("megatron:llama-3.1-8b", "full")
     shared, on = Shared(), profile.load("h100-sxm")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from ...errors import UserError
-from ...tape.bus import from_host
 from ...tape.core import emit, tape
 from ...tape.pointwise import cast, cat
 from ...tape.prefix import repeat_batch
 from ...tape.shape import narrow
 from ...tape.tensor import Parameter, Storage, Tensor
+from ...tape.transfers import from_host
 from .base import Method, Scope, option
 from .checks import positive
 

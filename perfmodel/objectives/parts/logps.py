@@ -8,7 +8,6 @@ Source: trl/trainer/utils.py (1.8: `selective_log_softmax`, `entropy_from_logits
 from ...architectures.masks import read_scalar
 from ...program.dims import only
 from ...program.op import Op, Spec
-from ...tape.bus import of_all_ranks
 from ...tape.core import append_op, emit, new_tensor, tape
 from ...tape.elementary import sum_dim
 from ...tape.nn import log_softmax
@@ -17,6 +16,7 @@ from ...tape.scores import gather_last, logsumexp, mean_all, sum_all, unbound
 from ...tape.shape import detach, narrow, reshape, squeeze, unsqueeze
 from ...tape.split import stack
 from ...tape.tensor import Tensor
+from ...tape.transfers import of_all_ranks
 
 ROWS = 128  # tokens whose entropy is computed at once
 

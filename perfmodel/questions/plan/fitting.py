@@ -25,7 +25,7 @@ from ...program.dims import Dim
 from ...recording.reuse import step_key
 from ...setup import Setup
 from .. import knobs
-from ..cuts import Split
+from ..splits import Split
 
 Duration = Callable[[Prediction], float]
 

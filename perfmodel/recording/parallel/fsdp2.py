@@ -39,11 +39,11 @@ from ...program.part import Part
 from ...program.ranks import Ranks
 from ...program.streams import COMMUNICATION, COMPUTE, GATHER_COPY, REDUCE, Run
 from ...tape.autograd import differentiate
-from ...tape.bus import functional_collective
 from ...tape.core import hooked, new_tensor, record, region, tape
 from ...tape.pointwise import cast
 from ...tape.shape import narrow
 from ...tape.tensor import Grads, Node, Parameter, Tensor
+from ...tape.transfers import functional_collective
 from .collectives import ACROSS, empty, exchange, in_buffer, set_event, travelling, wait_event
 from .gathered import Gathered
 from .offload import keep_on_host, to_host

@@ -18,11 +18,11 @@ from ...program.op import Attrs
 from ...program.ranks import Ranks
 from ..attention import AttentionKernel, fused_kernel
 from ..autograd import differentiate
-from ..bus import BESIDE, WAITING
 from ..core import emit, new_tensor, record, tape
 from ..pointwise import cast, cat, mul, sigmoid, sub
 from ..shape import contiguous, narrow, reshape, transpose, unsqueeze, view
 from ..tensor import Grads, Node, Tensor
+from ..transfers import BESIDE, WAITING
 
 SEQ = 2  # the dim of (batch, heads, seq, width) that is cut
 

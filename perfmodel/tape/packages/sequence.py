@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from ...program.dims import Dim, Shape, contiguous_strides, decide, product
 from ...program.ranks import Ranks
 from ..autograd import differentiate
-from ..bus import Cut, functional_collective, summed_over
 from ..core import emit, tape
 from ..gather import zero_where
 from ..linalg import linear, mm
 from ..pointwise import binary_bool, cat, sub
 from ..shape import clone, contiguous, t, view
 from ..tensor import Grads, Node, Parameter, Tensor
+from ..transfers import Cut, functional_collective, summed_over
 
 TOKENS = 1  # the dim of a hidden state that is shared
 

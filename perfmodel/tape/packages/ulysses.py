@@ -15,11 +15,11 @@ from ...program.dims import only
 from ...program.op import Attrs
 from ...program.ranks import Ranks
 from ..autograd import differentiate
-from ..bus import BESIDE, WAITING
 from ..core import emit, record, tape
 from ..pointwise import cat
 from ..shape import contiguous, expand, permute, reshape, transpose, view
 from ..tensor import Grads, Node, Tensor
+from ..transfers import BESIDE, WAITING
 
 
 class SharedHeads(NamedTuple):

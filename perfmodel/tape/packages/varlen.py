@@ -15,12 +15,12 @@ from ...program.lengths import Documents
 from ...program.op import Attrs
 from ..attention import heads_last
 from ..autograd import differentiate
-from ..bus import scalar
 from ..core import emit, new_tensor, record
 from ..gather import picked
 from ..pointwise import add, cast, cat, fill, sub
 from ..shape import contiguous, narrow, pad_last, reshape, view
 from ..tensor import Grads, Node, Tensor
+from ..transfers import scalar
 
 Grad = Tensor | None
 FORWARD, BACKWARD = "flash_attn::_flash_attn_varlen_forward", "flash_attn::_flash_attn_varlen_backward"
