@@ -108,6 +108,7 @@ class Hardware:
     def half_rate(self) -> bool:
         """Whether the tensor cores run at half rate when they accumulate in fp32, as on GeForce cards and the A10G.
 
-        There the 16-bit peak is twice the fp32 peak; professional cards of the same chips have four times.
+        There an SM has 512 FLOPs a clock in 16 bit; professional cards of the same chips have 1,024.
         """
-        return self.bf16_flops is not None and self.tf32_flops is not None and self.bf16_flops < 3.0 * self.fp32_flops
+        half = self.bf16_flops or self.fp16_flops
+        return half is not None and half < 768.0 * self.sm_count * self.clock_hz

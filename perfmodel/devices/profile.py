@@ -391,9 +391,10 @@ def _class_tables() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _aliases() -> dict[str, str]:
-    """Alias, in lower case -> slug, from the heads of the files alone."""
+    """Alias or a GPU's own name, in lower case -> slug, from the heads of the files alone: `AMD EPYC` is many CPUs."""
     found = {}
     for slug in names():
-        head = (DEVICES / f"{slug}.toml").read_text(encoding="utf-8").partition("\n[")[0]
-        found.update({str(alias).lower(): slug for alias in tomllib.loads(head).get("aliases", [])})
+        head = tomllib.loads((DEVICES / f"{slug}.toml").read_text(encoding="utf-8").partition("\n[")[0])
+        own_name = [head["name"]] if head["kind"] == "cuda" else []
+        found.update({str(known).lower(): slug for known in (*own_name, *head.get("aliases", []))})
     return found

@@ -60,6 +60,7 @@ def test_names_and_aliases_are_unique_and_resolve_in_any_case() -> None:
         for alias in table(name)["aliases"]:
             seen.append(alias.lower())
             assert profile.load(alias.upper()).slug == name
+        assert name not in CUDA or profile.load(table(name)["name"]).slug == name  # what `devices` calls it
     assert len(seen) == len(set(seen))
     assert "classes" not in NAMES
     assert profile.load("h100") is profile.load("H100-SXM")
@@ -80,6 +81,7 @@ def test_names_and_aliases_are_unique_and_resolve_in_any_case() -> None:
         ("NVIDIA RTX A2000 12GB", "rtx-a2000"), ("NVIDIA GeForce RTX 5060 Ti", "rtx-5060-ti"),
         ("NVIDIA A10", "a10"), ("NVIDIA A10G", "a10g"), ("Tesla T4", "t4"), ("Tesla V100-SXM2-16GB", "v100"),
         ("NVIDIA GH200 480GB", "gh200"), ("DGX Spark", "gb10"), ("Quadro RTX 8000", "quadro-rtx-8000"),
+        ("NVIDIA GeForce RTX 2080 Ti", "rtx-2080-ti"), ("NVIDIA TITAN RTX", "titan-rtx"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),
         ("Intel(R) Xeon(R) Processor @ 2.50GHz", "cpu-xeon-2.5ghz-1t"),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", ""), ("RTX 4090 D", ""), ("RTX", ""), ("NVIDIA", ""),

@@ -18,7 +18,7 @@ SIBLINGS: dict[str, dict[str, str]] = {
         "v100": "v100-32gb-pcie",
         "v100-32gb-sxm": "v100-32gb-pcie",
         **dict.fromkeys(HOPPER, H100),
-        "quadro-rtx-8000": "t4",
+        **dict.fromkeys(("quadro-rtx-8000", "rtx-2080-ti", "titan-rtx"), "t4"),
     },
     "attention": {
         "a100-40gb-sxm": A100,
