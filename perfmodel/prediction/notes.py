@@ -63,6 +63,7 @@ def notes_on(built: StepWork, on: DeviceProfile, by: Host, time: Time, held: mem
     notes += _room_notes(held, on)
     notes += _offload_notes(built, on)
     notes += _stack_notes(built, on)
+    notes += _attention_notes(built, "attention" in seconds, on)
     if built.setup.checkpoint != "none" and built.method.checkpoints(0) and built.freezes_embedding:
         notes.append(
             "with checkpointing transformers makes the embedding's output need a gradient: backward runs through every "
@@ -164,6 +165,19 @@ def _stack_notes(built: StepWork, on: DeviceProfile) -> list[str]:
         f"--stack {stack.words}: {', '.join(told) or 'all else as in current versions'}",
         *([f"its adapters are in {dtype}, as that peft makes them"] if ran != built.method else []),
     ]
+
+
+def _attention_notes(built: StepWork, fused: bool, on: DeviceProfile) -> list[str]:
+    """Says of sdpa that no kernel of it takes these heads, which costs memory and time that nobody expects of it."""
+    architecture, setup = built.architecture, built.setup
+    if fused or on.kind != "cuda" or setup.attention != "sdpa" or architecture.kv_heads in (0, architecture.heads):
+        return []
+    heads, dtype = f"{architecture.heads} heads over {architecture.kv_heads}", setup.computes_in
+    told = (
+        f"sdpa has no fused kernel for {heads} in {dtype} on {on.slug}: attention goes call by call, and its "
+        "scores go through memory"
+    )
+    return [told + ("" if dtype == "fp32" else f" in fp32; --attention eager has them in {dtype}")]
 
 
 def _room_notes(held: memory.Memory, on: DeviceProfile) -> list[str]:

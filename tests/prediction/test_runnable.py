@@ -42,3 +42,16 @@ def test_advice_names_nothing_that_does_not_run() -> None:
     )
     broken = advise(MODEL, "dora", device="h100-sxm", seq=64).as_dict()
     assert "torch.compile" not in str(broken)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "dtype", "told"),
+    [
+        (MODEL, "v100", "fp16", "32 heads over 4 in fp16 on v100"), (MODEL, "h100", "fp32", "32 heads over 4 in fp32"),
+        (MODEL, "a100", "fp16", ""), ("gpt2", "v100", "fp16", ""),
+    ],
+)  # fmt: skip
+def test_sdpa_without_a_fused_kernel_is_told_of(model: str, device: str, dtype: str, told: str) -> None:
+    """Grouped heads take FlashAttention, which takes 16 bit on Ampere and newer: elsewhere scores go through memory."""
+    notes = [note for note in predict(model, "full", device=device, dtype=dtype, seq=64).notes if "no fused" in note]
+    assert (told in notes[0] and ("--attention eager" in notes[0]) == (dtype != "fp32")) if told else not notes
