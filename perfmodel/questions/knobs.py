@@ -215,9 +215,13 @@ def _kernels(architecture: Architecture, setup: Setup) -> Knob:
 
 
 def _attention(architecture: Architecture, setup: Setup) -> Knob:
-    if setup.attention != "eager" or "sdpa" not in architecture.traits.attention:
-        return (KEEP,)
-    return (KEEP, KnobPosition("SDPA attention", {"attention": "sdpa"}))
+    """Eager attention is worth a look in fp16, which one trains in before Ampere: sdpa fuses no grouped heads there."""
+    both, grouped = {"eager", "sdpa"} <= {*architecture.traits.attention}, architecture.kv_heads != architecture.heads
+    if setup.attention == "eager" and both:
+        return (KEEP, KnobPosition("SDPA attention", {"attention": "sdpa"}))
+    if setup.attention == "sdpa" and both and grouped and setup.computes_in == "fp16":
+        return (KEEP, KnobPosition("eager attention", {"attention": "eager"}))
+    return (KEEP,)
 
 
 def _compile(architecture: Architecture, setup: Setup, method: Method) -> Knob:

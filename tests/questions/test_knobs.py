@@ -27,6 +27,21 @@ def test_liger_is_offered_where_it_exists_and_is_not_used(model: str, kernels: s
 
 
 @pytest.mark.parametrize(
+    ("model", "given", "offered"),
+    [
+        ("llama", {"dtype": "fp16"}, ["eager attention"]), ("llama", {"dtype": "bf16"}, []),
+        ("llama", {"attention": "eager"}, ["SDPA attention"]), ("gpt2", {"dtype": "fp16"}, []),
+    ],
+)  # fmt: skip
+def test_eager_attention_is_offered_where_sdpa_may_have_no_kernel(
+    model: str, given: dict[str, Any], offered: list[str]
+) -> None:
+    """Grouped heads before Ampere, where one trains in fp16."""
+    choices = knobs._attention(architecture_of(model), setup_of(model, **given))
+    assert [choice.label for choice in choices[1:]] == offered
+
+
+@pytest.mark.parametrize(
     ("batch", "accum", "others"),
     [
         (1, 1, []),
