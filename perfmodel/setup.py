@@ -1,7 +1,6 @@
 """The training setup: everything about a step that is neither model, method nor device."""
 
 import re
-from contextlib import suppress
 from dataclasses import fields
 from math import lcm
 from numbers import Real
@@ -14,9 +13,9 @@ from . import optimizers
 from .errors import UserError, as_given, check_kind, one_of
 from .program.dims import Dim
 from .program.dtypes import FLOATING
-from .program.formulas import Formula
 from .program.lengths import Lengths, lengths_of
 from .program.routing import exponent_of
+from .program.sizes import positive, single
 from .program.software import CURRENT, SoftwareStack
 from .units import of_these
 from .values import immutable
@@ -45,7 +44,6 @@ REFERENCES = ("auto", "model", "adapter-off", "precomputed")
 OFFLOAD = ("none", "optimizer", "params")
 PACKING = ("none", "dense", "varlen", "flat")
 WITHIN = ("varlen", "flat")  # those whose documents attend within themselves
-LARGEST = 2**24  # tokens of a sequence, samples of a batch: beyond this it is a typing error
 
 
 @immutable
@@ -192,65 +190,78 @@ class Setup:
     def __post_init__(self) -> None:
         for name, check in (("batch", positive), ("seq", positive), ("gpus", positive), ("grad_accum", single)):
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        for name, choices in (
-            ("dtype", FLOATING), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
-            ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
-            ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
-            ("ddp", DDP), ("offload", OFFLOAD), ("cp_rotate", (*ROTATE, ULYSSES)), ("fsdp_units", FSDP_UNITS),
-        ):  # fmt: skip
-            one_of(name, getattr(self, name), choices)
-        if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
-            one_of("optimizer", self.optimizer, optimizers.optimizer_names())
-        if self.amp is not None:
-            one_of("amp", self.amp, ("bf16", "fp16"))
-            if self.dtype not in ("fp32", self.amp):
-                raise UserError(f"amp {self.amp} goes with dtype fp32 or {self.amp}, got {self.dtype}")
-        if self.reduce_dtype is not None:
-            one_of("reduce_dtype", self.reduce_dtype, FLOATING)
+        self._check_choices()
+        if self.amp is not None and self.dtype not in ("fp32", self.amp):
+            raise UserError(f"amp {self.amp} goes with dtype fp32 or {self.amp}, got {self.dtype}")
+        if self.attention == "flash2" and self.computes_in == "fp32":
+            raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
         if self.prompt is not None and single("prompt", self.prompt) >= np.min(self.seq):
             raise UserError(f"prompt {self.prompt} leaves nothing of seq {np.min(self.seq)} to a completion")
-        for name in FLAGS:  # "no" is true; a number is what it is (clip_grad 0.0)
-            check_kind(name, getattr(self, name), (bool, np.bool_, Real, type(None)), "True or False")
-        exponent_of(self.routing)
         if self.in_backward and (self.clip_grad or self.grad_accum > 1 or self.compile != "none"):
             accumulates = "grad_accum 1" if self.grad_accum > 1 else "compile none"
             other = "no clipping (--no-clip-grad)" if self.clip_grad else accumulates
             raise UserError(f"in_backward goes with {other}: each gradient is gone before the next one is there")
-        if not (isinstance(self.qat, str) and QAT.fullmatch(self.qat)):
-            raise UserError(f"qat {as_given(self.qat)} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
+        exponent_of(self.routing)
         object.__setattr__(self, "stack", SoftwareStack.of(self.stack))
-        size = tuple(self.image_size) if isinstance(self.image_size, (list, tuple)) else ()  # a list in JSON
-        counts = zip((self.images, *size), (0, 1, 1), strict=False)
-        if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= least for n, least in counts):
-            got = f"{as_given(self.images)} of {as_given(self.image_size)}"
-            raise UserError(f"images are counted from 0, height and width (image_size) from 1: got {got}")
-        object.__setattr__(self, "image_size", size)
-        if self.attention == "flash2" and self.dtype == "fp32" and self.amp is None:
-            raise UserError("attention flash2 needs a 16-bit dtype; use sdpa with fp32")
-        for name in ("tp", "pp", "cp"):
-            if (ranks := single(name, getattr(self, name))) != 1 and np.any(np.asarray(self.gpus) % ranks):
-                raise UserError(f"{name} {ranks} does not divide the {of_these(np.max(self.gpus), 'GPU')} of the job")
-        if np.any(np.asarray(self.gpus) % (self.tp * self.pp * self.cp)):
-            shared = ", ".join(f"{name} {n}" for name in ("tp", "pp", "cp") if (n := getattr(self, name)) > 1)
-            raise UserError(f"{shared} do not divide the {of_these(np.max(self.gpus), 'GPU')} of the job together")
-        if self.sequence_parallel and self.tp == 1:
-            raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
-        if self.shard_group is not None:
-            group, gpus = single("shard_group", self.shard_group), np.asarray(self.gpus) // (self.tp * self.pp)
-            if group < 2 or np.any((gpus > group) & (gpus % group > 0)):
-                of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
-                of += "" if self.pp == 1 else f" (of {self.pp} stages)"
-                raise UserError(f"shard_group {group}: the {np.max(gpus)} GPUs of the job{of} are no groups of so many")
-        check_kind("node", self.node, (type(None), str, PathLike), "a name or the path of a TOML")
-        if not (isinstance(self.pp_schedule, str) and SCHEDULE.fullmatch(self.pp_schedule)):
-            raise UserError(f"pp_schedule {as_given(self.pp_schedule)} is unknown: use 1f1b, gpipe or interleaved:v=2")
-        if self.nodes is not None and single("nodes", self.nodes) > np.min(self.gpus):
-            raise UserError(f"nodes {self.nodes} are more than the {of_these(np.min(self.gpus), 'GPU')} of the job")
+        object.__setattr__(self, "image_size", self._checked_image_size())
+        self._check_ranks()
         object.__setattr__(self, "lengths", lengths_of(self.lengths))
         if self.lengths is not None and self.packing == "none" and self.seq_multiple > 1:
             ranks = f"cp {self.cp}" if self.cp > 1 else f"tp {self.tp} with sequence_parallel"
             raise UserError(f"lengths: {ranks} shares samples of one length; leave out --lengths, or use packing dense")
         self._check_packing()
+
+    def _check_choices(self) -> None:
+        """Raise `UserError` for words that nothing is called, and flags that are neither true nor false."""
+        for name, choices in (
+            ("dtype", FLOATING), ("checkpoint", CHECKPOINT), ("attention", ATTENTION), ("kernels", KERNELS),
+            ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
+            ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
+            ("ddp", DDP), ("offload", OFFLOAD), ("cp_rotate", (*ROTATE, ULYSSES)), ("fsdp_units", FSDP_UNITS),
+            ("amp", (None, "bf16", "fp16")), ("reduce_dtype", (None, *FLOATING)),
+        ):  # fmt: skip
+            if getattr(self, name) is not None or None not in choices:
+                one_of(name, getattr(self, name), filter(None, choices))
+        if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
+            one_of("optimizer", self.optimizer, optimizers.optimizer_names())
+        for name in FLAGS:  # "no" is true; a number is what it is (clip_grad 0.0)
+            check_kind(name, getattr(self, name), (bool, np.bool_, Real, type(None)), "True or False")
+        if not (isinstance(self.qat, str) and QAT.fullmatch(self.qat)):
+            raise UserError(f"qat {as_given(self.qat)} is unknown: use none or int8-int4:GROUP, such as int8-int4:32")
+        if not (isinstance(self.pp_schedule, str) and SCHEDULE.fullmatch(self.pp_schedule)):
+            raise UserError(f"pp_schedule {as_given(self.pp_schedule)} is unknown: use 1f1b, gpipe or interleaved:v=2")
+        check_kind("node", self.node, (type(None), str, PathLike), "a name or the path of a TOML")
+
+    def _checked_image_size(self) -> tuple[int, ...]:
+        """Height and width of images, which JSON has as a list."""
+        size = tuple(self.image_size) if isinstance(self.image_size, (list, tuple)) else ()
+        counts = zip((self.images, *size), (0, 1, 1), strict=False)
+        if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n >= least for n, least in counts):
+            got = f"{as_given(self.images)} of {as_given(self.image_size)}"
+            raise UserError(f"images are counted from 0, height and width (image_size) from 1: got {got}")
+        return size
+
+    def _check_ranks(self) -> None:
+        """Raise `UserError` where the job's GPUs are no groups as they are asked for."""
+        gpus = np.asarray(self.gpus)
+        for name in ("tp", "pp", "cp"):
+            if (ranks := single(name, getattr(self, name))) != 1 and np.any(gpus % ranks):
+                raise UserError(f"{name} {ranks} does not divide the {of_these(np.max(gpus), 'GPU')} of the job")
+        if np.any(gpus % (self.tp * self.pp * self.cp)):
+            shared = ", ".join(f"{name} {n}" for name in ("tp", "pp", "cp") if (n := getattr(self, name)) > 1)
+            raise UserError(f"{shared} do not divide the {of_these(np.max(gpus), 'GPU')} of the job together")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("sequence_parallel is of layers that tensor-parallel ranks share: give tp, too")
+        if self.shard_group is not None:
+            group, sharing = single("shard_group", self.shard_group), gpus // (self.tp * self.pp)
+            if group < 2 or np.any((sharing > group) & (sharing % group > 0)):
+                of = "" if self.tp == 1 else f" (of {self.tp} that share layers)"
+                of += "" if self.pp == 1 else f" (of {self.pp} stages)"
+                raise UserError(
+                    f"shard_group {group}: the {np.max(sharing)} GPUs of the job{of} are no groups of so many"
+                )
+        if self.nodes is not None and single("nodes", self.nodes) > np.min(gpus):
+            raise UserError(f"nodes {self.nodes} are more than the {of_these(np.min(gpus), 'GPU')} of the job")
 
     def _check_packing(self) -> None:
         if self.unpads and self.compile != "none":
@@ -367,34 +378,3 @@ class Setup:
 
 
 FLAGS = tuple(f.name for f in fields(Setup) if f.type is bool)
-
-
-def positive(name: str, value: Any) -> Dim:
-    """An int (or integer array, of any sequence) from 1 to `LARGEST`; arrays of one value stay arrays.
-
-    Raises:
-        UserError: anything else.
-    """
-    if type(value) is Formula or (type(value) is int and 0 < value <= LARGEST):  # nearly all
-        return value
-    if isinstance(value, (list, tuple, range)) or (hasattr(value, "__array__") and np.ndim(value)):
-        with suppress(ValueError):  # rows of different lengths
-            value = np.asanyarray(value)
-    if isinstance(value, np.ndarray):
-        if value.size == 0 or not np.issubdtype(value.dtype, np.integer):
-            raise UserError(f"{name} must hold integers, got {value.dtype} of size {value.size}")
-        low, high = int(value.min()), int(value.max())
-    elif isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        value = low = high = int(value)
-    else:
-        raise UserError(f"{name} must be a positive integer, got {as_given(value)}")
-    if low < 1 or high > LARGEST:
-        raise UserError(f"{name} must be from 1 to {LARGEST}, got {low if low < 1 else high}")
-    return value if isinstance(value, int) else value.astype(np.int64)
-
-
-def single(name: str, value: Any) -> Dim:
-    """The same of what cannot vary over a grid."""
-    if isinstance(found := positive(name, value), np.ndarray):
-        raise UserError(f"{name} must be one integer, got {as_given(value)}")
-    return found

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
+from ..program.sizes import LARGEST
 from ..resources import read_json
-from ..setup import LARGEST
 from . import names
 from .names import MODELS, model_names
 

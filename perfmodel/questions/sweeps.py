@@ -24,7 +24,8 @@ from ..prediction import intervals
 from ..prediction.given import setup_given
 from ..prediction.intervals import Devices
 from ..prediction.predict import Model, Prediction, architecture_of, method_of, predict_on_each
-from ..setup import Setup, positive
+from ..program.sizes import positive
+from ..setup import Setup
 from ..shown import Shown, frame
 from ..values import immutable
 from .counts import Refused, possible

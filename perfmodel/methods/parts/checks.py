@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from ...errors import UserError
-from ...setup import positive
+from ...program.sizes import positive
 
 __all__ = ["choice", "float_dtype", "fraction", "not_negative", "positive", "storage_dtype"]
 

@@ -14,8 +14,9 @@ from ...devices.profile import DeviceProfile
 from ...errors import UserError
 from ...methods import Method
 from ...prediction.predict import Model, Prediction, architecture_of, method_of
+from ...program.sizes import LARGEST
 from ...recording.collector import no_collector
-from ...setup import LARGEST, Setup
+from ...setup import Setup
 from .fitting import Fitting, Relaxation
 from .job import check_single
 from .planning import Devices, in_half_of_device, planned_devices

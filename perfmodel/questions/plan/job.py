@@ -12,7 +12,8 @@ import numpy as np
 
 from ...errors import UserError, check_kind, check_number
 from ...program.lengths import Lengths
-from ...setup import LARGEST, Setup, single
+from ...program.sizes import LARGEST, single
+from ...setup import Setup
 from ...values import immutable
 from . import collating
 from .collating import Counts
