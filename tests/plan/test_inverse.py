@@ -23,14 +23,18 @@ def small(memory: float, slug: str = "small") -> DeviceProfile:
     return replace(on, slug=slug, hardware=replace(on.hardware, memory_bytes=memory, usable_bytes=memory))
 
 
-@pytest.mark.parametrize(("question", "name"), [("largest_batch", "batch"), ("longest_context", "seq")])
+@pytest.mark.parametrize(
+    ("question", "name", "more"),
+    [("largest_batch", "batch", {}), ("longest_context", "seq", {}),
+     ("longest_context", "seq", {"objective": "grpo", "prompt": 100})],
+)  # fmt: skip
 @pytest.mark.parametrize("memory", [1.8e9, 6e9])
-def test_the_largest_fits_and_one_more_does_not(question: str, name: str, memory: float) -> None:
-    """The edge itself is the answer, not a power of two below it."""
-    setup, on = Setup(batch=2, seq=300, checkpoint="block"), small(memory)
+def test_the_largest_fits_and_one_more_does_not(question: str, name: str, more: dict[str, Any], memory: float) -> None:
+    """The edge itself is the answer, not a power of two below it; a prompt is as long as it was given."""
+    setup, on = Setup(batch=2, seq=300, checkpoint="block", **more), small(memory)
     (found,) = answers([question], MODEL, [METHOD], setup, on)
     assert isinstance(found.value, int)
-    fits = [predict(MODEL, METHOD, replace(setup, **{name: found.value + more}), on).fits for more in (0, 1)]  # type: ignore[arg-type]
+    fits = [predict(MODEL, METHOD, replace(setup, **{name: found.value + further}), on).fits for further in (0, 1)]  # type: ignore[arg-type]
     assert fits == [True, False]
     assert "".join(words.what_fits([found])).count(f"{found.value:,}") == 1
 
@@ -88,8 +92,11 @@ def test_the_smallest_gpu_as_it_is_and_with_what_is_given_up() -> None:
     assert all(a.prediction is not None and a.prediction.fits for a in found)
 
 
-def test_the_biggest_model_fits_and_no_bigger_one_does(monkeypatch: Any) -> None:
-    """By its parameters, among models that the method and setup go with."""
+@pytest.mark.parametrize(
+    "shared", [{}, {"gpus": 8, "parallel": "fsdp2", "node": "l40s-8"}, {"parallel": "zero3", "offload": "params"}]
+)
+def test_the_biggest_model_fits_and_no_bigger_one_does(monkeypatch: Any, shared: dict[str, Any]) -> None:
+    """By its parameters, among models that the method and setup go with; GPUs share weights, hosts hold them."""
     some = [
         "smollm2-135m",
         "gpt2",
@@ -100,8 +107,8 @@ def test_the_biggest_model_fits_and_no_bigger_one_does(monkeypatch: Any) -> None
         "bert-base",
     ]
     monkeypatch.setattr("perfmodel.architectures.model_names", lambda: some)
-    method, setup = "lora:targets=all-linear", Setup()
-    for memory in (1e8, 2e9, 5e9, 9e9, 300e9):
+    method, setup = "lora:targets=all-linear", Setup(seq=64, **shared)
+    for memory in (1e8, 2e9, 5e9, 9e9, 30e9, 300e9):
         on, fitting = small(memory), {}
         for model in some[:-1]:  # its default targets are none of BERT's
             p = predict(model, method, setup, on)

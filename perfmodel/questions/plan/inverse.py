@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ... import architectures
+from ...architectures.base import Architecture
 from ...architectures.names import name_order
 from ...devices.host import GivenHost
 from ...devices.profile import DeviceProfile
@@ -22,7 +23,7 @@ from .job import check_single
 from .planning import Devices, in_half_of_device, planned_devices
 
 LEAST_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}  # of a weight, by the dtype of the base
-FEW_BITS = 0.5  # of a weight of a base in 4 bits, its scales not counted
+FEW_BITS = 0.25  # of a weight of a base in few bits, its scales not counted: GPTQ has them in two
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,17 @@ Answers = list[Largest]
 
 def largest_batch(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Largest:
     """The largest micro-batch that fits, everything else as it is."""
-    return _largest("batch", model, method, replace(setup, batch=1), on, host)
+    return _largest("batch", model, method, replace(setup, batch=1), on, host, 1)
 
 
 def longest_context(model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Largest:
     """The longest samples that fit, everything else as it is; all of that length, which ranks can share."""
-    return _largest("seq", model, method, replace(setup, seq=1, lengths=None, prompt=None), on, host)
+    least = 2 if setup.prompt is None else setup.prompt + 1  # a token predicts the next one
+    return _largest("seq", model, method, replace(setup, seq=least, lengths=None), on, host, least)
 
 
 def _largest(
-    what: str, model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost
+    what: str, model: Model, method: str | Method, setup: Setup, on: DeviceProfile, host: GivenHost, least: int
 ) -> Largest:
     check_single(setup)
     architecture = architecture_of(model)
@@ -81,7 +83,7 @@ def _largest(
     refusal: list[str] = []
 
     step = 1 if what == "batch" else setup.seq_multiple
-    smallest = 1 if what == "batch" else -(-2 // step)  # a token predicts the next one
+    smallest = -(-least // step)
 
     def at(size: int) -> Prediction | None:
         changes: dict[str, Any] = {what: size * step}
@@ -168,21 +170,25 @@ def biggest_model(method: str | Method, setup: Setup, on: DeviceProfile, host: G
 
 def _model_that_fits(name: str, asked: Method, setup: Setup, on: DeviceProfile, host: GivenHost) -> Prediction | None:
     """The step of a bundled model; None if it does not fit, or the method or setup is none for it."""
-    from ...methods.parts.quantised import QuantisedLora  # no other question needs it
-
     config = architectures.load(name)
     if config.kind not in architectures.supported():
         return None
     model = architectures.from_config(config)
-    fewest = model.layers * 2 * model.hidden * model.intermediate  # weights of its MLPs at least
-    each = FEW_BITS if isinstance(asked, QuantisedLora) else LEAST_BYTES[setup.dtype]
-    if fewest * each > on.capacity:
+    if _least_of_weights(model, asked, setup) > on.capacity:
         return None
     try:
         p = Fitting(model, host).predicted(Relaxation((), setup, asked.bind(model)), on)
     except UserError:
         return None
     return p if p.fits else None
+
+
+def _least_of_weights(model: Architecture, asked: Method, setup: Setup) -> float:
+    """Bytes of weights that a GPU has at least: of its MLPs, a part where several may share them; none on the host."""
+    if setup.offload == "params":
+        return 0.0
+    each = FEW_BITS if asked.in_few_bits else LEAST_BYTES[setup.dtype]
+    return float(model.layers * 2 * model.hidden * model.intermediate * each / setup.gpus)
 
 
 QUESTIONS = ("largest_batch", "longest_context", "smallest_gpu", "biggest_model")
