@@ -21,10 +21,13 @@ from ..program.marks import is_mark
 from ..program.op import Op, Spec
 from ..program.part import Part
 from ..program.polynomials import Polynomial, Size, value
+from ..program.routing import Routing
 from ..setup import Setup
+from ..tape.grouped import by_expert
 from ..tape.tensor import Parameter, Tensor
 from .reuse import MicroBatches
 
+GROUPED = "_grouped_mm"
 Numbers = tuple[Any, ...]  # ints or polynomials, of which the largest counts
 
 
@@ -111,12 +114,18 @@ class Program:
             )
         else:
             how = "traced whole"
+        if any(op.name == GROUPED for part in self.first for op in part.ops):
+            how = f"every expert of its mixtures is taken to get as many tokens; {how}"
         versions = ", ".join(f"{name} {version}" for name, version in self.made_with.items())
         return [*self.notes, f"{how} ({versions})" if versions else how]
 
-    def micro_batches(self, batch: Dim, seq: Dim, count: int) -> MicroBatches:
-        """`count` micro-batches of a size."""
-        evaluated = Evaluated(batch, seq)
+    def micro_batches(self, batch: Dim, seq: Dim, count: int, device: str, capability: str) -> MicroBatches:
+        """`count` micro-batches of a size.
+
+        Raises:
+            UserError: of experts whose products the device does not have.
+        """
+        evaluated = Evaluated(batch, seq, device, capability)
         first = [evaluated.part(part) for part in self.first]
         first[0].highest = self.live.at(batch, seq)
         if first[-1].repeat > 1:
@@ -129,10 +138,13 @@ class Program:
 
 
 class Evaluated:
-    """Parts and ops of a program at one size; equal numbers become one object, as on a tape."""
+    """Parts and ops of a program at one size; equal numbers become one object, as on a tape.
 
-    def __init__(self, batch: Dim, seq: Dim) -> None:
-        self.size = batch, seq
+    With a kind of device and its compute capability, products by expert are as it has them.
+    """
+
+    def __init__(self, batch: Dim, seq: Dim, device: str = "", capability: str = "") -> None:
+        self.size, self.on = (batch, seq), (device, capability)
         self.numbers: dict[Polynomial, Dim] = {}
         self.ops: dict[int, Op] = {}
 
@@ -151,6 +163,9 @@ class Evaluated:
             made = self.ops[id(op)] = copy(op)
             made.inputs, made.outputs = self.specs(op.inputs), self.specs(op.outputs)
             made.bytes_read, made.bytes_written = self.number(op.bytes_read), self.number(op.bytes_written)
+            if op.name == GROUPED and self.on[0]:
+                weights = made.outputs[0] if op.attrs.layout == "nt" else made.inputs[1]
+                made.attrs = by_expert(op.attrs.layout, weights.dtype, Routing(weights.shape[0]), *self.on)
         return made
 
     def specs(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:

@@ -115,7 +115,7 @@ def _replay(step: Step, capability: str) -> "Replay":
 
     setup, model = running(step)[0], cast("RecordedModel", step.architecture)
     program = model.program(running(step)[1], setup, step.device, capability)
-    made = Replay(program, setup, model.name)
+    made = Replay(program, setup, model.name, step.device, capability)
     step.parameters, step.notes = made.parameters, program.told
     return made
 
@@ -175,7 +175,7 @@ def _replayed(step: Step, capability: str) -> Callable[[], None]:
     """The micro-batches of a recorded program."""
     setup, model = step.setup, cast("RecordedModel", step.architecture)
     program = model.program(running(step)[1], setup, step.device, capability)
-    made = program.micro_batches(setup.batch, setup.seq, setup.grad_accum)
+    made = program.micro_batches(setup.batch, setup.seq, setup.grad_accum, step.device, capability)
     step.groups = [Group(parts, repeat) for parts, repeat in made.groups]
     step.parameters, step.notes = made.parameters, made.notes
     return lambda: None

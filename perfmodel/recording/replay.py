@@ -48,9 +48,9 @@ class Replay:
         late: as `Architecture.registers_late` has it.
     """
 
-    def __init__(self, program: Program, setup: Setup, name: str) -> None:
+    def __init__(self, program: Program, setup: Setup, name: str, device: str, capability: str) -> None:
         self.name = name
-        at = Evaluated(setup.batch, setup.seq)
+        at = Evaluated(setup.batch, setup.seq, device, capability)
         made = [
             series_of([at.with_marks(part) for part in parts], name)
             for parts in (program.first, program.later)

@@ -50,8 +50,16 @@ def _grouped_mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
-    """Where there is no kernel for all experts, ATen reads the offsets on the host and calls a product for each."""
-    cuda, major = tape().device == "cuda", tape().capability.split(".")[0]
+    return by_expert(layout, dtype, routing, tape().device, tape().capability)
+
+
+def by_expert(layout: str, dtype: str, routing: Routing, device: str, capability: str) -> Attrs:
+    """Where there is no kernel for all experts, ATen reads the offsets on the host and calls a product for each.
+
+    Raises:
+        UserError: ATen has nothing of the kind on the device.
+    """
+    cuda, major = device == "cuda", capability.split(".")[0]
     if cuda and int(major) < 8:
         raise UserError(
             "experts by grouped products need compute capability 8.0: what transformers does before it is not "

@@ -340,6 +340,9 @@ def _attrs(name: str, func: Any, inputs: Any, outputs: Any, arguments: Any) -> A
         a, b = (t.stride(0) == 1 and t.stride(1) == t.shape[0] for t in inputs[-2:])
         copied = tuple(i for i, t in enumerate(inputs) if t.dim() > 1 and 1 not in t.stride()[-2:])
         return Attrs("" if name == "bmm" else "nt" if a else "tn" if b else "nn", copied)
+    if name == "_grouped_mm":
+        b = inputs[1]
+        return Attrs("nt" if b.dim() == 2 else "tn" if b.stride(1) == 1 else "nn")
     if name.startswith("flash_attn::"):
         given = _by_name(func, arguments)
         return Attrs(causal=given["causal"], window=None if given["window"] == NO_WINDOW else given["window"])

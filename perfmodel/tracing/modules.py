@@ -50,11 +50,11 @@ def predict_module(
         return lambda: _loss(model(*args, **kwargs), loss)
 
     names = frozenset(key for key, _ in model.named_parameters())
-    capability = (on.compute_capability or "8.0") if on.kind == "cuda" else None
-    program = trace(model, make, setup, capability, called, bare=model, names=names)
+    capability = on.compute_capability or "8.0"
+    program = trace(model, make, setup, capability if on.kind == "cuda" else None, called, bare=model, names=names)
     frozen = any(not p.requires_grad for p in model.parameters())
     method = PeftAdapter(label="as it is" if frozen else "full")
-    return of_step(step_of(recorded_module(called), method, setup, on.kind, program), on, by)
+    return of_step(step_of(recorded_module(called), method, setup, on.kind, capability, program), on, by)
 
 
 def _without_data(module: torch.nn.Module) -> Any:

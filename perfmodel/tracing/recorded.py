@@ -42,7 +42,7 @@ from ..values import once
 from .regions import Region, region_of
 from .setups import check_setup
 
-TRACER = 9  # raised where a trace of the same program comes out differently: 9, what LayerDrop leaves
+TRACER = 10  # raised where a trace of the same program comes out differently: 10, how operands of experts lie
 TRACE = "a first trace"  # what needs the packages
 # fields of a setup that change what is traced
 OF_PROGRAM = ("dtype", "amp", "checkpoint", "attention", "kernels", "padded", "images", "image_size", "engine")

@@ -31,6 +31,8 @@ def check_setup(setup: Setup) -> None:
         raise UserError("--traced follows --kernels trl with --objective sft alone")
     if setup.experts != "grouped_mm":
         raise UserError(f"--traced cannot follow --experts {setup.experts}: which are hit is data; use grouped_mm")
+    if setup.routing != "balanced":
+        raise UserError(f"--traced cannot follow --routing {setup.routing}: it gives every expert as many tokens")
     for option in ("fp8", "int8", "qat"):
         if getattr(setup, option) != "none":
             raise UserError(f"--traced cannot follow --{option}: it traces the program as transformers makes it")

@@ -62,7 +62,7 @@ def of_method(
     parsed = parse(method) if isinstance(method, str) else method
     kind, capability = (on.kind, on.compute_capability or "8.0") if on else ("cuda", "8.0")
     model, bound, program = trace_model(config, parsed, setup, kind, capability)
-    return step_of(model, bound, setup, kind, program), program
+    return step_of(model, bound, setup, kind, capability, program), program
 
 
 def of_peft(config: Config, values: dict[str, Any], setup: Setup) -> tuple[Step, Program]:
@@ -70,9 +70,9 @@ def of_peft(config: Config, values: dict[str, Any], setup: Setup) -> tuple[Step,
     return of_method(config, PeftAdapter.of(values), setup)
 
 
-def step_of(model: RecordedModel, method: Method, setup: Setup, kind: str, program: Program) -> Step:
+def step_of(model: RecordedModel, method: Method, setup: Setup, kind: str, capability: str, program: Program) -> Step:
     """The Step of a program: its micro-batches, then clipping and the optimizer as the method wants it."""
-    return recording.build(replace(model, recorder=lambda *_: program), method, setup, kind)
+    return recording.build(replace(model, recorder=lambda *_: program), method, setup, kind, capability)
 
 
 def trace_model(

@@ -356,7 +356,9 @@ def test_a_config_that_cannot_be_built_ends_in_one_line(tmp_path: Path, values: 
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [("--kernels", "liger"), ("--compile", "default"), ("--experts", "eager")])
+@pytest.mark.parametrize(
+    "option", [("--kernels", "liger"), ("--compile", "default"), ("--experts", "eager"), ("--routing", "zipf:1.1")]
+)
 def test_what_a_trace_cannot_follow_is_refused(option: tuple[str, str]) -> None:
     arguments = ["predict", "--model", "gpt2", "--device", "l40s", "--traced", *option]
     result = CliRunner().invoke(cli.main, arguments)

@@ -116,5 +116,5 @@ def traced_cell(cell: Cell, device: str) -> dict[str, Any]:
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
     model, method, program = tracing.trace_model(cell.config, parse(cell.method), cell.setup, device, capability)
-    built = tracing.step_of(model, method, cell.setup, device, program)
+    built = tracing.step_of(model, method, cell.setup, device, capability, program)
     return {"calls": calls_of(built), **({"kernels": kernels_of(built)} if device == "cuda" else {})}
