@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..program.dims import decide, is_one
+from ..program.polynomials import NoPolynomial
 from ..setup import Setup
 
 BATCHES = (2, 3)
@@ -31,12 +32,22 @@ class Region:
     high: int | None
 
     def sizes(self, *, lengths: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Batches and lengths to trace; no lengths where few are left, or the program does not look at the length."""
-        top = max(4 * self.low, FAR) if self.high is None else min(self.high - 1, max(4 * self.low, FAR))
-        low = max(self.low, 2)
+        """Batches and lengths to trace; no lengths where the program does not look at the length.
+
+        Raises:
+            NoPolynomial: too few lengths to solve from.
+        """
+        batches = (1,) if self.single else BATCHES
+        if not lengths:
+            return batches, ()
+        low, far = max(self.low, 2), max(4 * self.low, FAR)
+        top = far if self.high is None else min(self.high - 1, far)
         spread = (low + (top - low) // 50, low + (top - low) // 3, top)
-        found = tuple(dict.fromkeys((s - 1) | 1 for s in spread if (s - 1) | 1 >= low)) if lengths else ()
-        return (1,) if self.single else BATCHES, found if len(found) == 3 else ()
+        odd = dict.fromkeys(s - 1 | 1 if s - 1 | 1 >= low else s | 1 for s in spread)
+        found = tuple(s for s in odd if s <= top)
+        if len(found) < len(spread):
+            raise NoPolynomial(f"there are few lengths from {low} to {top}")
+        return batches, found
 
 
 def bounds(config: dict[str, Any]) -> tuple[int, ...]:

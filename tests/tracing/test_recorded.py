@@ -231,6 +231,29 @@ def test_what_does_not_follow_from_other_sizes_is_traced_at_its_own(
         predict(model, "full", device="l40s", batch=2, seq=np.arange(20, 60))
 
 
+def test_few_lengths_below_a_window_are_not_taken_for_one(tmp_path: Path) -> None:
+    """The first length that anybody asked about answered for all of them, also from the file."""
+    config = Config({**config_of("llama").values, "model_type": "qwen2", "use_sliding_window": True,
+                     "sliding_window": 24, "max_window_layers": 0}, "narrow", "narrow")  # fmt: skip
+    model = recorded.traced(config, tmp_path)
+    for length in (8, 16, 3):
+        setup = Setup(batch=2, seq=length)
+        real, _ = traced.of_method(config, "full", setup)
+        assert ops(step_at(model, "full", setup), "forward") == ops(real, "forward")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"), [(1, None, (83, 1367, 4099)), (1, 32, (3, 11, 31)), (2, 16, (3, 5, 15))]
+)
+def test_a_region_is_solved_from_three_lengths(low: int, high: int | None, found: tuple[int, ...]) -> None:
+    """A square goes through three points; where fewer are left there is no telling one from another."""
+    region = regions.Region(single=False, low=low, high=high)
+    assert region.sizes(lengths=True)[1] == found
+    assert region.sizes(lengths=False) == ((2, 3), ())
+    with pytest.raises(NoPolynomial):
+        regions.Region(single=False, low=2, high=8).sizes(lengths=True)
+
+
 def test_a_window_ends_a_region() -> None:
     """From the length of a sliding window on, sdpa gets a mask and runs another kernel."""
     limits = regions.bounds({"sliding_window": 4096, "text_config": {"max_position_embeddings": 8192}})
