@@ -27,6 +27,7 @@ from .flops import flops_of
 from .picked import as_kernels_have_them, picking_all
 from .programs import updates
 from .programs.dtypes import DTYPES, TORCH_DTYPES
+from .programs.family import packed_inputs
 from .watching.graph import graph_nodes
 
 aten = torch.ops.aten
@@ -354,13 +355,7 @@ def trace_step(
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     trained = [p for p in model.parameters() if p.requires_grad]
     with mode:
-        shape = setup.shape
-        one_each = str((getattr(model.config, "architectures", None) or [""])[0]).endswith("ForSequenceClassification")
-        ids = torch.zeros(shape, dtype=torch.long, device=device)
-        labels = torch.zeros(shape[:1] if one_each else shape, dtype=torch.long, device=device)
-        places = {"attention_mask": torch.ones(shape, dtype=torch.long, device=device)}
-        if setup.within_documents:  # then there are positions and no mask; those of documents of one token are all 0
-            places = {"position_ids": torch.zeros(shape, dtype=torch.long, device=device)}
+        inputs = packed_inputs(model, setup, device)
         update = make(model, optimizer)
     recorder = CallRecorder(dense=not (setup.padded or setup.within_documents), keep=keep)
     recorder.trace.trainable = sum(p.numel() for p in trained)
@@ -374,7 +369,7 @@ def trace_step(
                     loss: Any = loss_of()
                 else:
                     with amp:
-                        loss = model(input_ids=ids, labels=labels, **places).loss
+                        loss = model(**inputs).loss
                     if setup.grad_accum > 1:
                         loss = loss / setup.grad_accum
             if forward_only:

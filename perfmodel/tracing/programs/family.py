@@ -1,6 +1,6 @@
 """A family of models: those that one of transformers' auto classes builds and that train on the same kind of batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,27 @@ class Family:
         return {kind: (names,) if isinstance(names, str) else tuple(names) for kind, names in table.items()}
 
 
-def tokens(setup: Setup, device: str) -> torch.Tensor:
+def tokens(shape: Sequence[Any], device: str) -> torch.Tensor:
     """Token ids of a batch: (batch, seq) int64."""
-    return torch.zeros((int(setup.batch), int(setup.seq)), dtype=torch.long, device=device)
+    return torch.zeros(tuple(map(int, shape)), dtype=torch.long, device=device)
 
 
 def text_inputs(model: Any, setup: Setup, device: str) -> Inputs:
     """Tokens, a mask that says which are real, and a label for each."""
-    ids, labels = tokens(setup, device), tokens(setup, device)
+    return _texts((setup.batch, setup.seq), device)
+
+
+def packed_inputs(model: Any, setup: Setup, device: str) -> Inputs:
+    """The same as packing lays it out; within documents positions and no mask (all 0: documents of one token)."""
+    inputs = _texts(setup.shape, device)
+    named = getattr(model.config, "architectures", None) or [""]
+    if str(named[0]).endswith("ForSequenceClassification"):
+        inputs["labels"] = tokens(setup.shape[:1], device)
+    if setup.within_documents:
+        inputs["position_ids"] = torch.zeros_like(inputs.pop("attention_mask"))
+    return inputs
+
+
+def _texts(shape: Sequence[Any], device: str) -> Inputs:
+    ids, labels = tokens(shape, device), tokens(shape, device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

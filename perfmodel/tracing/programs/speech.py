@@ -22,7 +22,7 @@ def transcripts(model: Any, setup: Setup, device: str) -> Inputs:
     weights = next(p.dtype for p in model.parameters() if p.is_floating_point())
     frames = 2 * positions  # Whisper's second convolution has a stride of 2
     sound = torch.zeros((int(setup.batch), bins, frames), dtype=torch.float32 if setup.amp else weights, device=device)
-    return {"input_features": sound, "labels": tokens(setup, device)}
+    return {"input_features": sound, "labels": tokens((setup.batch, setup.seq), device)}
 
 
 FAMILY = Family(
