@@ -23,7 +23,7 @@ from ..program.part import Part
 from ..program.polynomials import Polynomial, Size, value
 from ..program.routing import Routing
 from ..setup import Setup
-from ..tape.grouped import by_expert
+from ..tape.grouped import attrs_of_experts
 from ..tape.tensor import Parameter, Tensor
 from .reuse import MicroBatches
 
@@ -165,7 +165,7 @@ class Evaluated:
             made.bytes_read, made.bytes_written = self.number(op.bytes_read), self.number(op.bytes_written)
             if op.name == GROUPED and self.on[0]:
                 weights = made.outputs[0] if op.attrs.layout == "nt" else made.inputs[1]
-                made.attrs = by_expert(op.attrs.layout, weights.dtype, Routing(weights.shape[0]), *self.on)
+                made.attrs = attrs_of_experts(op.attrs.layout, weights.dtype, Routing(weights.shape[0]), *self.on)
         return made
 
     def specs(self, specs: Sequence[Spec]) -> tuple[Spec, ...]:

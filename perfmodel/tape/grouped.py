@@ -50,10 +50,10 @@ def _grouped_mm_backward(node: Node, grads: Sequence[Grad]) -> Grads:
 
 
 def _attrs(layout: str, dtype: str, routing: Routing) -> Attrs:
-    return by_expert(layout, dtype, routing, tape().device, tape().capability)
+    return attrs_of_experts(layout, dtype, routing, tape().device, tape().capability)
 
 
-def by_expert(layout: str, dtype: str, routing: Routing, device: str, capability: str) -> Attrs:
+def attrs_of_experts(layout: str, dtype: str, routing: Routing, device: str, capability: str) -> Attrs:
     """Where there is no kernel for all experts, ATen reads the offsets on the host and calls a product for each.
 
     Raises:
