@@ -52,6 +52,8 @@ def _attention(capability: str, *, cudnn_first: bool) -> Any:
     ) -> torch.Tensor:  # fmt: skip
         query, key, value, attn_mask = autocast_operands(query, key, value, attn_mask)
         kernel = _choose(query, key, value, attn_mask, capability, cudnn_first)
+        if kernel == "math" and dropout_p > 0:
+            return _by_parts(query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale)
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -71,6 +73,31 @@ def _attention(capability: str, *, cudnn_first: bool) -> Any:
         )[0]
 
     return attention
+
+
+def _by_parts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, *, is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """`_scaled_dot_product_attention_math` (transformers/attention.cpp), which calls the CPU's dropout from C++."""
+    dtype, factor = q.dtype, ((1 / q.shape[-1] ** 0.5) if scale is None else scale) ** 0.5
+    with torch.autocast("cpu", enabled=False):
+        mask = _additive(mask, q)
+        if dtype in (torch.bfloat16, torch.float16):
+            q, k, v = q.float(), k.float(), v.float()
+        unscaled, q = q, aten.mul.Scalar(q, factor)  # C++ holds the first to the end
+        if is_causal:
+            lower = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            mask = _additive(lower, q)
+        if (groups := q.shape[-3] // k.shape[-3]) > 1:
+            k, v = k.repeat_interleave(groups, -3), v.repeat_interleave(groups, -3)
+        weights = q @ aten.mul.Scalar(k.transpose(-2, -1), factor)
+        weights = weights if mask is None else weights + mask
+        weights = functional.dropout(aten._safe_softmax(weights, -1), p)
+        dropped = weights.to(dtype)  # the weights, which the caller drops
+        out: torch.Tensor = (weights @ v).to(dtype)
+    del unscaled, dropped
+    return out
 
 
 def _choose(q: Any, k: Any, v: Any, mask: Any, capability: str, cudnn_first: bool) -> sdpa.Kernel:

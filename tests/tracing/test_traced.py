@@ -81,6 +81,16 @@ def test_forward_and_backward_hold_the_tapes_ops(name: str, method: str, checkpo
     assert real.trainable == tape.trainable
 
 
+@pytest.mark.parametrize("name", ["seed_oss", "gpt_bigcode"])
+def test_attention_without_a_kernel_drops_out_as_cuda_does(name: str) -> None:
+    """Grouped heads in fp32: sdpa's own dropout was the CPU's three calls."""
+    real, tape = both(name, "lora:r=4,targets=all-linear", setup_of(name, batch=1, seq=33, dtype="fp32"), "cuda")
+    for phase in ("forward", "backward"):
+        assert ops(real, phase) == ops(tape, phase)
+    assert any(op.name == "_safe_softmax" for _, op, _ in real.ops())
+    assert peak_bytes(real) == pytest.approx(peak_bytes(tape), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "head", "device"),
     [
