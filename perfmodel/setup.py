@@ -218,10 +218,11 @@ class Setup:
             ("compile", COMPILE), ("fp8", FP8), ("int8", INT8), ("engine", ENGINES), ("objective", OBJECTIVES),
             ("reference", REFERENCES), ("packing", PACKING), ("experts", EXPERTS), ("parallel", PARALLEL),
             ("ddp", DDP), ("offload", OFFLOAD), ("cp_rotate", (*ROTATE, ULYSSES)), ("fsdp_units", FSDP_UNITS),
-            ("amp", (None, "bf16", "fp16")), ("reduce_dtype", (None, *FLOATING)),
         ):  # fmt: skip
-            if getattr(self, name) is not None or None not in choices:
-                one_of(name, getattr(self, name), filter(None, choices))
+            one_of(name, getattr(self, name), choices)
+        for name, choices in (("amp", ("bf16", "fp16")), ("reduce_dtype", FLOATING)):
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), choices)
         if not (isinstance(self.optimizer, str) and optimizers.is_optimizer(self.optimizer)):
             one_of("optimizer", self.optimizer, optimizers.optimizer_names())
         for name in FLAGS:  # "no" is true; a number is what it is (clip_grad 0.0)

@@ -25,6 +25,7 @@ from ..program.routing import Routing
 from ..setup import Setup
 from ..tape.grouped import attrs_of_experts
 from ..tape.tensor import Parameter, Tensor
+from ..values import once
 from .reuse import MicroBatches
 
 GROUPED = "_grouped_mm"
@@ -114,10 +115,15 @@ class Program:
             )
         else:
             how = "traced whole"
-        if any(op.name == GROUPED for part in self.first for op in part.ops):
+        if self.has_experts:
             how = f"every expert of its mixtures is taken to get as many tokens; {how}"
         versions = ", ".join(f"{name} {version}" for name, version in self.made_with.items())
         return [*self.notes, f"{how} ({versions})" if versions else how]
+
+    @once
+    def has_experts(self) -> bool:
+        """Whether some of its products are by expert."""
+        return any(op.name == GROUPED for part in self.first for op in part.ops)
 
     def micro_batches(self, batch: Dim, seq: Dim, count: int, device: str, capability: str) -> MicroBatches:
         """`count` micro-batches of a size.

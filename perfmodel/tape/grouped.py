@@ -63,7 +63,7 @@ def attrs_of_experts(layout: str, dtype: str, routing: Routing, device: str, cap
     if cuda and int(major) < 8:
         raise UserError(
             "experts by grouped products need compute capability 8.0: what transformers does before it is not "
-            "modelled; use --experts eager"
+            "modelled; use --experts eager (built-in models have it), or a newer GPU"
         )
     return Attrs(layout, routing=routing, sync=cuda and not (major in ONE_KERNEL and dtype == "bf16"))
 
